@@ -1,0 +1,93 @@
+"""depthscope: how much every layer of a language model contributes.
+
+    report = depthscope.analyze("model")                 # a LayerReport: global scores, one row a layer, pairs of layers
+    stack = depthscope.LayerStack(model)                 # find, watch and stand in for the layers of any causal LM
+
+Layers count from 0 everywhere, losses are in nats.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from depthscope.analysis import AnalysisInterrupted, analyze
+    from depthscope.anatomy import Capture, LayerStack
+    from depthscope.comparison import Comparison, compare
+    from depthscope.corpus import Blocks, load_blocks
+    from depthscope.errors import (
+        AnalysisError,
+        CorpusError,
+        DepthscopeError,
+        ModelLoadError,
+        NoLayerStackError,
+        NonFiniteError,
+        OutOfMemoryError,
+        ReportError,
+        SettingsError,
+    )
+    from depthscope.loading import LoadedModel, load_model
+    from depthscope.page import write_page
+    from depthscope.report import LayerReport
+    from depthscope.settings import Settings
+    from depthscope.standins import AffineMap
+
+# Where each public name lives. They are imported when first used: torch and transformers take seconds.
+_PLACES = {
+    "analysis": ("AnalysisInterrupted", "analyze"),
+    "anatomy": ("Capture", "LayerStack"),
+    "comparison": ("Comparison", "compare"),
+    "corpus": ("Blocks", "load_blocks"),
+    "errors": (
+        "AnalysisError",
+        "CorpusError",
+        "DepthscopeError",
+        "ModelLoadError",
+        "NoLayerStackError",
+        "NonFiniteError",
+        "OutOfMemoryError",
+        "ReportError",
+        "SettingsError",
+    ),
+    "loading": ("LoadedModel", "load_model"),
+    "page": ("write_page",),
+    "report": ("LayerReport",),
+    "settings": ("Settings",),
+    "standins": ("AffineMap",),
+}
+_HOME = {name: module for module, names in _PLACES.items() for name in names}
+
+__all__ = [
+    "AffineMap",
+    "AnalysisError",
+    "AnalysisInterrupted",
+    "Blocks",
+    "Capture",
+    "Comparison",
+    "CorpusError",
+    "DepthscopeError",
+    "LayerReport",
+    "LayerStack",
+    "LoadedModel",
+    "ModelLoadError",
+    "NoLayerStackError",
+    "NonFiniteError",
+    "OutOfMemoryError",
+    "ReportError",
+    "Settings",
+    "SettingsError",
+    "analyze",
+    "compare",
+    "load_blocks",
+    "load_model",
+    "write_page",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'depthscope' has no attribute {name!r}")
+    return getattr(import_module(f"depthscope.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]

@@ -1,0 +1,347 @@
+"""The decoder layers of any causal language model: find them, watch them, and let something else stand in for them.
+
+`LayerStack` finds the layers by tracing one small forward pass, so it needs no list of architectures. Every experiment
+puts a stand-in module in a layer's place, inside a context manager that restores the model whatever happens inside. No
+forward pass is re-implemented: masks, positions, caches, final norm, head and loss stay the model's own code.
+"""
+
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
+from functools import cached_property
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from depthscope.errors import NoLayerStackError
+from depthscope.modes import evaluating
+from depthscope.standins import Feed, Skip, StandIn, StopForward, Stopper, hidden_among, hidden_of
+from depthscope.tracing import MODEL_FAILURES, Trace, input_device, run, trace_layers
+
+__all__ = ["Capture", "LayerStack"]
+
+@dataclass
+class Capture:
+    """What `LayerStack.capturing` saw in the last forward pass: tensors by layer, as the model passed them.
+
+    `inputs` and `outputs` hold the residual stream before and after each layer, `attention` and `mlp` the output of the
+    layer's attention (or other token mixer) and MLP where the layer has such a submodule.
+    """
+
+    inputs: dict[int, Tensor] = field(default_factory=dict)
+    outputs: dict[int, Tensor] = field(default_factory=dict)
+    attention: dict[int, Tensor] = field(default_factory=dict)
+    mlp: dict[int, Tensor] = field(default_factory=dict)
+
+
+class LayerStack:
+    """The stack of decoder layers of a causal language model, found by tracing.
+
+        model                      any causal LM of transformers, PEFT-wrapped or split over devices
+        └── layers: ModuleList     .path is its name, e.g. "model.layers"
+            ├── 0: layer           h_0 (embeddings) -> h_1; `h` is [B, T, d], for some architectures [B, T, streams, d]
+            ├── ...
+            └── L-1: layer         its output goes to the final norm and the head
+
+    Layers count from 0. All context managers restore the model on the way out, also after an exception or Ctrl-C, and
+    nest. The model is neither copied nor changed otherwise.
+
+    Args:
+        model: a causal language model. Its weights must be loaded (not on `meta`, unless offloaded by accelerate).
+
+    Raises:
+        NoLayerStackError: no list of layers is called once each and in order; the message says what was found.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self._trace: Trace = trace_layers(model)
+        self.path: str = self._trace.path
+        self.layers: nn.ModuleList = self._trace.layers
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    def __repr__(self) -> str:
+        return f"LayerStack({type(self.model).__name__}, {self.path!r}, {self.num_layers} layers)"
+
+    @property
+    def num_layers(self) -> int:
+        """The number of decoder layers, L."""
+        return len(self.layers)
+
+    @property
+    def kinds(self) -> tuple[Hashable, ...]:
+        """The kind of each layer; only layers of equal kind can be swapped."""
+        return self._trace.kinds
+
+    @property
+    def kind_names(self) -> tuple[str, ...]:
+        """A readable name of each layer's kind, such as `LlamaDecoderLayer` or `Gemma2DecoderLayer/sliding_attention`."""
+        return self._trace.kind_names
+
+    @cached_property
+    def resumable(self) -> bool:
+        """Whether `resuming_at` gives the baseline's output here, as tried on a small example.
+
+        It does not where later layers read what earlier ones left behind (shared keys and values, say).
+        """
+        places = sorted({min(1, self.num_layers - 1), self.num_layers // 2, self.num_layers - 1})
+        with evaluating(self.model), torch.no_grad():
+            with self.capturing(outputs=False) as capture:
+                baseline = self.logits(self.example_ids)
+            kept = dict(capture.inputs)
+            return all(self._resumes(index, kept[index], baseline) for index in places)
+
+    @cached_property
+    def unskippable(self) -> dict[int, str]:
+        """Layers that the model does not run without, with what it raised when they were skipped."""
+        if self.resumable:  # tried with all layers but the last left out
+            return {}
+        found = {}
+        with evaluating(self.model), torch.no_grad():
+            for index in range(self.num_layers):
+                try:
+                    with self.skipping(index):
+                        self.logits(self.example_ids)
+                except MODEL_FAILURES as error:
+                    found[index] = f"{type(error).__name__}: {error}"
+        return found
+
+    @property
+    def example_ids(self) -> Tensor:
+        """The token ids of the small example that the layers were found with, [B, T]."""
+        return self._trace.example
+
+    @property
+    def example_logits(self) -> Tensor:
+        """The logits of the small example that the layers were found with, [B, T, V]."""
+        return self._trace.logits
+
+    @property
+    def width(self) -> int:
+        """The number of features of a token's residual stream, S * d."""
+        return prod(self._trace.axes.sizes)
+
+    @property
+    def device(self) -> torch.device:
+        """The device that token ids go to."""
+        return input_device(self.model)
+
+    def features(self, hidden: Tensor) -> Tensor:
+        """View a residual stream as [B, T, S, d], S parallel streams (1 in all but a few architectures)."""
+        return self._trace.axes.features(hidden)
+
+    def flat(self, hidden: Tensor) -> Tensor:
+        """View a residual stream as [B, T, S * d]."""
+        return self.features(hidden).flatten(2)
+
+    def unflat(self, flat: Tensor) -> Tensor:
+        """Undo `flat`: [B, T, S * d] back to the model's own layout of the stream."""
+        return self._trace.axes.restore(flat)
+
+    def select(self, hidden: Tensor, rows: Tensor) -> Tensor:
+        """Pick sequences out of a batch: the residual stream of `rows`, in the model's own layout."""
+        return hidden.index_select(self._trace.axes.batch, rows.to(hidden.device))
+
+    def logits(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """Run the model as it stands: ids [B, T] -> logits [B, T, V]; gradients as the caller has set them."""
+        return run(self.model, input_ids, attention_mask)
+
+    def run_through(self, last: int, input_ids: Tensor, attention_mask: Tensor | None = None) -> None:
+        """Run the model up to and including layer `last` and stop there: no later layer, no final norm, no head."""
+        with self.stopping_after(last), suppress(StopForward):
+            self.logits(input_ids, attention_mask)
+
+    @contextmanager
+    def standing_in(self, replacements: Mapping[int, nn.Module]) -> Iterator[None]:
+        """Put modules in the place of layers: each gets the hidden state first and returns the new one.
+
+        A plain module (`nn.Linear`, `nn.Identity`, ...) is wrapped so that it takes the layer's other arguments, returns
+        the layer's shape of result and still has the layer's attributes.
+        """
+        for index in replacements:
+            self._check(index)
+        before = {index: self.layers[index] for index in replacements}
+        try:
+            for index, module in replacements.items():
+                self.layers[index] = self._as_stand_in(module, index)
+            yield
+        finally:
+            for index, layer in before.items():
+                self.layers[index] = layer
+
+    @contextmanager
+    def skipping(self, *indices: int) -> Iterator[None]:
+        """Skip layers: the output of each is its input."""
+        with self.standing_in({index: Skip() for index in indices}):
+            yield
+
+    @contextmanager
+    def swapped(self, first: int, second: int) -> Iterator[None]:
+        """Let two layers of equal kind change places.
+
+        Raises:
+            NoLayerStackError: the two are of different kinds, so that the model would give each the other's mask.
+        """
+        self._check(first)
+        self._check(second)
+        if self.kinds[first] != self.kinds[second]:
+            raise NoLayerStackError(
+                f"Layers {first} ({self.kind_names[first]}) and {second} ({self.kind_names[second]}) are of different "
+                "kinds and cannot change places; swap layers whose entries in `kinds` are equal."
+            )
+        at_first, at_second = self.layers[first], self.layers[second]
+        try:
+            self.layers[first], self.layers[second] = at_second, at_first
+            yield
+        finally:
+            self.layers[first], self.layers[second] = at_first, at_second
+
+    @contextmanager
+    def resuming_at(self, index: int, hidden: Tensor) -> Iterator[None]:
+        """Let layer `index` get `hidden`; the layers before it become pass-throughs that cost nothing.
+
+        `index` may be L: then `hidden` goes to the final norm. What the model does between embedding and layers is
+        still the model's own code, and the ids given to the model must be those that `hidden` was computed from.
+        """
+        if not 0 <= index <= self.num_layers:
+            raise IndexError(f"Layer {index} was asked for; layers count from 0 and {self.num_layers} is the output.")
+        if index == self.num_layers:
+            with self.resuming_after(index - 1, hidden):
+                yield
+            return
+        with self.skipping(*range(index)), self._giving(index, hidden):
+            yield
+
+    @contextmanager
+    def giving(self, index: int, hidden: Tensor) -> Iterator[None]:
+        """Let layer `index` get `hidden` by whatever way the model allows: resuming there, or running up to there."""
+        self._check(index)
+        with self.resuming_at(index, hidden) if self.resumable else self._giving(index, hidden):
+            yield
+
+    @contextmanager
+    def resuming_after(self, index: int, hidden: Tensor) -> Iterator[None]:
+        """Let `hidden` be the output of layer `index`; that layer and those before it cost nothing."""
+        self._check(index)
+        replacements: dict[int, nn.Module] = {i: Skip() for i in range(index)}
+        with self.standing_in({**replacements, index: Feed(hidden)}):
+            yield
+
+    @contextmanager
+    def stopping_after(self, index: int) -> Iterator[None]:
+        """End each forward pass, by raising `StopForward`, when layer `index` has returned."""
+        self._check(index)
+        if index + 1 < self.num_layers:
+            with self.standing_in({index + 1: Stopper()}):
+                yield
+            return
+        handle = self.layers[index].register_forward_hook(_stop)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    @contextmanager
+    def capturing(
+        self,
+        *,
+        inputs: bool = True,
+        outputs: bool = True,
+        sublayers: Callable[[Tensor], Tensor] | bool = False,
+        first: int = 0,
+    ) -> Iterator[Capture]:
+        """Keep what passes layers `first`..L-1 (or their stand-ins) in the forward passes inside; the last one counts.
+
+        Tensors are kept as they are, without a copy, unless the model changes them in place. With `sublayers`, the
+        outputs of each layer's attention (or other token mixer) and MLP are kept too, where there are such submodules;
+        a function given there is applied to them at once, so that what it returns is kept instead.
+        """
+        capture = Capture()
+        keep = torch.clone if self._trace.changes_in_place else _as_is
+        with ExitStack() as stack:
+            for index in range(first, self.num_layers):
+                layer = self.layers[index]
+                if inputs:
+                    handle = layer.register_forward_pre_hook(_keep_input(capture.inputs, index, keep), with_kwargs=True)
+                    stack.callback(handle.remove)
+                if outputs:
+                    stack.callback(layer.register_forward_hook(_keep_output(capture.outputs, index, keep)).remove)
+                if sublayers:
+                    self._capture_sublayers(capture, index, stack, torch.clone if sublayers is True else sublayers)
+            yield capture
+
+    def sublayer(self, index: int, part: str) -> nn.Module | None:
+        """The attention (or other token mixer) or the MLP of a layer, where it has one: `part` is "attention" or "mlp"."""
+        name = self._trace.sublayers[index].get(part)
+        return self.layers[index].get_submodule(name) if name else None
+
+    def _capture_sublayers(
+        self, capture: Capture, index: int, stack: ExitStack, keep: Callable[[Tensor], Tensor]
+    ) -> None:
+        for part, store in (("attention", capture.attention), ("mlp", capture.mlp)):
+            module = self.sublayer(index, part)
+            if module is not None:
+                stack.callback(module.register_forward_hook(_keep_output(store, index, keep)).remove)
+
+    def _as_stand_in(self, module: nn.Module, index: int) -> nn.Module:
+        if any(module is layer for layer in self._trace.originals):
+            return module  # a decoder layer already speaks the model's language
+        stand_in = module if isinstance(module, StandIn) else StandIn(module)
+        return stand_in.placed(self._trace.originals[index], self._trace.dress[index])
+
+    @contextmanager
+    def _giving(self, index: int, hidden: Tensor) -> Iterator[None]:
+        handle = self.layers[index].register_forward_pre_hook(_replace_input(hidden), with_kwargs=True, prepend=True)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    def _resumes(self, index: int, hidden: Tensor, baseline: Tensor) -> bool:
+        try:
+            with self.resuming_at(index, hidden):
+                resumed = self.logits(self.example_ids)
+        except MODEL_FAILURES:
+            return False
+        # Half precision and kernels that depend on what ran before leave rounding; a broken resume is far off.
+        scale = baseline[torch.isfinite(baseline)].abs().max().item() if torch.isfinite(baseline).any() else 0.0
+        return torch.allclose(resumed.float(), baseline.float(), rtol=1e-2, atol=1e-3 * scale, equal_nan=True)
+
+    def _check(self, index: int) -> None:
+        if not 0 <= index < self.num_layers:
+            raise IndexError(f"Layer {index} was asked for; this model has layers 0 to {self.num_layers - 1}.")
+
+
+def _replace_input(hidden: Tensor) -> Callable[..., tuple[tuple[Any, ...], dict[str, Any]]]:
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        if args:
+            return (hidden, *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": hidden}
+
+    return hook
+
+
+def _stop(module: nn.Module, args: Any, result: Any) -> None:
+    raise StopForward
+
+
+def _as_is(hidden: Tensor) -> Tensor:
+    return hidden
+
+
+def _keep_input(store: dict[int, Tensor], index: int, keep: Callable[[Tensor], Tensor]) -> Callable[..., None]:
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        store[index] = keep(hidden_among(args, kwargs))
+
+    return hook
+
+
+def _keep_output(store: dict[int, Tensor], index: int, keep: Callable[[Tensor], Tensor]) -> Callable[..., None]:
+    def hook(module: nn.Module, args: Any, result: Any) -> None:
+        store[index] = keep(hidden_of(result))
+
+    return hook

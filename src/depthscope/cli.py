@@ -1,0 +1,284 @@
+"""The command line: `depthscope analyze`, `show`, `compare` and `scores`.
+
+torch and transformers are imported inside the commands, so that `--help` answers at once. Bad input ends with one message
+and exit code 2, Ctrl-C with 130.
+"""
+
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+from depthscope.errors import DepthscopeError, ReportError, SettingsError
+
+if TYPE_CHECKING:
+    from depthscope.report import LayerReport
+
+app = typer.Typer(
+    name="depthscope",
+    help="Show how much every layer of a language model contributes.",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+)
+
+INTERRUPTED = 130
+BAD_INPUT = 2
+
+TEXT, DEPTH, HOW, OUTPUT = "Text", "What to measure", "Model and device", "Output"
+
+
+def main() -> None:
+    """Run the command line."""
+    app()
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        typer.echo(f"depthscope {version('depthscope')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and stop.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Show how much every layer of a language model contributes. Layers count from 0."""
+
+
+@app.command()
+def analyze(
+    model: Annotated[
+        str, typer.Argument(help="A Hub id, a folder, a [bold].gguf[/] file or a PEFT adapter folder.", metavar="MODEL")
+    ],
+    text: Annotated[
+        list[Path] | None,
+        typer.Option(help="Text file or directory; may be given several times. Default: Python's own library source.",
+                     rich_help_panel=TEXT),
+    ] = None,
+    dataset: Annotated[
+        str | None, typer.Option(help="A datasets name, or name:config, instead of --text.", rich_help_panel=TEXT)
+    ] = None,
+    column: Annotated[str | None, typer.Option(help="The column that holds the text.", rich_help_panel=TEXT)] = None,
+    split: Annotated[str | None, typer.Option(help="The split of the dataset.", rich_help_panel=TEXT)] = None,
+    fit_blocks: Annotated[
+        int, typer.Option(help="Blocks, from the start of the text, that fit the linear maps.", rich_help_panel=TEXT)
+    ] = 16,
+    eval_blocks: Annotated[
+        int, typer.Option(help="Blocks after those, that measure everything.", rich_help_panel=TEXT)
+    ] = 8,
+    block_size: Annotated[int, typer.Option(help="Tokens in a block.", rich_help_panel=TEXT)] = 256,
+    scores: Annotated[
+        str,
+        typer.Option(help="Scores to compute, separated by commas; [bold]depthscope scores[/] explains them.",
+                     rich_help_panel=DEPTH),
+    ] = "all",
+    pairs: Annotated[
+        str,
+        typer.Option(help="Pairs of layers to swap: all, adjacent, or a share to sample such as 0.25.",
+                     rich_help_panel=DEPTH),
+    ] = "all",
+    probes: Annotated[
+        str, typer.Option(help="Random probes for the Jacobian distance, or exact.", rich_help_panel=DEPTH)
+    ] = "16",
+    threshold: Annotated[
+        float, typer.Option(help="Loss ratio above which a layer counts as useful.", rich_help_panel=DEPTH)
+    ] = 1.1,
+    ridge: Annotated[float, typer.Option(help="Relative ridge of the linear fit.", rich_help_panel=DEPTH)] = 1e-10,
+    in_sample: Annotated[
+        bool, typer.Option("--in-sample", help="Fit the linear maps on the evaluation blocks.", rich_help_panel=DEPTH)
+    ] = False,
+    paper_code: Annotated[
+        bool,
+        typer.Option("--paper-code", help="Compute what the paper's released code computes.", rich_help_panel=DEPTH),
+    ] = False,
+    seed: Annotated[int, typer.Option(help="Seed of probes and sampled pairs.", rich_help_panel=DEPTH)] = 0,
+    batch_size: Annotated[
+        int | None, typer.Option(help="Blocks in a forward pass; scores do not depend on it.", rich_help_panel=HOW)
+    ] = None,
+    dtype: Annotated[
+        str, typer.Option(help="auto, float32, bfloat16 or float16; auto is float32 on a CPU.", rich_help_panel=HOW)
+    ] = "auto",
+    device: Annotated[
+        str | None,
+        typer.Option(help="cpu, cuda, cuda:1, mps, or auto to split over several devices.", rich_help_panel=HOW),
+    ] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.", rich_help_panel=HOW)] = None,
+    trust_remote_code: Annotated[
+        bool,
+        typer.Option("--trust-remote-code", help="Run the code in the model's repository.", rich_help_panel=HOW),
+    ] = False,
+    out: Annotated[Path | None, typer.Option(help="Write the report as JSON.", rich_help_panel=OUTPUT)] = None,
+    html: Annotated[
+        Path | None, typer.Option(help="Write a page with interactive plots.", rich_help_panel=OUTPUT)
+    ] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No table, no progress.", rich_help_panel=OUTPUT)] = False,
+) -> None:
+    """Measure how much every layer of MODEL contributes.
+
+    Several processes share the work under torchrun: torchrun --nproc-per-node 2 -m depthscope analyze MODEL ...
+    """
+    with _errors_for_people():
+        if text and dataset:
+            raise SettingsError("Both --text and --dataset were given; choose one.")
+        _require_places(out, html)
+        from depthscope.analysis import analyze as measure
+        from depthscope.processes import Processes
+        from depthscope.settings import Settings
+
+        settings = Settings(
+            scores=scores,
+            fit_blocks=fit_blocks,
+            eval_blocks=eval_blocks,
+            block_size=block_size,
+            batch_size=batch_size,
+            threshold=threshold,
+            ridge=ridge,
+            in_sample=in_sample,
+            paper_code=paper_code,
+            pairs=_share_or_word(pairs),
+            probes=_count_or_word(probes),
+            seed=seed,
+        )
+        report = measure(
+            model,
+            text=text,
+            dataset=dataset,
+            column=column,
+            split=split,
+            settings=settings,
+            revision=revision,
+            dtype=dtype,
+            device=device,
+            trust_remote_code=trust_remote_code,
+            progress=not quiet,
+        )
+        if Processes.here().is_main:
+            _deliver(report, out, html, quiet)
+
+
+@app.command()
+def show(
+    report: Annotated[Path, typer.Argument(help="A report written by analyze --out.", metavar="REPORT")],
+    html: Annotated[Path | None, typer.Option(help="Write a page with interactive plots.")] = None,
+) -> None:
+    """Show a report that was saved earlier."""
+    with _errors_for_people():
+        from depthscope.report import LayerReport
+
+        _require_places(html)
+        _deliver(LayerReport.load(report), None, html, quiet=False)
+
+
+@app.command()
+def compare(
+    reports: Annotated[list[Path], typer.Argument(help="Two or more reports.", metavar="REPORT...")],
+    html: Annotated[Path | None, typer.Option(help="Write a page that lays the layers side by side.")] = None,
+) -> None:
+    """Hold reports side by side: what differs, and whether by more than the noise."""
+    with _errors_for_people():
+        from depthscope.comparison import compare as hold
+        from depthscope.page import write_page
+        from depthscope.render import print_comparison
+        from depthscope.report import LayerReport
+
+        if len(reports) < 2:
+            raise SettingsError(f"{len(reports)} report was given; compare needs at least two.")
+        _require_places(html)
+        loaded = [LayerReport.load(path) for path in reports]
+        print_comparison(hold(loaded), Console())
+        if html is not None:
+            write_page(html, loaded)
+            _say(f"Page: {html}")
+
+
+@app.command()
+def scores() -> None:
+    """Explain every score in a sentence or two."""
+    with _errors_for_people():
+        from depthscope.render import print_explanations
+        from depthscope.scores import EXPLANATIONS
+
+        print_explanations(EXPLANATIONS.values(), Console())
+
+
+def _deliver(report: "LayerReport", out: Path | None, html: Path | None, quiet: bool) -> None:
+    """Print a report, and write what was asked for; the measurements survive a disk that is full."""
+    from depthscope.page import write_page
+    from depthscope.render import print_report
+
+    if not quiet:
+        print_report(report, Console())
+    try:
+        if out is not None:
+            report.save(out)
+            _say(f"Report: {out}")
+        if html is not None:
+            write_page(html, report)
+            _say(f"Page:   {html}")
+    except ReportError as error:
+        raise ReportError(f"{error}{_rescued(report)}") from error
+
+
+def _rescued(report: "LayerReport") -> str:
+    """Save a report where there may still be room, and say where."""
+    folder = Path(tempfile.mkdtemp(prefix="depthscope-"))
+    try:
+        report.save(folder / "report.json")
+    except ReportError:
+        folder.rmdir()
+        return ""
+    return f" The measurements are safe in {folder / 'report.json'}."
+
+
+def _require_places(*places: Path | None) -> None:
+    """Refuse outputs that cannot be written before hours are spent on them."""
+    for place in places:
+        if place is None:
+            continue
+        if place.is_dir():
+            raise ReportError(f"{place} is a folder; give the name of a file to write.")
+        if not place.absolute().parent.is_dir():
+            raise ReportError(f"The folder {place.absolute().parent} does not exist; create it, or write elsewhere.")
+
+
+def _share_or_word(pairs: str) -> "float | str":
+    try:
+        return float(pairs)
+    except ValueError:
+        return pairs
+
+
+def _count_or_word(probes: str) -> "int | str":
+    return int(probes) if probes.lstrip("-").isdigit() else probes
+
+
+def _say(line: str) -> None:
+    Console().print(Text(line))
+
+
+@contextmanager
+def _errors_for_people() -> Iterator[None]:
+    """One message instead of a traceback: exit code 2 for bad input, 130 for Ctrl-C."""
+    try:
+        yield
+    except DepthscopeError as error:
+        Console(stderr=True).print(Text("Error: ", style="bold red") + Text(str(error)), soft_wrap=True)
+        raise typer.Exit(BAD_INPUT) from None
+    except KeyboardInterrupt as interrupt:
+        said = str(interrupt) or "Interrupted."
+        Console(stderr=True).print(Text(f"{said} Nothing was written."), soft_wrap=True)
+        raise typer.Exit(INTERRUPTED) from None
+    except BrokenPipeError:
+        sys.stderr.close()
+        raise typer.Exit(1) from None

@@ -1,0 +1,41 @@
+"""The exceptions of depthscope: each says what was given, what was expected and what to do next.
+
+Everything that is the user's to mend derives from `DepthscopeError`; the command line prints its message and exits with
+2, the Space shows it, and a Python caller can catch one cause without catching the others.
+"""
+
+
+class DepthscopeError(Exception):
+    """Base class of every error that depthscope raises on purpose."""
+
+
+class NoLayerStackError(DepthscopeError):
+    """The model has no plain stack of decoder layers, each called once and in order."""
+
+
+class ModelLoadError(DepthscopeError):
+    """The model could not be loaded: missing, gated, unsafe, not a causal language model, ..."""
+
+
+class CorpusError(DepthscopeError):
+    """The text could not be read, or holds fewer tokens than were asked for."""
+
+
+class SettingsError(DepthscopeError, ValueError):
+    """An option has a value that is not allowed."""
+
+
+class AnalysisError(DepthscopeError):
+    """The analysis could not be carried out on this model and this text."""
+
+
+class NonFiniteError(AnalysisError):
+    """The model's activations or its loss are not finite."""
+
+
+class OutOfMemoryError(AnalysisError):
+    """The device ran out of memory; the message says what to lower."""
+
+
+class ReportError(DepthscopeError):
+    """A report could not be read or written."""

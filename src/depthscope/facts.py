@@ -1,0 +1,96 @@
+"""What the report states about a model: its shape, size and dtype, read off its config and its parameters."""
+
+from collections import Counter
+from typing import Any
+
+import torch
+from torch import nn
+
+__all__ = ["model_facts"]
+
+# The names that architectures give to the same thing, the usual one first.
+EXPERTS = (
+    "num_experts",
+    "num_local_experts",
+    "n_routed_experts",
+    "moe_num_experts",
+    "num_moe_experts",
+    "ffn_num_experts",
+)
+EXPERTS_PER_TOKEN = (
+    "num_experts_per_tok",
+    "num_experts_per_token",
+    "top_k_experts",
+    "moe_topk",
+    "moe_top_k",
+    "moe_k",
+    "experts_per_token",
+    "num_selected_experts",
+)
+
+
+def model_facts(
+    model: nn.Module, name: str | None = None, *, source: str = "object", revision: str | None = None
+) -> dict[str, Any]:
+    """The report's `model` section; what a model does not say of itself is None.
+
+    Parameters are counted once each, also where they are tied or shared; an adapter's are counted too.
+
+    Args:
+        model: any causal language model, wrapped by PEFT or not.
+        name: what the report calls it (by default, what its config or its class is called).
+        source: where it came from: "hub", "folder", "gguf", "adapter" or "object".
+        revision: the commit, if it came from the Hub.
+    """
+    unwrap: Any = getattr(model, "get_base_model", None)
+    inner = unwrap() if unwrap is not None else model
+    config: Any = getattr(inner, "config", None)
+    text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
+    return {
+        "name": name or _read(config, "_name_or_path") or type(inner).__name__,
+        "revision": revision,
+        "source": source,
+        "model_type": _read(config, "model_type") or "unknown",
+        "architecture": type(inner).__name__,
+        "num_layers": _whole(text, "num_hidden_layers"),
+        "hidden_size": _whole(text, "hidden_size"),
+        "num_parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "vocab_size": _whole(text, "vocab_size"),
+        "num_attention_heads": _whole(text, "num_attention_heads"),
+        "num_key_value_heads": _whole(text, "num_key_value_heads"),
+        "num_experts": _whole(text, *EXPERTS),
+        "num_experts_per_tok": _whole(text, *EXPERTS_PER_TOKEN),
+        "tied_embeddings": bool(_read(text, "tie_word_embeddings")),
+        "quantization": _quantization(config),
+        "dtype": _dtype(model),
+    }
+
+
+def _read(config: Any, name: str) -> Any:
+    """One entry of a config; None too where the config refuses to give one value for all layers."""
+    try:
+        return getattr(config, name, None)
+    except (ValueError, RuntimeError, LookupError, TypeError):
+        return None
+
+
+def _whole(config: Any, *names: str) -> int | None:
+    for name in names:
+        value = _read(config, name)
+        if isinstance(value, int) and not isinstance(value, bool):
+            return value
+    return None
+
+
+def _quantization(config: Any) -> str | None:
+    settings = _read(config, "quantization_config")
+    method = settings.get("quant_method") if isinstance(settings, dict) else getattr(settings, "quant_method", None)
+    return str(getattr(method, "value", method)) if method else None
+
+
+def _dtype(model: nn.Module) -> str:
+    """The dtype that most parameters have, without "torch."."""
+    counts: Counter[torch.dtype] = Counter()
+    for parameter in model.parameters():
+        counts[parameter.dtype] += parameter.numel()
+    return str(counts.most_common(1)[0][0]).removeprefix("torch.") if counts else "none"

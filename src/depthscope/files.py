@@ -1,0 +1,116 @@
+"""Writing and reading whole files: written all or not at all, read no further than a bound.
+
+Failures become one `ReportError` that names the path and what to do; nothing half-written is left behind.
+"""
+
+import contextlib
+import errno
+import os
+import secrets
+import stat
+from pathlib import Path
+
+from depthscope.errors import ReportError
+
+__all__ = ["read_text", "write_atomically"]
+
+REMEDIES = {
+    errno.ENOSPC: "no space is left on the device; free some, or choose a path on another one",
+    errno.EDQUOT: "the disk quota is used up; free some space, or choose a path elsewhere",
+    errno.EFBIG: "the file would be larger than the system allows; raise the limit, or choose a path elsewhere",
+    errno.EACCES: "permission denied; choose a folder that you may write to, or change its permissions",
+    errno.EPERM: "the system does not permit it; choose a folder that you may write to",
+    errno.EROFS: "the file system is read-only; choose a path elsewhere",
+    errno.ENOENT: "the folder does not exist; create it first, or choose another path",
+    errno.ENOTDIR: "a part of the path is a file, not a folder; choose another path",
+    errno.EISDIR: "it is a folder; give the path of a file in it",
+    errno.ENAMETOOLONG: "the name is too long; choose a shorter one",
+}
+
+
+def write_atomically(path: str | os.PathLike[str], content: str | bytes) -> Path:
+    """Write a file so that at any moment `path` holds the old content or the new one, never a part of it.
+
+    The content goes to a temporary file in the same folder, is flushed to the disk and then renamed. A symbolic link is
+    followed; an existing file keeps its permissions; a device or pipe is written to directly.
+
+    Args:
+        path: the file to write.
+        content: what to write; text is written as UTF-8 with the newlines it has.
+
+    Returns:
+        The path.
+
+    Raises:
+        ReportError: it cannot be written; the message says why and what to do. No temporary file stays behind.
+    """
+    data = content.encode("utf-8") if isinstance(content, str) else content
+    try:
+        target = Path(os.path.realpath(path))
+        if target.is_dir():
+            raise IsADirectoryError(errno.EISDIR, "Is a directory")
+        if target.exists() and not target.is_file():
+            target.write_bytes(data)
+        else:
+            _replace(target, data)
+    except (OSError, ValueError) as error:
+        raise ReportError(f"cannot write {os.fspath(path)!r}: {_reason(error)}.") from error
+    return Path(path)
+
+
+def read_text(path: str | os.PathLike[str], max_bytes: int) -> str:
+    """Read a UTF-8 text file of at most `max_bytes` bytes.
+
+    Raises:
+        ReportError: the file is missing, too large, unreadable or not UTF-8 text.
+    """
+    name = repr(os.fspath(path))
+    try:
+        with open(path, "rb") as file:
+            data = file.read(max_bytes + 1)
+    except FileNotFoundError as error:
+        raise ReportError(f"there is no file {name}; give the path of a report, as written by --out.") from error
+    except (OSError, ValueError) as error:
+        raise ReportError(f"cannot read {name}: {_reason(error)}.") from error
+    if len(data) > max_bytes:
+        raise ReportError(f"{name} is larger than {max_bytes / 2**20:g} MiB, the most that a report may take.")
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ReportError(f"{name} is not UTF-8 text (byte {error.start}), so it is not a report.") from error
+
+
+def _replace(target: Path, data: bytes) -> None:
+    """Write `data` beside `target`, flush it to the disk, and rename it to `target`."""
+    temporary = target.with_name(f".depthscope-{secrets.token_hex(6)}.tmp")
+    # Not tempfile.mkstemp: its files are private to the user, where an ordinary file follows the umask.
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        if target.exists():
+            temporary.chmod(stat.S_IMODE(target.stat().st_mode))
+        os.replace(temporary, target)
+    except BaseException:  # Ctrl-C too must leave no stray file; everything is raised again.
+        temporary.unlink(missing_ok=True)
+        raise
+    _flush_folder(target.parent)
+
+
+def _flush_folder(folder: Path) -> None:
+    """Make a rename in `folder` durable where the system can; the content itself is safe without it."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _reason(error: OSError | ValueError) -> str:
+    """Say why a path cannot be read or written, and what to do, without Python's error number."""
+    if not isinstance(error, OSError):  # a path with a null byte
+        return str(error)
+    return REMEDIES.get(error.errno or 0, error.strerror or str(error))

@@ -1,0 +1,111 @@
+"""What the names in a report mean: label, unit and one phrase for each score, and how its numbers are written.
+
+Everything that shows a report to a person (tables, plots, page, cards) takes its words from here, so that one score is
+called by one name everywhere. The order of both tables is the order in which a report lists its scores.
+"""
+
+import math
+from dataclasses import dataclass
+
+__all__ = ["GLOBAL_SCORES", "LAYER_SCORES", "Term", "format_number", "format_score", "format_with_error", "in_order"]
+
+MISSING = "–"
+
+
+@dataclass(frozen=True)
+class Term:
+    """How one score is called.
+
+    Attributes:
+        label: its name, as short as it can be and still stand alone.
+        unit: "" for a pure number, "× loss" for a ratio of losses.
+        phrase: what it says, in one phrase.
+        heading: shorter still, for the head of a narrow column; the label where it is empty.
+    """
+
+    label: str
+    unit: str
+    phrase: str
+    heading: str = ""
+
+
+LAYER_SCORES: dict[str, Term] = {
+    "variance": Term("variance", "", "variance of the residual stream after the layer, over the hidden dimension"),
+    "variance_input": Term("variance before", "", "variance of the residual stream before the layer"),
+    "variance_update": Term("Var(update)", "", "variance of what the layer adds to the stream"),
+    "variance_covariance": Term("2 Cov", "", "twice the covariance of the stream with what the layer adds to it"),
+    "attention_variance": Term("attention variance", "", "variance of the attention's output", "attention"),
+    "mlp_variance": Term("MLP variance", "", "variance of the MLP's output", "MLP"),
+    "usefulness_ratio": Term(
+        "linearise ratio", "× loss", "loss with the layer replaced by its best affine map, over the loss", "linear"
+    ),
+    "skip_ratio": Term("skip ratio", "× loss", "loss with the layer left out, over the loss", "skip"),
+    "causal": Term("causal", "", "relative change of the later layers' updates when the layer is left out"),
+    "permutation": Term(
+        "permutation", "", "relative change of the loss when the layer is swapped with another", "permute"
+    ),
+    "jacobian": Term("Jacobian distance", "", "distance of the layer's Jacobian from the identity", "Jacobian"),
+    "block_influence": Term("block influence", "", "1 − cosine of the layer's input and output", "influence"),
+    "angular_distance": Term("angular distance", "× π", "angle between the layer's input and output", "angle"),
+    "update_norm": Term("update norm", "", "norm of what the layer adds, over the norm of the stream", "norm"),
+    "update_cosine": Term("update cosine", "", "cosine of what the layer adds with the stream", "cosine"),
+}
+
+GLOBAL_SCORES: dict[str, Term] = {
+    "loss": Term("loss", "nats/token", "next-token cross-entropy of the whole model"),
+    "effective_depth_skip": Term("effective depth, skipping", "layers", "how many layers share the cost of skipping"),
+    "effective_depth_linear": Term("effective depth, linearising", "layers", "how many share the cost of linearising"),
+    "usefulness": Term("usefulness", "", "share of layers that an affine map cannot replace"),
+    "usefulness_ratio": Term("mean linearise ratio", "× loss", "loss with one layer made affine"),
+    "usefulness_excess": Term("sum of linearising", "× loss", "what making each layer affine adds, in sum"),
+    "skip_ratio": Term("mean skip ratio", "× loss", "loss with one layer left out"),
+    "causal": Term("mean causal score", "", "change of later updates when a layer is skipped"),
+    "permutation": Term("mean permutation score", "", "change of the loss when two layers are swapped"),
+    "permutation_sampling_se": Term("permutation, sampling error", "", "from measuring a sample of the pairs"),
+    "jacobian": Term("mean Jacobian distance", "", "distance of a layer's Jacobian from the identity"),
+    "jacobian_probe_se": Term("Jacobian, probing error", "", "from estimating with random probes"),
+    "variance": Term("last variance", "", "of the residual stream after the last layer"),
+    "variance_growth": Term("variance growth", "×", "variance after the last layer over the first"),
+    "block_influence": Term("mean block influence", "", "1 − cosine of a layer's input and output"),
+    "angular_distance": Term("mean angular distance", "× π", "angle between a layer's input and output"),
+    "update_norm": Term("mean update norm", "", "norm of an update over that of the stream"),
+    "update_cosine": Term("mean update cosine", "", "cosine of an update with the stream"),
+}
+
+
+def in_order(names: set[str], known: dict[str, Term]) -> list[str]:
+    """Sort the names of scores: those in `known` in its order, then the others by name."""
+    return [name for name in known if name in names] + sorted(names - known.keys())
+
+
+def format_number(value: float | None, digits: int = 4) -> str:
+    """Write a number with `digits` significant digits, thousands separated; a dash where there is none."""
+    if value is None:
+        return MISSING
+    if value == 0:
+        return "0"
+    if not math.isfinite(value):
+        return f"{value:g}"
+    rounded = float(f"{value:.{digits - 1}e}")
+    exponent = int(f"{rounded:e}".split("e")[1])
+    if exponent >= 15 or exponent < -5:
+        return f"{rounded:.{digits - 1}e}"
+    return f"{rounded:,.{max(0, digits - 1 - exponent)}f}"
+
+
+def format_score(name: str, value: float | None) -> str:
+    """Write one layer's score for a table: ratios of losses with four decimals, the rest with three digits."""
+    if value is not None and name.endswith("_ratio") and abs(value) < 100:
+        return f"{value:.4f}"
+    return format_number(value, 3)
+
+
+def format_with_error(value: float | None, error: float | None) -> str:
+    """Write `value ± error`, the error with two significant digits and the value to the same decimal place."""
+    if value is None or error is None or error == 0:
+        return format_number(value)
+    exponent = int(f"{error:.1e}".split("e")[1])
+    decimals = 1 - exponent
+    if not 0 <= decimals <= 8:
+        return f"{format_number(value)} ± {format_number(error, 2)}"
+    return f"{value:,.{decimals}f} ± {error:,.{decimals}f}"

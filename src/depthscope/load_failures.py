@@ -1,0 +1,103 @@
+"""Why transformers could not load a model: its exceptions turned into one message for each cause.
+
+Causes are told apart by exception classes, and by looking at the files again after a failure; the wording of others'
+messages changes from version to version and decides nothing here.
+"""
+
+import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import transformers
+from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalEntryNotFoundError, StrictDataclassError
+from safetensors import SafetensorError
+
+from depthscope.checkpoints import CONFIG, Checkpoint, damaged_file, explain_hub_error
+from depthscope.errors import ModelLoadError
+from depthscope.messages import one_line
+
+__all__ = ["LOAD_FAILURES", "load_errors"]
+
+# What transformers raises for a config, weights or a tokenizer that it cannot make anything of.
+LOAD_FAILURES = (
+    OSError,
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    RuntimeError,
+    ArithmeticError,
+    AssertionError,
+    ImportError,
+    EOFError,
+    struct.error,
+    StrictDataclassError,
+    SafetensorError,
+)
+HUB_FAILURES = (HfHubHTTPError, HTTPError, LocalEntryNotFoundError, ConnectionError, TimeoutError)
+
+
+@contextmanager
+def load_errors(checkpoint: Checkpoint, part: str) -> Iterator[None]:
+    """Turn what transformers raises while it loads a `part` ("config" or "weights") into a `ModelLoadError`."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise ModelLoadError(
+            f"{checkpoint.name!r} does not fit in memory. Load it as bfloat16, or split it over devices with device "
+            "auto."
+        ) from error
+    except LOAD_FAILURES as error:
+        raise ModelLoadError(_explain(checkpoint, part, error)) from error
+
+
+def _explain(checkpoint: Checkpoint, part: str, error: BaseException) -> str:
+    for cause in _causes(error):
+        if isinstance(cause, HUB_FAILURES):
+            return explain_hub_error(cause, checkpoint.name, checkpoint.revision)
+    what = f"{type(error).__name__}: {one_line(error)}"
+    if checkpoint.gguf_file:
+        return _explain_gguf(checkpoint, what, error)
+    if damaged := damaged_file(checkpoint):
+        return f"{damaged[0]} of {checkpoint.name!r} is damaged ({damaged[1]}) Fetch the file again."
+    quantization = checkpoint.read_json(CONFIG).get("quantization_config")
+    if part == "weights" and isinstance(quantization, dict):
+        return (
+            f"{checkpoint.name!r} is quantised with {quantization.get('quant_method')!r}, which cannot be loaded here "
+            f"({what}) Install what it needs, or give the model that it was made from."
+        )
+    if isinstance(error, ImportError):
+        return f"{checkpoint.name!r} needs a package that is not here ({what}) Install it and try again."
+    if part == "config":
+        return f"config.json of {checkpoint.name!r} is not valid ({what}) Mend the file, or fetch it again."
+    return f"{checkpoint.name!r} cannot be loaded ({what}) Check its config.json, and that the weights belong to it."
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _explain_gguf(checkpoint: Checkpoint, what: str, error: BaseException) -> str:
+    if isinstance(error, ImportError):
+        return f"Reading {checkpoint.name!r} needs the package `gguf` ({what}) Install it: pip install gguf."
+    architecture = _gguf_architecture(checkpoint.gguf_file or "")
+    if architecture is None:
+        return f"{checkpoint.name!r} is damaged: its header or its weights end early or are garbled. Fetch it again."
+    return (
+        f"{checkpoint.name!r} is a GGUF file of the architecture {architecture!r}, which transformers "
+        f"{transformers.__version__} cannot load ({what}) Give the original model instead."
+    )
+
+
+def _gguf_architecture(path: str) -> str | None:
+    """The architecture that a GGUF file names; None if its header or tensors cannot be read."""
+    try:
+        from gguf import GGUFReader
+
+        field = GGUFReader(path).get_field("general.architecture")
+        return None if field is None else str(field.contents())
+    except LOAD_FAILURES:
+        return None

@@ -1,0 +1,290 @@
+"""A model by name -> the model in evaluation mode, its tokenizer, and the facts that the report states about it.
+
+The loading itself is transformers' own (`AutoConfig`, `AutoModelForCausalLM`, `AutoTokenizer`); what is added is that
+each cause of failure has its own message, and that a checkpoint that does not fit its config is refused instead of
+being completed with random weights.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_MASKED_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+)
+
+from depthscope.adapters import apply_adapter, require_adapter_weights
+from depthscope.checkpoints import ADAPTER_CONFIG, CONFIG, Checkpoint, find_checkpoint, require_weights
+from depthscope.devices import device_arguments, find_device, find_dtype
+from depthscope.errors import ModelLoadError
+from depthscope.facts import model_facts
+from depthscope.load_failures import LOAD_FAILURES, load_errors
+from depthscope.messages import listed, one_line
+from depthscope.quiet import quiet
+
+__all__ = ["LoadedModel", "load_model", "model_facts"]
+
+TOKENIZER_FILES = frozenset(
+    (
+        "tokenizer.json",
+        "tokenizer.model",
+        "tokenizer_config.json",
+        "vocab.json",
+        "vocab.txt",
+        "spiece.model",
+        "tekken.json",
+    )
+)
+
+
+@dataclass
+class LoadedModel:
+    """A model in evaluation mode, its tokenizer (None without one) and its facts: the report's `model` section.
+
+    `notes` are what a reader of the report should know about the loading; `tokenizer_problem` says why there is no
+    tokenizer.
+    """
+
+    model: nn.Module
+    tokenizer: Any
+    facts: dict[str, Any]
+    notes: list[str] = field(default_factory=list)
+    tokenizer_problem: str | None = None
+
+    def require_tokenizer(self) -> Any:
+        """The tokenizer.
+
+        Raises:
+            ModelLoadError: there is none; the message says why.
+        """
+        if self.tokenizer is None:
+            name = self.facts.get("name", "The model")
+            raise ModelLoadError(self.tokenizer_problem or f"{name} was given without a tokenizer, and text needs one.")
+        return self.tokenizer
+
+
+@dataclass(frozen=True)
+class _Options:
+    dtype: Any
+    device: torch.device | None  # None: split over the devices there are
+    trust_remote_code: bool
+    token: str | None
+
+
+def load_model(
+    name: str,
+    *,
+    revision: str | None = None,
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device | None = None,
+    trust_remote_code: bool = False,
+    token: str | None = None,
+) -> LoadedModel:
+    """Load a causal language model, ready to be analysed.
+
+    Args:
+        name: the id of a repository on the Hugging Face Hub, a folder, a .gguf file, or a PEFT adapter (a repository or
+            folder with adapter_config.json: its base model is loaded and the adapter put on it).
+        revision: a branch, tag or commit of the repository.
+        dtype: "float32", "bfloat16", "float16", or "auto": the checkpoint's own on an accelerator, float32 on a CPU.
+        device: such as "cpu", "cuda", "cuda:1" or "mps"; None takes an accelerator if there is one; "auto" splits the
+            model over all devices.
+        trust_remote_code: whether code from the model's repository may run.
+        token: a token of the Hub, for private and gated repositories.
+
+    Raises:
+        ModelLoadError: the model cannot be loaded; the message says why and what to do.
+        SettingsError: no such dtype.
+    """
+    place = find_device(device)
+    options = _Options(find_dtype(dtype, place), place, trust_remote_code, token)
+    with quiet():
+        checkpoint = find_checkpoint(str(name), revision=revision, token=token)
+        if checkpoint.is_adapter:
+            return _load_adapter(checkpoint, options)
+        return _load_checkpoint(checkpoint, options)
+
+
+def _load_checkpoint(checkpoint: Checkpoint, options: _Options) -> LoadedModel:
+    settings = checkpoint.read_json(CONFIG)
+    _require_config(checkpoint, settings, options.trust_remote_code)
+    config = _load_config(checkpoint, options)
+    _require_causal(checkpoint.name, config, options.trust_remote_code)
+    require_weights(checkpoint, settings)
+    if ADAPTER_CONFIG in checkpoint.files:  # transformers puts an adapter beside the weights on by itself
+        require_adapter_weights(checkpoint)
+    model, notes = _load_weights(checkpoint, config, options)
+    tokenizer, problem = _load_tokenizer(checkpoint, options)
+    source = "adapter" if ADAPTER_CONFIG in checkpoint.files else checkpoint.source
+    facts = model_facts(model, name=checkpoint.name, source=source, revision=checkpoint.revision)
+    return LoadedModel(model, tokenizer, facts, notes, problem)
+
+
+def _load_adapter(checkpoint: Checkpoint, options: _Options) -> LoadedModel:
+    def load_base(name: str, revision: str | None) -> LoadedModel:
+        base = find_checkpoint(name, revision=revision, token=options.token)
+        if base.is_adapter:
+            raise ModelLoadError(f"{name!r} is an adapter itself; give an adapter whose base is a whole model.")
+        return _load_checkpoint(base, options)
+
+    model, base, notes = apply_adapter(checkpoint, load_base)
+    tokenizer, problem = base.tokenizer, base.tokenizer_problem
+    if TOKENIZER_FILES & checkpoint.files:
+        tokenizer, problem = _load_tokenizer(checkpoint, options)
+    facts = model_facts(model, name=checkpoint.name, source="adapter", revision=checkpoint.revision)
+    facts |= {"base_model": base.facts["name"], "base_revision": base.facts["revision"]}
+    return LoadedModel(model, tokenizer, facts, base.notes + notes, problem)
+
+
+# The config
+
+
+def _require_config(checkpoint: Checkpoint, settings: Mapping[str, Any], trust_remote_code: bool) -> None:
+    """Refuse a folder or repository without a config, or with one that transformers has no code for."""
+    if checkpoint.gguf_file:
+        return
+    if CONFIG not in checkpoint.files:
+        raise ModelLoadError(_no_config(checkpoint))
+    kind, own_code = settings.get("model_type"), settings.get("auto_map")
+    if isinstance(kind, str) and kind in CONFIG_MAPPING:
+        return
+    if own_code and not trust_remote_code:
+        raise ModelLoadError(_needs_code(checkpoint.name))
+    if not own_code and kind is None:
+        raise ModelLoadError(
+            f"config.json of {checkpoint.name!r} names no model_type, so it is not the config of a transformers model. "
+            "Give a model saved with save_pretrained."
+        )
+    if not own_code:
+        raise ModelLoadError(
+            f"{checkpoint.name!r} is of type {kind!r}, which transformers {transformers.__version__} does not know. "
+            "Update it (pip install --upgrade transformers), or check model_type in config.json."
+        )
+
+
+def _no_config(checkpoint: Checkpoint) -> str:
+    ggufs = sorted(file for file in checkpoint.files if file.lower().endswith(".gguf"))
+    if ggufs:
+        what = "Give the path of one" if checkpoint.is_local else "Download one and give its path"
+        return (
+            f"{checkpoint.name!r} has no config.json, but GGUF files: {', '.join(ggufs)}. {what} instead of the folder."
+        )
+    inner = checkpoint.inner_models()
+    hint = f" Did you mean {inner[-1]!r}?" if inner else ""
+    return (
+        f"{checkpoint.name!r} has no config.json, so it is not a model's folder. Give a folder written by "
+        f"save_pretrained, a .gguf file or the id of a repository on the Hugging Face Hub.{hint}"
+    )
+
+
+def _needs_code(name: str) -> str:
+    return (
+        f"{name!r} runs only with code from its own repository, which is not run unless you say so. Read that code, "
+        "and if you trust it, pass --trust-remote-code (in Python: trust_remote_code=True)."
+    )
+
+
+def _load_config(checkpoint: Checkpoint, options: _Options) -> PretrainedConfig:
+    with load_errors(checkpoint, "config"):
+        config = AutoConfig.from_pretrained(**checkpoint.where, trust_remote_code=options.trust_remote_code)
+    asked = getattr(config, "_attn_implementation", None)
+    if isinstance(asked, str) and "/" in asked and not options.trust_remote_code:
+        config._attn_implementation = None  # a config may name a kernel, which is code from yet another repository
+    return config
+
+
+def _require_causal(name: str, config: PretrainedConfig, trust_remote_code: bool) -> None:
+    kind, model_type = type(config), config.model_type
+    if getattr(config, "is_encoder_decoder", False):
+        what = "an encoder-decoder model"
+    elif kind in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False):
+        what = "an encoder, which sees the tokens that it should predict"
+    elif kind in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return
+    elif "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {}):
+        if trust_remote_code:
+            return
+        raise ModelLoadError(_needs_code(name))
+    else:
+        what = "a model that transformers has no causal language model for"
+    raise ModelLoadError(
+        f"{name!r} ({model_type}) is {what}. Only decoder-only causal language models can be analysed; give one of "
+        "those."
+    )
+
+
+# The weights
+
+
+def _load_weights(checkpoint: Checkpoint, config: PretrainedConfig, options: _Options) -> tuple[nn.Module, list[str]]:
+    with load_errors(checkpoint, "weights"):
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            **checkpoint.where,
+            **device_arguments(options.device),
+            **_plain_weights(checkpoint),
+            config=config,
+            dtype=options.dtype,
+            use_safetensors=True,
+            weights_only=True,
+            trust_remote_code=options.trust_remote_code,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # to name them in our own message
+        )
+    model, info = loaded
+    _require_all_weights(checkpoint.name, info)
+    unexpected = sorted(info["unexpected_keys"])
+    notes = [
+        f"{len(unexpected)} weights in the checkpoint are not the model's and were left out: {listed(unexpected)}."
+    ]
+    return model.eval(), notes if unexpected else []
+
+
+def _plain_weights(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Unpack a GGUF file's weights, even where transformers would fetch kernels that compute on packed ones."""
+    if checkpoint.gguf_file is None or not hasattr(transformers, "GgufConfig"):
+        return {}
+    return {"quantization_config": transformers.GgufConfig(dequantize=True)}
+
+
+def _require_all_weights(name: str, info: Mapping[str, Any]) -> None:
+    """Refuse what transformers would fill with random numbers."""
+    missing, mismatched = sorted(info["missing_keys"]), sorted(entry[0] for entry in info["mismatched_keys"])
+    found = [f"{len(missing)} are missing ({listed(missing)})"] if missing else []
+    found += [f"{len(mismatched)} have another shape ({listed(mismatched)})"] if mismatched else []
+    if found:
+        raise ModelLoadError(
+            f"The weights of {name!r} do not fit its config: {' and '.join(found)}. It would run with random numbers "
+            "in their place; fetch or save the model again, config and weights together."
+        )
+
+
+# The tokenizer
+
+
+def _load_tokenizer(checkpoint: Checkpoint, options: _Options) -> tuple[Any, str | None]:
+    """The tokenizer and None, or None and why there is none: with blocks of ids, a model needs no tokenizer."""
+    name = checkpoint.name
+    problem: Exception
+    if not checkpoint.gguf_file and not TOKENIZER_FILES & checkpoint.files:
+        return None, f"{name!r} has no tokenizer (no tokenizer.json or the like), and text needs one. Add its files."
+    if "auto_map" in checkpoint.read_json("tokenizer_config.json") and not options.trust_remote_code:
+        return None, f"The tokenizer of {_needs_code(name)}"
+    try:
+        return AutoTokenizer.from_pretrained(**checkpoint.where, trust_remote_code=options.trust_remote_code), None
+    except LOAD_FAILURES as error:
+        problem = error
+    except Exception as error:  # the Rust library behind it raises bare `Exception`s; everything else goes on
+        if type(error) is not Exception:
+            raise
+        problem = error
+    what = f"{type(problem).__name__}: {one_line(problem)}"
+    return None, f"The tokenizer of {name!r} cannot be read ({what}) Fetch its files again."

@@ -1,0 +1,18 @@
+"""Wording that error messages share: quoting other errors and lists of names, in a few words."""
+
+__all__ = ["listed", "one_line"]
+
+LONGEST_QUOTE = 200
+
+
+def one_line(error: BaseException) -> str:
+    """An error's message on one line, not too long, as a sentence."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    if len(text) > LONGEST_QUOTE:
+        text = text[:LONGEST_QUOTE].rsplit(" ", 1)[0] + " ..."
+    return text if text.endswith((".", "!", "?")) else text + "."
+
+
+def listed(names: list[str]) -> str:
+    """The first three names, and how many more there are."""
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

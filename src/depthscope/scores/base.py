@@ -1,0 +1,195 @@
+"""What all scores share: a batch of blocks with its baseline pass, sums over tokens kept by block, and their values.
+
+A score never keeps means. It keeps, for every evaluation block, the sums that its formula is made of, and `finish` turns
+totals over blocks into values. So the same `finish` gives the score (all blocks) and its standard error (leaving one
+block out at a time), and neither depends on the batch size or on how many processes shared the blocks.
+"""
+
+from abc import ABC
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from depthscope.anatomy import LayerStack
+from depthscope.corpus import Blocks
+from depthscope.settings import Settings
+
+Array = np.ndarray
+Sums = Mapping[str, Array]
+
+# Elements of logits that are turned into losses at once: small enough to stay in a processor's cache.
+LOSS_CHUNK = 1 << 21
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What a score says, for people: `depthscope scores`, tables and pages read it."""
+
+    name: str
+    title: str
+    meaning: str
+    formula: str
+    unit: str
+    source: str
+
+
+@dataclass
+class Values:
+    """What a score comes to: single numbers, one number a layer [L], one a pair of layers [L, L]; NaN where undefined."""
+
+    scores: dict[str, Array | float] = field(default_factory=dict)
+    layers: dict[str, Array] = field(default_factory=dict)
+    pairs: dict[str, Array] = field(default_factory=dict)
+
+
+@dataclass
+class Batch:
+    """A batch of evaluation blocks and what the model did on it before anything was changed."""
+
+    rows: Array  # [B] which evaluation blocks these are
+    blocks: Blocks
+    token_mask: Tensor  # [B, T] the tokens that count
+    target_mask: Tensor  # [B, T - 1] the predictions that count
+    inputs: dict[int, Tensor]  # layer -> residual stream before it
+    outputs: dict[int, Tensor]  # layer -> residual stream after it
+    attention: dict[int, Tensor]  # layer -> variance of the attention's output by token
+    mlp: dict[int, Tensor]  # layer -> variance of the MLP's output by token
+    loss: Array  # [B] sum of the next-token losses of each block, nats
+
+    def masked_sum(self, per_token: Tensor) -> Array:
+        """Sum a quantity [B, T] over the tokens that count: [B], in float64."""
+        kept = torch.where(self.token_mask.to(per_token.device), per_token, 0)
+        return kept.double().sum(1).cpu().numpy() if kept.device.type != "mps" else kept.cpu().double().sum(1).numpy()
+
+
+@dataclass
+class SkippedRun:
+    """What the model did on a batch with one layer skipped."""
+
+    layer: int
+    inputs: dict[int, Tensor]
+    outputs: dict[int, Tensor]
+    loss: Array | None  # [B] nats, or None where no score asked for it
+
+
+class Score(ABC):
+    """One score over a layer stack.
+
+    Class attributes:
+        explanation: what it says.
+        skip_updates: it wants the later layers' inputs and outputs of every skipped-layer run.
+        skip_losses: it wants the loss of every skipped-layer run.
+    """
+
+    explanation: Explanation
+    skip_updates = False
+    skip_losses = False
+
+    def __init__(self, stack: LayerStack, settings: Settings, num_blocks: int) -> None:
+        self.stack = stack
+        self.settings = settings
+        self.num_blocks = num_blocks
+        self.head = head_work(stack)
+        self.sums: dict[str, Array] = {}
+
+    def work(self) -> float:
+        """How much it takes for one block, in forward passes of one layer, beyond what the scores share."""
+        return 0.0
+
+    def measure(self, batch: Batch, tick: Callable[[float], None]) -> None:
+        """Add a batch to the sums, running what experiments it takes; `tick` counts the work done."""
+
+    def measure_skip(self, batch: Batch, run: SkippedRun) -> None:
+        """Add the run of a batch with one layer skipped to the sums."""
+
+    def finish(self, sums: Sums) -> Values:
+        """Turn totals over blocks into values."""
+        raise NotImplementedError
+
+    def table(self, name: str, *shape: int, rows: int | None = None) -> Array:
+        """The sums called `name`: one row [*shape] a block, zero at first."""
+        if name not in self.sums:
+            self.sums[name] = np.zeros((rows or self.num_blocks, *shape))
+        return self.sums[name]
+
+
+def precise(hidden: Tensor) -> Tensor:
+    """The same numbers in float64, on a device that has it."""
+    return hidden.cpu().double() if hidden.device.type == "mps" else hidden.double()
+
+
+def wide(hidden: Tensor) -> Tensor:
+    """The same numbers in at least float32: half precision is too coarse for norms and variances."""
+    return hidden if hidden.dtype in (torch.float32, torch.float64) else hidden.float()
+
+
+def block_losses(logits: Tensor, input_ids: Tensor, target_mask: Tensor) -> Array:
+    """Sum each block's next-token cross-entropy: logits [B, T, V], ids [B, T], mask [B, T - 1] -> [B], nats.
+
+    Computed in float32 and summed in float64, a few positions at a time: the whole of the logits in float32, once more,
+    would be the largest tensor of an analysis.
+    """
+    targets, mask = input_ids[:, 1:].to(logits.device), target_mask.to(logits.device)
+    step = max(1, LOSS_CHUNK // logits.shape[-1])
+    totals = []
+    for row, aim, keep in zip(logits[:, :-1], targets, mask, strict=True):
+        losses = [
+            torch.logsumexp(part.float(), -1) - part.gather(-1, goal[:, None])[:, 0].float()
+            for part, goal in zip(row.split(step), aim.split(step), strict=True)
+        ]
+        totals.append(precise(torch.where(keep, torch.cat(losses), 0)).sum())
+    return torch.stack(totals).cpu().numpy()
+
+
+def head_work(stack: LayerStack) -> float:
+    """What the head and the loss cost, in forward passes of one layer: by their parameters, an estimate for progress."""
+    head = stack.model.get_output_embeddings() if hasattr(stack.model, "get_output_embeddings") else None
+    of_layer = sum(weight.numel() for weight in stack.layers.parameters()) / stack.num_layers
+    of_head = sum(weight.numel() for weight in head.parameters()) if head is not None else 0
+    return of_head / max(of_layer, 1)
+
+
+def forwards_from(stack: LayerStack, index: int) -> int:
+    """How many layers run in an experiment whose first layer to do work is `index`."""
+    return stack.num_layers - index if stack.resumable else stack.num_layers - 1
+
+
+def run_from(stack: LayerStack, index: int, hidden: Tensor) -> AbstractContextManager[None]:
+    """Start the model at layer `index` from the kept `hidden` where the model allows it, else let it run from the start."""
+    return stack.resuming_at(index, hidden) if stack.resumable else nullcontext()
+
+
+def experiment_loss(stack: LayerStack, batch: Batch, index: int, rows: Tensor | None = None) -> Array:
+    """The loss sums [B] of a batch (or of some of its rows), as the model stands now, from layer `index` on."""
+    hidden, blocks, mask = batch.inputs[index], batch.blocks, batch.target_mask
+    if rows is not None:
+        hidden, blocks, mask = stack.select(hidden, rows), blocks.select(rows), mask[rows]
+    with run_from(stack, index, hidden):
+        logits = stack.logits(blocks.input_ids, blocks.attention_mask)
+    return block_losses(logits, blocks.input_ids, mask)
+
+
+def ratio(above: Array, below: Array) -> Array:
+    """Divide, with NaN where there is nothing to divide by."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.where(below != 0, above / np.where(below != 0, below, 1), np.nan)
+
+
+def mean(values: Array) -> float:
+    """The mean of what is defined; NaN if nothing is."""
+    defined = values[~np.isnan(values)]
+    return float(defined.mean()) if defined.size else float("nan")
+
+
+def effective_depth(ratios: Array) -> float:
+    """The participation ratio of the loss increases, `(sum e)^2 / sum e^2` with `e = max(ratio - 1, 0)`.
+
+    It is L when all layers matter alike, 1 when one layer does all the work, and 0 when none does.
+    """
+    increases = np.clip(ratios[~np.isnan(ratios)] - 1, 0, None)
+    squares = float((increases**2).sum())
+    return float(increases.sum() ** 2 / squares) if squares else 0.0

@@ -1,0 +1,73 @@
+"""Variance of the residual stream after each layer, and how each layer makes it grow.
+
+For a token, `Var_d(h)` is the unbiased variance over the d features (the mean over the parallel streams, where an
+architecture has several). Layer l turns `h_{l-1}` into `h_l = h_{l-1} + u_l`, so that exactly
+
+    v_l - v_{l-1} = Var(u_l) + 2 Cov(h_{l-1}, u_l).
+
+All are means over the tokens of the evaluation blocks; squared activation units. arXiv 2603.15389, section on variance
+propagation; the split is the variance of a sum.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from depthscope.scores.base import Array, Batch, Explanation, Score, Sums, Values, ratio, wide
+
+
+class Variance(Score):
+    """Mean over tokens of `Var_d(h_l)` at each layer's output, its growth split, and that of attention and MLP outputs."""
+
+    explanation = Explanation(
+        name="variance",
+        title="Variance",
+        meaning="How large the residual stream has grown after each layer. Where it keeps growing, each further layer "
+        "adds relatively less: the curse of depth. The split says how much of the growth is the layer's own update and "
+        "how much its alignment with the stream.",
+        formula="v_l = mean over tokens of Var_d(h_l);  v_l - v_(l-1) = Var(u_l) + 2 Cov(h_(l-1), u_l)",
+        unit="squared activation",
+        source="arXiv 2603.15389",
+    )
+
+    def measure(self, batch: Batch, tick: Callable[[float], None]) -> None:
+        """Add the batch's variances, read off its baseline pass."""
+        stack, count = self.stack, self.stack.num_layers
+        self.table("tokens")[batch.rows] = batch.token_mask.sum(1).cpu().numpy()
+        for layer in range(count):
+            before = wide(stack.features(batch.inputs[layer]))  # [B, T, S, d]
+            after = wide(stack.features(batch.outputs[layer]))
+            update = after - before
+            covariance = 2 * _covariance(before, update)
+            for name, per_token in (
+                ("variance_input", before.var(-1).mean(-1)),
+                ("variance", after.var(-1).mean(-1)),
+                ("variance_update", update.var(-1).mean(-1)),
+                ("variance_covariance", covariance.mean(-1)),
+            ):
+                self.table(name, count)[batch.rows, layer] = batch.masked_sum(per_token)
+            for name, kept in (("attention_variance", batch.attention), ("mlp_variance", batch.mlp)):
+                if layer in kept:
+                    self.table(name, count)[batch.rows, layer] = batch.masked_sum(kept[layer].view_as(batch.token_mask))
+
+    def finish(self, sums: Sums) -> Values:
+        """Divide by the number of tokens."""
+        names = [name for name in sums if name != "tokens"]
+        layers: dict[str, Array] = {name: ratio(sums[name], sums["tokens"]) for name in names}
+        for name in ("attention_variance", "mlp_variance"):
+            if name in layers:  # a layer without such a submodule added nothing
+                layers[name][sums[name] == 0] = float("nan")
+        last, first = layers["variance"][-1], layers["variance"][0]
+        return Values(scores={"variance": float(last), "variance_growth": float(ratio(last, first))}, layers=layers)
+
+
+def token_variance(hidden: Tensor) -> Tensor:
+    """The unbiased variance over the features of each vector [..., d] -> [...], in at least float32."""
+    return hidden.float().var(-1)
+
+
+def _covariance(first: Tensor, second: Tensor) -> Tensor:
+    """The unbiased covariance over the last axis."""
+    centred = (first - first.mean(-1, keepdim=True)) * (second - second.mean(-1, keepdim=True))
+    return centred.sum(-1) / (torch.tensor(first.shape[-1]) - 1)

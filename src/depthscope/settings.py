@@ -1,0 +1,101 @@
+"""The settings of an analysis: what is measured, on how much text, and how exactly."""
+
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
+
+from depthscope.errors import SettingsError
+
+SCORE_NAMES = (
+    "variance",
+    "block_influence",
+    "angular_distance",
+    "update",
+    "skip",
+    "causal",
+    "usefulness",
+    "permutation",
+    "jacobian",
+)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to analyse a model.
+
+    Attributes:
+        scores: which scores to compute, of `SCORE_NAMES`; also as one string with commas, or "all".
+        fit_blocks: how many blocks, from the start of the text, fit the linear maps of the usefulness score.
+        eval_blocks: how many blocks, after those, measure everything.
+        block_size: tokens in a block, T.
+        batch_size: blocks in a forward pass; None chooses one that keeps the logits small. Scores do not depend on it.
+        threshold: a layer is useful when linearising it multiplies the loss by more than this (the paper's is 1.1).
+        ridge: ridge of the linear fit, relative to the mean eigenvalue of the inputs' covariance.
+        in_sample: fit the linear maps on the evaluation blocks themselves, as the paper does.
+        paper_code: compute what the paper's released code computes: an in-sample fit whose matrix is applied un-transposed.
+        pairs: "all" pairs of layers for the permutation score, "adjacent" ones, or the share of (pair, block) cells to
+            sample, in (0, 1); a sampled score carries its sampling error.
+        probes: random sign vectors that estimate the Jacobian distance, or "exact" for one backward pass a dimension.
+        seed: of the probes and of the sampled pairs.
+    """
+
+    scores: tuple[str, ...] | str = SCORE_NAMES
+    fit_blocks: int = 16
+    eval_blocks: int = 8
+    block_size: int = 256
+    batch_size: int | None = None
+    threshold: float = 1.1
+    ridge: float = 1e-10
+    in_sample: bool = False
+    paper_code: bool = False
+    pairs: Literal["all", "adjacent"] | float = "all"
+    probes: int | Literal["exact"] = 16
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "scores", _checked_scores(self.scores))
+        if self.paper_code:
+            object.__setattr__(self, "in_sample", True)
+        needs_fit = "usefulness" in self.scores and not self.in_sample
+        _whole("fit_blocks", self.fit_blocks, 1 if needs_fit else 0, "blocks to fit the linear maps on")
+        _whole("eval_blocks", self.eval_blocks, 1, "blocks to measure on")
+        _whole("block_size", self.block_size, 2, "tokens in a block")
+        if self.batch_size is not None:
+            _whole("batch_size", self.batch_size, 1, "blocks in a forward pass")
+        if self.probes != "exact":
+            _whole("probes", self.probes, 1, 'random probes, or "exact"')
+        _whole("seed", self.seed, 0, "a seed")
+        if not self.threshold > 0:
+            raise SettingsError(f"threshold is {self.threshold!r}; give a loss ratio above 0, such as the paper's 1.1.")
+        if not 0 <= self.ridge < 1:
+            raise SettingsError(f"ridge is {self.ridge!r}; give a number from 0 up to 1, such as 1e-10.")
+        if self.pairs not in ("all", "adjacent") and not (isinstance(self.pairs, float) and 0 < self.pairs < 1):
+            raise SettingsError(
+                f'pairs is {self.pairs!r}; give "all", "adjacent", or the share to sample as a number between 0 and 1.'
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings as a report keeps them."""
+        return {**asdict(self), "scores": list(self.scores)}
+
+    def with_(self, **changes: Any) -> "Settings":
+        """The same settings but for `changes`."""
+        return replace(self, **changes)
+
+
+def _checked_scores(scores: Any) -> tuple[str, ...]:
+    names = scores.split(",") if isinstance(scores, str) else list(scores)
+    chosen = [name.strip() if isinstance(name, str) else name for name in names]
+    # The effective depths are derived from two scores and have no measurement of their own.
+    wanted = {name for item in chosen for name in (("skip", "usefulness") if item == "effective_depth" else (item,))}
+    if "all" in wanted:
+        wanted = set(SCORE_NAMES)
+    unknown = sorted(wanted - set(SCORE_NAMES))
+    if unknown or not wanted:
+        what = f"unknown score {', '.join(map(repr, unknown))}" if unknown else "no score was chosen"
+        raise SettingsError(f"{what}; choose from {', '.join(SCORE_NAMES)}, effective_depth, all.")
+    return tuple(name for name in SCORE_NAMES if name in wanted)
+
+
+def _whole(name: str, value: Any, least: int, what: str) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise SettingsError(f"{name} is {value!r}; give a whole number of at least {least} ({what}).")

@@ -1,0 +1,122 @@
+"""Modules that take a decoder layer's place for a while: skip it, replace its map, feed the next one, stop there.
+
+A stand-in takes whatever arguments the layer would get, returns the layer's shape of result (a tensor, or a tuple or
+list that starts with one) and lets the model read the layer's attributes (`attention_type`, `block_type`, ...) off it.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+LayerResult = Tensor | tuple[Any, ...] | list[Any]
+
+
+def hidden_of(result: LayerResult) -> Tensor:
+    """The residual stream in what a decoder layer returned."""
+    return result[0] if isinstance(result, tuple | list) else result
+
+
+def hidden_among(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """The residual stream among a decoder layer's arguments: the first by position, or by its usual name."""
+    return args[0] if args else kwargs["hidden_states"]
+
+
+def result_like(example: LayerResult) -> Callable[[Tensor], LayerResult]:
+    """A function that dresses a hidden state as the layer's own result: same container, its further entries empty."""
+    if isinstance(example, tuple | list):
+        container, length = type(example), len(example)
+        return lambda hidden: container([hidden, *[None] * (length - 1)])
+    return lambda hidden: hidden
+
+
+class StandIn(nn.Module):
+    """Stands in for a decoder layer: applies `inner` to the hidden state, ignores the layer's other arguments.
+
+    It is bound to a layer's place by `placed`, which `LayerStack.standing_in` calls.
+    """
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def placed(self, layer: nn.Module, dress: Callable[[Tensor], LayerResult]) -> "StandIn":
+        """Bind to a layer: read its attributes, return its shape of result."""
+        # Not registered as a submodule: the layer's parameters do not belong to what replaces it.
+        object.__setattr__(self, "_layer", layer)
+        object.__setattr__(self, "_dress", dress)
+        return self
+
+    def forward(self, *args: Any, **kwargs: Any) -> LayerResult:
+        """Map the hidden state [B, T, d] and return it in the layer's shape of result."""
+        return self._dress(self.inner(hidden_among(args, kwargs)))
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name.startswith("__") or "_layer" not in self.__dict__:
+                raise
+            return getattr(self.__dict__["_layer"], name)
+
+
+class Skip(StandIn):
+    """Returns the hidden state as it came: the layer is skipped."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Identity())
+
+
+class Feed(StandIn):
+    """Returns a hidden state that was kept earlier, whatever comes in."""
+
+    def __init__(self, hidden: Tensor) -> None:
+        super().__init__(nn.Identity())
+        self._hidden = hidden
+
+    def forward(self, *args: Any, **kwargs: Any) -> LayerResult:
+        """Return the kept hidden state in the layer's shape of result."""
+        return self._dress(self._hidden)
+
+
+class StopForward(Exception):  # noqa: N818 - a signal, not an error
+    """Raised to leave a forward pass where nothing more of it is needed."""
+
+
+class Stopper(StandIn):
+    """Ends the forward pass when it is reached."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Identity())
+
+    def forward(self, *args: Any, **kwargs: Any) -> LayerResult:
+        """Raise `StopForward`."""
+        raise StopForward
+
+
+class AffineMap(nn.Module):
+    """The affine map `h W + b`, or with `residual` the affine update `h + (h W + b)`.
+
+    The residual form keeps the precision of the stream where the update is small beside it.
+
+    Args:
+        weight: [d, d], acts on row vectors from the right.
+        bias: [d].
+        residual: add the map's result to the hidden state.
+        dtype: what to compute in; the result has the hidden state's own dtype.
+    """
+
+    def __init__(
+        self, weight: Tensor, bias: Tensor, *, residual: bool = False, dtype: torch.dtype = torch.float32
+    ) -> None:
+        super().__init__()
+        self.register_buffer("weight", weight.to(dtype))
+        self.register_buffer("bias", bias.to(dtype))
+        self.residual = residual
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Map [..., d] to [..., d]."""
+        weight = self.weight.to(hidden.device)
+        mapped = hidden.to(weight.dtype) @ weight + self.bias.to(hidden.device)
+        return (hidden + mapped if self.residual else mapped).to(hidden.dtype)

@@ -1,0 +1,105 @@
+"""What a report shows, in a few sentences: only from the scores that are present."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from depthscope.glossary import format_number, format_with_error
+
+if TYPE_CHECKING:
+    from depthscope.report import LayerReport
+
+__all__ = ["effective_depth", "ranges", "summarize"]
+
+
+def summarize(report: "LayerReport") -> str:
+    """Say in a few lines what was measured, what is near the identity, and what is cheap or costly to drop."""
+    lines = [
+        _subject(report),
+        effective_depth(report),
+        _near_the_identity(report),
+        _cost_of_skipping(report),
+        _usefulness(report),
+        _variance(report),
+    ]
+    return "\n".join(line for line in lines if line)
+
+
+def effective_depth(report: "LayerReport") -> str:
+    """Say the effective depth as "x of L layers", by each way it was measured; empty when it was not."""
+    ways = {"effective_depth_skip": "by skipping", "effective_depth_linear": "by linearising"}
+    parts: list[str] = []
+    for name, way in ways.items():
+        value, error = report.scores.get(name), report.scores.get(f"{name}_se")
+        if value is not None:
+            shown = format_with_error(value, error) if error else format_number(value, 3)
+            whole = "" if parts else f" of {_count(report.model['num_layers'], 'layer')}"
+            parts.append(f"{shown}{whole} {way}")
+    return f"Effective depth: {', '.join(parts)}." if parts else ""
+
+
+def ranges(numbers: Sequence[int]) -> str:
+    """Write ascending numbers with their runs shortened, as in `3, 5-8, 12`."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 2 else ", ".join(map(str, run)) for run in runs)
+
+
+def _subject(report: "LayerReport") -> str:
+    data, size = report.data, ""
+    if "eval_blocks" in data and "block_size" in data:
+        size = f", {_count(data['eval_blocks'], 'block')} of {_count(data['block_size'], 'token')}"
+    layers = _count(report.model["num_layers"], "layer")
+    return f"{report.model['name']}: {layers}, measured on {data['name']}{size}."
+
+
+def _near_the_identity(report: "LayerReport") -> str:
+    near = report.near_identity()
+    if near is None:
+        return ""
+    which = f": {ranges(near.layers)}" if near.layers else ""
+    layers = _count(report.model["num_layers"], "layer")
+    return f"Near the identity ({near.criterion}): {len(near.layers)} of {layers}{which}."
+
+
+def _cost_of_skipping(report: "LayerReport") -> str:
+    ranked = report.ranked("skip_ratio")
+    if len(ranked) < 2:
+        return ""
+    shown = min(3, len(ranked) // 2)
+    cheapest = ", ".join(f"{layer} (loss ×{ratio:.4f})" for layer, ratio in ranked[:shown])
+    costliest = ", ".join(f"{layer} (loss ×{ratio:.4f})" for layer, ratio in reversed(ranked[-shown:]))
+    noun = "layer" if shown == 1 else "layers"
+    return f"Cheapest {noun} to drop, one at a time: {cheapest}. Costliest: {costliest}."
+
+
+def _usefulness(report: "LayerReport") -> str:
+    mean, share = report.scores.get("usefulness_ratio"), report.scores.get("usefulness")
+    if mean is None:
+        return ""
+    text = f"Making one layer affine multiplies the loss by {format_number(mean)} on average"
+    threshold = report.settings.get("threshold")
+    if share is not None and isinstance(threshold, (int, float)):
+        num_layers = report.model["num_layers"]
+        text += f", and by more than {threshold:g} for {round(share * num_layers)} of {_count(num_layers, 'layer')}"
+    return f"{text}."
+
+
+def _variance(report: "LayerReport") -> str:
+    values = report.column("variance")
+    first, last = values[0], values[-1]
+    if len(values) < 2 or not first or last is None:
+        return ""
+    text = f"Variance of the residual stream: {format_number(first, 3)} after layer 0, "
+    text += f"{format_number(last, 3)} after layer {len(values) - 1} (×{format_number(last / first, 3)})"
+    layer, peak = report.ranked("variance")[-1]
+    if peak > max(first, last):
+        text += f", with its peak of {format_number(peak, 3)} after layer {layer}"
+    return f"{text}."
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"

@@ -1,0 +1,329 @@
+"""Finding the decoder layers of a causal language model by watching one small forward pass.
+
+Architectures name and wrap their layers in many ways, but they all walk down one `ModuleList` whose items are called once
+each, in order, each handing the very same tensor to the next. That is what is looked for.
+"""
+
+from collections.abc import Callable, Hashable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from itertools import count
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from depthscope.errors import NoLayerStackError
+from depthscope.modes import evaluating
+from depthscope.standins import LayerResult, hidden_among, hidden_of, result_like
+
+# Two sizes that no other axis of a stream is likely to have, so that the shape tells which axis is which.
+TRACE_BATCH, TRACE_TOKENS = 3, 13
+
+# What a model may raise when it is called with too little, or when a layer that it counts on does not do its work.
+MODEL_FAILURES = (TypeError, ValueError, RuntimeError, AttributeError, LookupError, NotImplementedError, AssertionError)
+
+ATTENTION_WORDS = ("attn", "attention", "mixer", "mamba", "ssm", "rglru", "recurrent", "temporal", "linear_attention")
+MLP_WORDS = ("mlp", "ffn", "feed_forward", "feedforward", "moe", "experts", "glu")
+NOT_A_SUBLAYER_WORDS = ("norm", "ln_", "dropout", "drop", "residual", "router", "gate_proj", "rotary")
+
+
+@dataclass(frozen=True)
+class StreamAxes:
+    """Where batch and tokens are in a model's residual stream; the last axis holds the features, d."""
+
+    batch: int
+    tokens: int
+    others: tuple[int, ...]  # axes of parallel streams, features last
+    sizes: tuple[int, ...]  # their sizes
+
+    @classmethod
+    def of(cls, shape: torch.Size) -> "StreamAxes | None":
+        """Read the axes off a stream traced with `TRACE_BATCH` sequences of `TRACE_TOKENS` tokens."""
+        if len(shape) < 3 or TRACE_BATCH not in shape[:-1] or TRACE_TOKENS not in shape[:-1]:
+            return None
+        batch, tokens = shape.index(TRACE_BATCH), shape.index(TRACE_TOKENS)
+        others = tuple(axis for axis in range(len(shape)) if axis not in (batch, tokens))
+        return cls(batch, tokens, others, tuple(shape[axis] for axis in others))
+
+    def features(self, hidden: Tensor) -> Tensor:
+        """View a stream as [B, T, S, d], S parallel streams (usually one)."""
+        ordered = hidden.permute(self.batch, self.tokens, *self.others)
+        return ordered.reshape(*ordered.shape[:2], -1, self.sizes[-1])
+
+    def restore(self, flat: Tensor) -> Tensor:
+        """Bring [B, T, S * d] back to the model's own layout."""
+        ordered = flat.reshape(*flat.shape[:2], *self.sizes)
+        back = [0] * ordered.dim()
+        for position, axis in enumerate((self.batch, self.tokens, *self.others)):
+            back[axis] = position
+        return ordered.permute(*back)
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What one small forward pass showed of a model's decoder layers."""
+
+    path: str
+    layers: nn.ModuleList
+    originals: tuple[nn.Module, ...]
+    dress: tuple[Callable[[Tensor], LayerResult], ...]  # how each layer's result is shaped
+    axes: StreamAxes
+    kinds: tuple[Hashable, ...]
+    kind_names: tuple[str, ...]
+    sublayers: tuple[Mapping[str, str], ...]  # for each layer {"attention": name, "mlp": name}, where found
+    changes_in_place: bool
+    example: Tensor  # [TRACE_BATCH, TRACE_TOKENS] token ids
+    logits: Tensor  # [TRACE_BATCH, TRACE_TOKENS, V] what the model answered
+
+
+@dataclass
+class _Call:
+    """One call of a module during the trace."""
+
+    order: int
+    into: Any
+    version: int  # of the tensor that went in; it rises when the tensor is changed in place
+    out: Any = None
+    changed: bool = False
+
+
+def run(model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+    """Call the model on ids [B, T] without a cache and return its logits [B, T, V]."""
+    device = input_device(model)
+    inputs: dict[str, Any] = {"input_ids": input_ids.to(device), "use_cache": False, "return_dict": True}
+    if attention_mask is not None:
+        inputs["attention_mask"] = attention_mask.to(device)
+    return model(**inputs).logits
+
+
+def input_device(model: nn.Module) -> torch.device:
+    """The device that a model takes token ids on, also when it is split over several or offloaded."""
+    embeddings = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    for module in (embeddings, model):
+        weight = next(module.parameters(), None) if module is not None else None
+        if weight is not None and weight.device.type != "meta":
+            return weight.device
+    hook = getattr(embeddings, "_hf_hook", None)
+    return torch.device(getattr(hook, "execution_device", None) or "cpu")
+
+
+def trace_layers(model: nn.Module) -> Trace:
+    """Find the stack of decoder layers of a causal language model in evaluation mode.
+
+    Raises:
+        NoLayerStackError: the model does not run on plain token ids, or has no plain stack.
+    """
+    _refuse_other_models(model)
+    example = example_ids(model)
+    lists = _module_lists(model)
+    calls, logits = _watch(model, lists, example)
+    path, layers = _choose(model, lists, calls)
+    ordered = [calls[id(layer)][0] for layer in layers]
+    axes = StreamAxes.of(ordered[0].into.shape)
+    if axes is None:
+        raise NoLayerStackError(
+            f"The layers of {path!r} pass on tensors of shape {tuple(ordered[0].into.shape)} for {TRACE_BATCH} sequences "
+            f"of {TRACE_TOKENS} tokens, so the tokens cannot be told apart; depthscope needs one hidden state a token."
+        )
+    names = [_kind_name(layer, model, index) for index, layer in enumerate(layers)]
+    return Trace(
+        path=path,
+        layers=layers,
+        originals=tuple(layers),
+        dress=tuple(result_like(call.out) for call in ordered),
+        axes=axes,
+        kinds=tuple((name, _structure(layer)) for name, layer in zip(names, layers, strict=True)),
+        kind_names=tuple(names),
+        sublayers=tuple(_sublayers(layer, calls) for layer in layers),
+        changes_in_place=any(call.changed for call in ordered),
+        example=example,
+        logits=logits,
+    )
+
+
+def example_ids(model: nn.Module) -> Tensor:
+    """Token ids [TRACE_BATCH, TRACE_TOKENS] that no special meaning is given to, the same at every call."""
+    config = getattr(model, "config", None)
+    size = getattr(_text_config(config), "vocab_size", None)
+    if not isinstance(size, int):
+        embeddings = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+        size = getattr(embeddings, "num_embeddings", None)
+    if not isinstance(size, int) or size < 1:
+        raise NoLayerStackError(f"{type(model).__name__} has no vocabulary of token ids; a causal language model has one.")
+    special = _special_ids(config)
+    plain = [token for token in range(min(size, 4096)) if token not in special] or [0]
+    steps = torch.arange(TRACE_BATCH * TRACE_TOKENS) * 7919  # a prime stride visits the vocabulary unevenly
+    return torch.tensor(plain)[steps % len(plain)].view(TRACE_BATCH, TRACE_TOKENS)
+
+
+def _special_ids(config: Any) -> set[int]:
+    """Every id that the configuration names (`pad_token_id`, `image_token_id`, ...), nested configurations included."""
+    found: set[int] = set()
+    pending = [config.to_dict()] if config is not None else []
+    while pending:
+        for key, value in pending.pop().items():
+            if isinstance(value, dict):
+                pending.append(value)
+            elif str(key).endswith(("token_id", "token_index")):
+                found.update(v for v in (value if isinstance(value, list) else [value]) if isinstance(v, int))
+    return found
+
+
+def _text_config(config: Any) -> Any:
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
+def _refuse_other_models(model: nn.Module) -> None:
+    name = type(model).__name__
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        raise NoLayerStackError(
+            f"{name} is an encoder-decoder; depthscope reads decoder-only causal language models. "
+            "Give one that AutoModelForCausalLM loads without an encoder."
+        )
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    if head is None and not name.endswith(("ForCausalLM", "LMHeadModel")):
+        raise NoLayerStackError(
+            f"{name} has no language-modelling head, so there is no next-token loss to measure; "
+            "load it with AutoModelForCausalLM."
+        )
+
+
+def _module_lists(model: nn.Module) -> dict[str, nn.ModuleList]:
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) > 0
+    }
+
+
+def _watch(
+    model: nn.Module, lists: Mapping[str, nn.ModuleList], example: Tensor
+) -> tuple[dict[int, list[_Call]], Tensor]:
+    """Run the example; record for each item of each list, and each of the item's children, what it was called with."""
+    calls: dict[int, list[_Call]] = {}
+    clock = count()
+
+    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        into = hidden_among(args, kwargs) if args or "hidden_states" in kwargs else None
+        version = into._version if isinstance(into, Tensor) else 0
+        calls.setdefault(id(module), []).append(_Call(next(clock), into, version))
+
+    def after(module: nn.Module, args: tuple[Any, ...], result: Any) -> None:
+        call = calls[id(module)][-1]
+        call.out = result
+        call.changed = isinstance(call.into, Tensor) and call.into._version != call.version
+
+    watched = {id(module): module for items in lists.values() for item in items for module in (item, *item.children())}
+    with ExitStack() as stack:
+        for module in watched.values():
+            stack.callback(module.register_forward_pre_hook(before, with_kwargs=True).remove)
+            stack.callback(module.register_forward_hook(after).remove)
+        stack.enter_context(evaluating(model))
+        stack.enter_context(torch.no_grad())
+        try:
+            logits = run(model, example)
+        except MODEL_FAILURES as error:
+            raise NoLayerStackError(
+                f"{type(model).__name__} does not run on plain token ids: {type(error).__name__}: {error}. "
+                "depthscope needs a causal language model that takes `input_ids` alone."
+            ) from error
+    return calls, logits
+
+
+def _choose(
+    model: nn.Module, lists: Mapping[str, nn.ModuleList], calls: Mapping[int, list[_Call]]
+) -> tuple[str, nn.ModuleList]:
+    """The list that the hidden state walks down: as long as the configuration says, else the longest."""
+    expected = getattr(_text_config(getattr(model, "config", None)), "num_hidden_layers", None)
+    found = {name: items for name, items in lists.items() if _is_walked(items, calls)}
+    if not found:
+        raise NoLayerStackError(_nothing_found(model, lists, calls))
+    return max(found.items(), key=lambda entry: (len(entry[1]) == expected, len(entry[1])))
+
+
+def _is_walked(items: nn.ModuleList, calls: Mapping[int, list[_Call]]) -> bool:
+    """Whether each item was called once, in order, and each got what the one before it returned."""
+    each = [calls.get(id(item), []) for item in items]
+    if any(len(made) != 1 or not isinstance(made[0].into, Tensor) for made in each):
+        return False
+    ordered = [made[0] for made in each]
+    if any(a.order > b.order for a, b in zip(ordered, ordered[1:], strict=False)):
+        return False
+    if any(_shape(call.out) != call.into.shape for call in ordered) or StreamAxes.of(ordered[0].into.shape) is None:
+        return False
+    return all(_same(hidden_of(a.out), b.into) for a, b in zip(ordered, ordered[1:], strict=False))
+
+
+def _same(given: Tensor, taken: Tensor) -> bool:
+    """Whether a tensor was handed on as it is; some models take a view of it in between."""
+    if given is taken:
+        return True
+    return given.shape == taken.shape and given.device == taken.device and torch.equal(given, taken)
+
+
+def _shape(result: Any) -> torch.Size | None:
+    if isinstance(result, tuple | list) and result:
+        result = result[0]
+    return result.shape if isinstance(result, Tensor) else None
+
+
+def _nothing_found(model: nn.Module, lists: Mapping[str, nn.ModuleList], calls: Mapping[int, list[_Call]]) -> str:
+    seen = []
+    for name, items in lists.items():
+        counts = sorted({len(calls.get(id(item), [])) for item in items})
+        if StreamAxes.of(_first_shape(items, calls)) is not None or counts == [0]:
+            times = "never" if counts == [0] else " or ".join(str(count) for count in counts) + " times"
+            seen.append(f"{name or '(root)'}: {len(items)} x {type(items[0]).__name__}, called {times}")
+    found = "; ".join(seen[:6]) if seen else "no list of modules at all"
+    return (
+        f"{type(model).__name__} has no plain stack of decoder layers, each called once, in order, on the hidden state of "
+        f"the one before. Found: {found}. Such a model cannot be analysed layer by layer."
+    )
+
+
+def _first_shape(items: nn.ModuleList, calls: Mapping[int, list[_Call]]) -> torch.Size:
+    made = [call for item in items for call in calls.get(id(item), []) if isinstance(call.into, Tensor)]
+    return made[0].into.shape if made else torch.Size([])
+
+
+def _kind_name(layer: nn.Module, model: nn.Module, index: int) -> str:
+    """The class of a layer, with the type that its configuration or the layer itself states (attention, block)."""
+    types = getattr(_text_config(getattr(model, "config", None)), "layer_types", None)
+    stated = [types[index]] if isinstance(types, list | tuple) and index < len(types) else []
+    for module in (layer, *layer.children()):
+        for attribute in ("attention_type", "layer_type", "block_type"):
+            value = vars(module).get(attribute)
+            if isinstance(value, str) and value not in stated:
+                stated.append(value)
+    return "/".join([type(layer).__name__, *map(str, stated)])
+
+
+def _structure(layer: nn.Module) -> Hashable:
+    """What makes two layers interchangeable: the same tree of modules, and the same switches on them."""
+    switches = ("is_sliding", "is_causal", "use_rope", "is_moe_layer", "sliding_window", "is_kv_shared_layer")
+    return tuple(
+        (name, type(module).__name__, tuple((s, vars(module)[s]) for s in switches if isinstance(vars(module).get(s), bool | int)))
+        for name, module in layer.named_modules()
+    )
+
+
+def _sublayers(layer: nn.Module, calls: Mapping[int, list[_Call]]) -> dict[str, str]:
+    """The names of the layer's attention (or other token mixer) and MLP: children called once, one vector a token out."""
+    found: dict[str, str] = {}
+    for name, child in layer.named_children():
+        made = calls.get(id(child), [])
+        if len(made) != 1 or not _is_token_wise(_shape(made[0].out)):
+            continue
+        words = f"{name} {type(child).__name__}".lower()
+        if any(word in name.lower() for word in NOT_A_SUBLAYER_WORDS):
+            continue
+        if any(word in words for word in MLP_WORDS):
+            found.setdefault("mlp", name)
+        elif any(word in words for word in ATTENTION_WORDS):
+            found.setdefault("attention", name)
+    return found
+
+
+def _is_token_wise(shape: torch.Size | None) -> bool:
+    return shape is not None and len(shape) >= 2 and shape[:-1].numel() == TRACE_BATCH * TRACE_TOKENS

@@ -1,0 +1,50 @@
+"""Tiny random causal language models that tests build in milliseconds."""
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
+
+LAYERS, WIDTH, VOCABULARY = 4, 24, 90
+
+
+def tiny_llama(num_layers: int = LAYERS, seed: int = 0, **changes: object) -> PreTrainedModel:
+    """A Llama whose layers really contribute: weights of about 1/sqrt(width)."""
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        **{
+            "hidden_size": WIDTH,
+            "intermediate_size": 48,
+            "num_hidden_layers": num_layers,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "vocab_size": VOCABULARY,
+            "max_position_embeddings": 128,
+            "initializer_range": 0.3,
+            **changes,
+        }
+    )
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+def random_blocks(number: int, length: int, seed: int = 0) -> Tensor:
+    """Token ids [number, length]."""
+    return torch.randint(3, VOCABULARY, (number, length), generator=torch.Generator().manual_seed(seed))
+
+
+def make_identity(layer: nn.Module) -> None:
+    """Let a Llama layer add nothing to the stream."""
+    with torch.no_grad():
+        layer.self_attn.o_proj.weight.zero_()
+        layer.mlp.down_proj.weight.zero_()
+
+
+class AffineLayer(nn.Module):
+    """A decoder layer that is an affine map."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(width, width)
+
+    def forward(self, hidden: Tensor, **kwargs: object) -> Tensor:
+        """Map [B, T, d] to [B, T, d]."""
+        return hidden + self.linear(hidden)

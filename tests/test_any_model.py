@@ -1,0 +1,79 @@
+"""Every decoder-only model type that transformers maps to a causal language model: found, stood in for, analysed."""
+
+import math
+
+import pytest
+import torch
+from zoo import NO_PLAIN_STACK, NOT_BUILT, decoder_only_types, example_ids, tiny_model
+
+from depthscope import AffineMap, LayerStack, NoLayerStackError, analyze
+
+# Types whose layers cannot be replaced by a map of the hidden state alone, with the reason.
+NO_LINEAR_MAP: dict[str, str] = {}
+# Types with no two neighbouring layers of equal kind among the four that are built here.
+LAYERS = 4
+
+ANALYSED = sorted(set(decoder_only_types()) - set(NOT_BUILT) - set(NO_PLAIN_STACK))
+
+
+def test_the_exceptions_are_few() -> None:
+    assert len(ANALYSED) >= 147
+    assert set(NOT_BUILT) | set(NO_PLAIN_STACK) <= set(decoder_only_types())
+
+
+@pytest.mark.parametrize("model_type", ANALYSED)
+def test_a_model_of_any_type_is_analysed(model_type: str) -> None:
+    model = tiny_model(model_type)
+    ids = example_ids(model, batch=4, length=12)
+    with torch.no_grad():
+        stack = LayerStack(model)
+        with stack.capturing() as seen:
+            baseline = stack.logits(ids)
+        assert stack.resumable
+        torch.testing.assert_close(_resumed(stack, ids, seen.inputs), baseline, atol=1e-4, rtol=1e-4)
+        _skip_replace_and_swap(stack, ids, seen.inputs, seen.outputs, baseline)
+    report = analyze(model, blocks=ids, fit_blocks=2, eval_blocks=2, probes=2)
+    _is_whole(report, stack)
+
+
+@pytest.mark.parametrize("model_type", sorted(NO_PLAIN_STACK))
+def test_a_type_without_a_plain_stack_is_refused_by_name(model_type: str) -> None:
+    with pytest.raises(NoLayerStackError):
+        LayerStack(tiny_model(model_type))
+
+
+def _resumed(stack: LayerStack, ids: torch.Tensor, kept: dict[int, torch.Tensor]) -> torch.Tensor:
+    middle = stack.num_layers // 2
+    with stack.resuming_at(middle, kept[middle]):
+        return stack.logits(ids)
+
+
+def _skip_replace_and_swap(
+    stack: LayerStack,
+    ids: torch.Tensor,
+    inputs: dict[int, torch.Tensor],
+    outputs: dict[int, torch.Tensor],
+    baseline: torch.Tensor,
+) -> None:
+    for layer in range(stack.num_layers):
+        with stack.skipping(layer), stack.capturing() as seen:
+            stack.logits(ids)
+        assert torch.equal(stack.flat(seen.outputs[layer]), stack.flat(seen.inputs[layer]))
+    flat = stack.flat(inputs[1])
+    assert flat.shape == (*ids.shape, stack.width)
+    torch.testing.assert_close(stack.unflat(flat), inputs[1])
+    for first in range(stack.num_layers - 1):
+        if stack.kinds[first] == stack.kinds[first + 1]:
+            with stack.swapped(first, first + 1):
+                stack.logits(ids)
+    torch.testing.assert_close(stack.logits(ids), baseline)
+
+
+def _is_whole(report, stack: LayerStack) -> None:
+    assert len(report.layers) == stack.num_layers
+    assert math.isfinite(report.scores["loss"])
+    names = ("variance", "usefulness_ratio", "skip_ratio", "jacobian", "block_influence", "update_norm")
+    for row in report.layers:
+        for name in names:
+            assert row[name] is not None, (row["layer"], name)
+        assert row["layer"] == stack.num_layers - 1 or row["causal"] is not None

@@ -1,0 +1,196 @@
+"""What must hold whatever the numbers are: identities, equal layers, scalings, batch sizes, repeated runs."""
+
+import copy
+
+import pytest
+import torch
+from models import WIDTH, AffineLayer, make_identity, random_blocks, tiny_llama
+
+from depthscope import Blocks, LayerReport, Settings, analyze
+
+FIT, EVAL, LENGTH = 6, 4, 24
+BLOCKS = random_blocks(FIT + EVAL, LENGTH)
+
+
+def measure(model: torch.nn.Module, blocks: torch.Tensor | Blocks = BLOCKS, **options: object) -> LayerReport:
+    return analyze(model, blocks=blocks, **{"fit_blocks": FIT, "eval_blocks": EVAL, **options})
+
+
+def assert_equal_scores(one: LayerReport, other: LayerReport, tolerance: float) -> None:
+    def numbers(report: LayerReport) -> list[float | None]:
+        rows = [value for row in report.layers for value in row.values() if not isinstance(value, str)]
+        cells = [cell for matrix in report.pairs.values() for row in matrix for cell in row]
+        return [*report.scores.values(), *rows, *cells]
+
+    pairs = list(zip(numbers(one), numbers(other), strict=True))
+    assert pairs
+    for a, b in pairs:
+        if a is None or b is None:
+            assert a is b
+        else:
+            assert a == pytest.approx(b, rel=tolerance, abs=tolerance)
+
+
+def test_swapping_two_equal_layers_changes_nothing() -> None:
+    model = tiny_llama()
+    model.model.layers[2].load_state_dict(model.model.layers[1].state_dict())
+    report = measure(model)
+    assert report.pairs["permutation"][1][2] == pytest.approx(0, abs=1e-7)
+    assert report.pairs["permutation"][0][3] > 1e-4
+
+
+def test_an_identity_layer_contributes_nothing() -> None:
+    model = tiny_llama()
+    make_identity(model.model.layers[2])
+    report = measure(model, probes="exact")
+    row = report.layers[2]
+    assert row["usefulness_ratio"] == pytest.approx(1, abs=1e-9)
+    assert row["skip_ratio"] == pytest.approx(1, abs=1e-9)
+    for name in ("causal", "block_influence", "angular_distance", "update_norm", "jacobian", "variance_update"):
+        assert row[name] == pytest.approx(0, abs=1e-9), name
+    assert report.layers[1]["causal"] > 1e-3
+    assert report.layers[1]["usefulness_ratio"] != pytest.approx(1, abs=1e-4)
+
+
+def test_a_layer_that_is_affine_has_ratio_one() -> None:
+    model = tiny_llama()
+    torch.manual_seed(3)
+    model.model.layers[1] = AffineLayer(WIDTH)
+    row = measure(model).layers[1]
+    assert row["usefulness_ratio"] == pytest.approx(1, abs=1e-5)
+    assert abs(row["skip_ratio"] - 1) > 1e-4
+
+
+def test_scaling_an_affine_layers_map_scales_its_jacobian_distance() -> None:
+    model = tiny_llama()
+    torch.manual_seed(3)
+    model.model.layers[1] = AffineLayer(WIDTH)
+    once = measure(model, scores="jacobian", probes="exact").layers[1]["jacobian"]
+    with torch.no_grad():
+        model.model.layers[1].linear.weight *= 3
+    assert measure(model, scores="jacobian", probes="exact").layers[1]["jacobian"] == pytest.approx(3 * once, rel=1e-5)
+
+
+def test_scaling_the_whole_stream_scales_variance_and_leaves_directions() -> None:
+    # Everything written to the stream grows 8 times; the norms in front of each sublayer take it back (eps is tiny).
+    model = tiny_llama(rms_norm_eps=1e-12)
+    larger = copy.deepcopy(model)
+    with torch.no_grad():
+        larger.model.embed_tokens.weight *= 8
+        for layer in larger.model.layers:
+            layer.self_attn.o_proj.weight *= 8
+            layer.mlp.down_proj.weight *= 8
+    one, other = measure(model, probes="exact"), measure(larger, probes="exact")
+    for before, after in zip(one.layers, other.layers, strict=True):
+        for name in ("variance", "variance_update", "attention_variance", "mlp_variance"):
+            assert after[name] == pytest.approx(64 * before[name], rel=1e-4)
+        for name in ("usefulness_ratio", "skip_ratio", "causal", "permutation", "jacobian", "block_influence"):
+            assert after[name] == (before[name] and pytest.approx(before[name], rel=1e-4, abs=1e-6)), name
+
+
+def test_a_report_does_not_depend_on_the_batch_size() -> None:
+    model = tiny_llama()
+    one = measure(model, batch_size=1)
+    for size in (2, 3, 4):
+        assert_equal_scores(one, measure(model, batch_size=size), 1e-5)
+
+
+def test_a_sampled_report_does_not_depend_on_the_batch_size() -> None:
+    model = tiny_llama(num_layers=6)
+    one = measure(model, batch_size=1, scores="permutation", pairs=0.5)
+    assert_equal_scores(one, measure(model, batch_size=3, scores="permutation", pairs=0.5), 1e-5)
+
+
+def test_the_same_input_gives_the_same_bytes() -> None:
+    reports = [measure(tiny_llama()).model_dump(exclude={"created"}) for _ in range(2)]
+    assert repr(reports[0]) == repr(reports[1])
+
+
+def test_scores_do_not_depend_on_which_others_are_chosen() -> None:
+    model = tiny_llama()
+    whole = measure(model)
+    for name in whole.settings["scores"]:
+        alone = measure(model, scores=name)
+        for key, value in alone.scores.items():
+            assert value == pytest.approx(whole.scores[key], rel=1e-6, abs=1e-9), key
+
+
+def test_the_growth_of_variance_is_its_split() -> None:
+    for row in measure(tiny_llama()).layers:
+        parts = row["variance_input"] + row["variance_update"] + row["variance_covariance"]
+        assert row["variance"] == pytest.approx(parts, rel=1e-5)
+
+
+def test_more_blocks_lower_the_standard_error() -> None:
+    blocks = random_blocks(70, LENGTH)
+    few = analyze(tiny_llama(), blocks=blocks, fit_blocks=6, eval_blocks=4, scores="skip")
+    many = analyze(tiny_llama(), blocks=blocks, fit_blocks=6, eval_blocks=64, scores="skip")
+    assert many.scores["loss_se"] < few.scores["loss_se"]
+    assert many.scores["skip_ratio_se"] < few.scores["skip_ratio_se"]
+
+
+def test_padding_and_leading_special_tokens_do_not_count() -> None:
+    model = tiny_llama()
+    plain = measure(model)
+    # Padding on the right changes no earlier token of a causal model; its own tokens must not be counted.
+    padded = torch.cat([BLOCKS, torch.zeros(len(BLOCKS), 5, dtype=torch.long)], 1)
+    mask = torch.cat([torch.ones_like(BLOCKS), torch.zeros(len(BLOCKS), 5, dtype=torch.long)], 1)
+    with_padding = measure(model, Blocks.from_ids(padded, mask))
+    assert with_padding.data["tokens"] == plain.data["tokens"]
+    assert_equal_scores(plain, with_padding, 1e-4)
+    started = Blocks.from_ids(torch.cat([torch.ones(len(BLOCKS), 1, dtype=torch.long), BLOCKS], 1), special_ids={1})
+    assert measure(model, started).data["tokens"] == plain.data["tokens"]
+
+
+def test_permutation_sampled_agrees_with_all_pairs_within_its_error() -> None:
+    model, blocks = tiny_llama(num_layers=8), random_blocks(22, LENGTH)
+    options = {"blocks": blocks, "fit_blocks": 6, "eval_blocks": 16, "scores": "permutation"}
+    exact = analyze(model, **options).scores["permutation"]
+    sampled = [analyze(model, **options, pairs=0.25, seed=seed).scores for seed in range(8)]
+    for scores in sampled:
+        assert scores["permutation_sampling_se"] > 0
+        assert abs(scores["permutation"] - exact) < 4 * scores["permutation_sampling_se"]
+
+
+def test_probes_agree_with_the_exact_jacobian_within_five_percent() -> None:
+    model = tiny_llama(hidden_size=64, intermediate_size=128)
+    exact = measure(model, scores="jacobian", probes="exact")
+    probed = measure(model, scores="jacobian", probes=64)
+    assert probed.scores["jacobian"] == pytest.approx(exact.scores["jacobian"], rel=0.05)
+    for one, other in zip(probed.layers, exact.layers, strict=True):
+        assert one["jacobian"] == pytest.approx(other["jacobian"], rel=0.05)
+    assert "jacobian_probe_se" not in exact.scores
+    assert probed.scores["jacobian_probe_se"] < 0.05 * exact.scores["jacobian"]
+
+
+def test_adjacent_pairs_leave_the_others_empty() -> None:
+    pairs = measure(tiny_llama(), pairs="adjacent", scores="permutation").pairs["permutation"]
+    assert [[cell is not None for cell in row] for row in pairs] == [
+        [abs(i - j) == 1 for j in range(4)] for i in range(4)
+    ]
+
+
+def test_the_papers_code_gives_other_ratios_and_says_so() -> None:
+    model = tiny_llama()
+    right, released = measure(model), measure(model, paper_code=True)
+    assert released.settings["in_sample"]
+    assert any("un-transposed" in note for note in released.notes)
+    assert released.scores["usefulness_ratio"] > right.scores["usefulness_ratio"] + 0.01
+    assert released.scores["causal"] == right.scores["causal"]
+
+
+def test_the_threshold_moves_usefulness_but_no_ratio() -> None:
+    model = tiny_llama()
+    ratios = [row["usefulness_ratio"] for row in measure(model).layers]
+    between = sorted(ratios)[1] + 1e-9
+    report = measure(model, threshold=between)
+    assert report.scores["usefulness"] == pytest.approx(sum(ratio > between for ratio in ratios) / len(ratios))
+    assert [row["usefulness_ratio"] for row in report.layers] == ratios
+
+
+def test_effective_depth_is_the_participation_ratio() -> None:
+    report = measure(tiny_llama())
+    increases = [max(row["skip_ratio"] - 1, 0) for row in report.layers]
+    expected = sum(increases) ** 2 / sum(increase**2 for increase in increases)
+    assert report.scores["effective_depth_skip"] == pytest.approx(expected)
+    assert Settings(scores="effective_depth").scores == ("skip", "usefulness")

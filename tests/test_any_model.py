@@ -6,19 +6,24 @@ import pytest
 import torch
 from zoo import NO_PLAIN_STACK, NOT_BUILT, decoder_only_types, example_ids, tiny_model
 
-from depthscope import AffineMap, LayerStack, NoLayerStackError, analyze
+from depthscope import LayerStack, NoLayerStackError, analyze
 
-# Types whose layers cannot be replaced by a map of the hidden state alone, with the reason.
-NO_LINEAR_MAP: dict[str, str] = {}
-# Types with no two neighbouring layers of equal kind among the four that are built here.
-LAYERS = 4
+# What layers leave behind for later ones, beside the stream: every experiment runs these models from the start.
+NOT_RESUMABLE = {
+    "gemma3n_text": "later layers reuse keys and values",
+    "hy_v4": "later layers reuse the choice of tokens to attend to",
+    "inkling2_text": "later layers attend to the outputs of earlier ones",
+    "zaya": "the router's state goes from layer to layer",
+}
+# Found, but with a stream that does not hold one hidden state a token.
+OTHER_STREAM = {"cpmant": "a prompt stands before the tokens in the stream (and the model is not causal)"}
 
-ANALYSED = sorted(set(decoder_only_types()) - set(NOT_BUILT) - set(NO_PLAIN_STACK))
+ANALYSED = sorted(set(decoder_only_types()) - set(NOT_BUILT) - set(NO_PLAIN_STACK) - set(OTHER_STREAM))
 
 
 def test_the_exceptions_are_few() -> None:
     assert len(ANALYSED) >= 147
-    assert set(NOT_BUILT) | set(NO_PLAIN_STACK) <= set(decoder_only_types())
+    assert set(NOT_BUILT) | set(NO_PLAIN_STACK) | set(OTHER_STREAM) <= set(decoder_only_types())
 
 
 @pytest.mark.parametrize("model_type", ANALYSED)
@@ -29,14 +34,15 @@ def test_a_model_of_any_type_is_analysed(model_type: str) -> None:
         stack = LayerStack(model)
         with stack.capturing() as seen:
             baseline = stack.logits(ids)
-        assert stack.resumable
-        torch.testing.assert_close(_resumed(stack, ids, seen.inputs), baseline, atol=1e-4, rtol=1e-4)
+        assert stack.resumable == (model_type not in NOT_RESUMABLE)
+        if stack.resumable:
+            torch.testing.assert_close(_resumed(stack, ids, seen.inputs), baseline, atol=1e-4, rtol=1e-4)
         _skip_replace_and_swap(stack, ids, seen.inputs, seen.outputs, baseline)
     report = analyze(model, blocks=ids, fit_blocks=2, eval_blocks=2, probes=2)
     _is_whole(report, stack)
 
 
-@pytest.mark.parametrize("model_type", sorted(NO_PLAIN_STACK))
+@pytest.mark.parametrize("model_type", sorted({**NO_PLAIN_STACK, **OTHER_STREAM}))
 def test_a_type_without_a_plain_stack_is_refused_by_name(model_type: str) -> None:
     with pytest.raises(NoLayerStackError):
         LayerStack(tiny_model(model_type))
@@ -55,7 +61,7 @@ def _skip_replace_and_swap(
     outputs: dict[int, torch.Tensor],
     baseline: torch.Tensor,
 ) -> None:
-    for layer in range(stack.num_layers):
+    for layer in set(range(stack.num_layers)) - set(stack.unskippable):
         with stack.skipping(layer), stack.capturing() as seen:
             stack.logits(ids)
         assert torch.equal(stack.flat(seen.outputs[layer]), stack.flat(seen.inputs[layer]))
@@ -72,8 +78,12 @@ def _skip_replace_and_swap(
 def _is_whole(report, stack: LayerStack) -> None:
     assert len(report.layers) == stack.num_layers
     assert math.isfinite(report.scores["loss"])
-    names = ("variance", "usefulness_ratio", "skip_ratio", "jacobian", "block_influence", "update_norm")
+    everywhere = ("variance", "jacobian", "block_influence", "update_norm")
+    by_replacing = ("usefulness_ratio", "skip_ratio")
     for row in report.layers:
-        for name in names:
+        lost = row["layer"] in stack.unskippable
+        for name in everywhere:
             assert row[name] is not None, (row["layer"], name)
-        assert row["layer"] == stack.num_layers - 1 or row["causal"] is not None
+        for name in by_replacing:
+            assert (row[name] is None) == lost, (row["layer"], name)
+        assert lost or row["layer"] == stack.num_layers - 1 or row["causal"] is not None

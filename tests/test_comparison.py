@@ -4,11 +4,11 @@ import math
 from typing import Any
 
 import pytest
-from reports import sample_content, sample_report
 
 from depthscope.comparison import Comparison, ScoreRow, compare
 from depthscope.errors import SettingsError
 from depthscope.report import LayerReport
+from reports import sample_content, sample_report
 
 
 def report_with(change: dict[str, dict[str, Any]], num_layers: int = 4) -> LayerReport:

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from reports import ALL_SCORES, sample_content, sample_report
 
 from depthscope.errors import ReportError
 from depthscope.page import render_page, reproduce, write_page
 from depthscope.report import LayerReport
+from reports import ALL_SCORES, sample_content, sample_report
 
 VOID = {"meta", "link", "img", "br", "hr", "input"}
 EVIL = "</script><img src=x onerror=alert(1)>\u2028\u2029'\"&<b>{{7*7}}"
@@ -79,6 +79,12 @@ def test_the_page_asks_nothing_of_the_network(page: Page) -> None:
     assert "@import" not in style
 
 
+def test_no_button_sends_the_data_to_a_server(page: Page) -> None:
+    (script,) = (text for _, text in page.scripts if "Plotly.newPlot" in text and len(text) < 100_000)
+    assert "showSendToCloud: false" in script
+    assert 'modeBarButtons: [["toImage", "zoom2d", "pan2d", "resetScale2d"]]' in script
+
+
 def test_the_policy_admits_the_pages_own_scripts_and_no_other(page: Page) -> None:
     policy = next(m["content"] or "" for m in page.all("meta") if m.get("http-equiv") == "Content-Security-Policy")
     allowed = re.findall(r"'sha256-([^']+)'", policy)
@@ -119,7 +125,7 @@ def test_any_subset_of_scores_makes_a_page(scores: tuple[str, ...], num_layers: 
 def test_the_words_and_numbers_of_the_report_are_on_the_page(page: Page) -> None:
     report = sample_report()
     for line in report.summary().splitlines():
-        assert line in page.text
+        assert line.removeprefix("sample/toy-30: ") in page.text
     assert report.notes[0] in page.text
     assert f"{report.layers[7]['skip_ratio']:.4f}" in page.text
     for word in ("2.13.0", "python-stdlib", "9f86d081884c7d65", "LlamaForCausalLM", "1e-06"):

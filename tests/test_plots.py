@@ -7,11 +7,11 @@ from typing import Any
 
 import plotly.graph_objects as go
 import pytest
-from reports import ALL_SCORES, sample_content, sample_report
 
 from depthscope import plots
 from depthscope.errors import ReportError, SettingsError
 from depthscope.report import LayerReport
+from reports import ALL_SCORES, sample_content, sample_report
 
 NEEDS = {
     "effectiveness": "causal",

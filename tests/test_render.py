@@ -4,12 +4,12 @@ import io
 import re
 
 import pytest
-from reports import ALL_SCORES, sample_content, sample_report
 from rich.console import Console
 
 from depthscope.comparison import compare
 from depthscope.render import layer_table, print_comparison, print_report, scores_table
 from depthscope.report import LayerReport
+from reports import ALL_SCORES, sample_content, sample_report
 
 
 def printed(report: LayerReport, width: int, encoding: str = "utf-8") -> str:

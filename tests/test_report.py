@@ -12,13 +12,13 @@ from typing import Any
 
 import pytest
 from pydantic import ValidationError
-from reports import ALL_SCORES, sample_content, sample_report
 
 from depthscope.errors import ReportError
 from depthscope.files import write_atomically
 from depthscope.glossary import GLOBAL_SCORES, LAYER_SCORES, format_number, format_with_error
 from depthscope.report import LayerReport
 from depthscope.summary import ranges
+from reports import ALL_SCORES, sample_content, sample_report
 
 
 def saved(tmp_path: Path, content: Any) -> Path:

@@ -36,8 +36,7 @@ NAMES_BY_SIZE: dict[int, str] = {
         moe_intermediate_size expert_ffn_hidden_size shared_expert_intermediate_size shared_experts_intermediate_size
         moe_shared_expert_intermediate_size hidden_size_per_layer_input block_multiple_of index_head_dim global_head_dim
         mamba_d_head mamba_head_dim mamba_headdim
-        index_n_heads indexer_n_heads q_lora_rank kv_lora_rank o_lora_rank hc_lowrank laurel_rank adapter_rank
-        gated_norm_rank
+        index_n_heads q_lora_rank kv_lora_rank o_lora_rank hc_lowrank laurel_rank adapter_rank gated_norm_rank
     """,
     8: """
         head_dim dim_head d_head kv_channels swa_head_dim v_head_dim qk_rope_head_dim qk_nope_head_dim rotary_dim
@@ -95,7 +94,10 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "lfm2": {"layer_types": cycling("conv", "full_attention")},
     "lfm2_moe": {"layer_types": cycling("conv", "full_attention")},
-    "minimax_m3_vl_text": {"layer_types": cycling("full_attention", "minimax_m3_sparse")},
+    "minimax_m3_vl_text": {
+        "layer_types": cycling("full_attention", "minimax_m3_sparse"),
+        "index_n_heads": 2,  # one for each head of keys and values
+    },
     # They write the kinds of their layers in another form than a list as long as the stack.
     "flint": {"mlp_only_layers": [0]},
     "gpt_neo": {"attention_types": lambda num_layers: [[[kind], 1] for kind in cycling("global", "local")(num_layers)]},
@@ -129,7 +131,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "gemma4_text": {"global_head_dim": 16},
     "gemma4_unified_text": {"global_head_dim": 16},
     "qwen4_exp_text": {
-        "indexer_n_heads": 4,
+        "indexer_n_heads": 16,
         "indexer_kv_heads": 1,
         "indexer_head_dim": 8,
         "indexer_budget": 4,

@@ -18,7 +18,7 @@ REMEDIES = {
     errno.ENOSPC: "no space is left on the device; free some, or choose a path on another one",
     errno.EDQUOT: "the disk quota is used up; free some space, or choose a path elsewhere",
     errno.EFBIG: "the file would be larger than the system allows; raise the limit, or choose a path elsewhere",
-    errno.EACCES: "permission denied; choose a folder that you may write to, or change its permissions",
+    errno.EACCES: "permission denied; check the permissions of the file and its folder, or choose another path",
     errno.EPERM: "the system does not permit it; choose a folder that you may write to",
     errno.EROFS: "the file system is read-only; choose a path elsewhere",
     errno.ENOENT: "the folder does not exist; create it first, or choose another path",

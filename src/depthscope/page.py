@@ -154,7 +154,7 @@ def _section(report: LayerReport, label: str, element: str, drawn: dict[str, Any
     return _Section(
         report=report,
         label=label,
-        summary=summarize(report).splitlines(),
+        summary=summarize(report).removeprefix(f"{report.model['name']}: ").splitlines(),
         tiles=_tiles(report),
         plots=_plots(figures(report), element, drawn),
         columns={name: LAYER_SCORES[name] for name in report.layer_scores if name in LAYER_SCORES},

@@ -180,7 +180,7 @@ def skip_cost(report: LayerReport) -> go.Figure:
         showgrid=False,
     )
     figure.update_yaxes(title_text="rise of the loss, %", zeroline=True, zerolinecolor=TEXT_GREY)
-    figure.update_layout(height=400, bargap=0.25)
+    figure.update_layout(height=400, bargap=0.25, uniformtext={"minsize": 9, "mode": "hide"})
     return _finish(figure, "skip_cost", "What leaving out one layer costs")
 
 
@@ -394,9 +394,8 @@ def _draw(
             "symbol": ["circle-open" if clamped else "circle" for clamped in series.clamped],
         },
         customdata=[[layer, text] for layer, text in enumerate(series.texts)],
-        hovertemplate="layer %{customdata[0]}: %{customdata[1]}<extra></extra>"
-        if not legend and group == name
-        else "layer %{customdata[0]}: %{customdata[1]}<extra>%{fullData.name}</extra>",
+        hovertemplate=f"{f'{name}, ' if legend or group != name else ''}layer %{{customdata[0]}}: %{{customdata[1]}}"
+        "<extra></extra>",
         name=name,
         showlegend=legend,
         legendgroup=group,

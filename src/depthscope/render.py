@@ -97,7 +97,8 @@ def layer_table(report: LayerReport, width: int | None = None) -> Table:
         table.add_column(Text(column.heading), justify=column.justify, no_wrap=True)
     for layer in range(len(report.layers)):
         style = NEAR_STYLE if layer in near_layers else ""
-        table.add_row(*(Text(column.cells[layer]) for column in columns), style=style)
+        cells = [Text(column.cells[layer], style="dim" if column.key.endswith(" bar") else "") for column in columns]
+        table.add_row(*cells, style=style)
     return table
 
 
@@ -134,8 +135,8 @@ def print_report(report: LayerReport, console: Console | None = None) -> None:
         Text(),
         scores_table(report, console.width),
         Text(),
-        layer_table(report, console.width),
-        _legend(report),
+        table := layer_table(report, console.width),
+        _legend(report, with_bars=any(str(column.header) == "" for column in table.columns)),
         *_notes(report.notes, "Notes"),
         _origin(report),
     ]
@@ -184,7 +185,7 @@ def _headline(report: LayerReport) -> RenderableType:
     return Group(Text(first, style=HEADLINE_STYLE, overflow="fold"), grid)
 
 
-def _legend(report: LayerReport) -> Text:
+def _legend(report: LayerReport, with_bars: bool) -> Text:
     """Say under the table of layers what its less obvious columns and marks are."""
     near = report.near_identity()
     text = Text()
@@ -195,6 +196,8 @@ def _legend(report: LayerReport) -> Text:
         for name in ("usefulness_ratio", "skip_ratio")
         if report.has(name)
     ]
+    if with_bars:
+        parts.append("bars: variance on a log scale; what skipping adds to the loss, full for the costliest layers")
     return text.append("\n".join(parts), style="dim")
 
 

@@ -80,7 +80,7 @@ def _usefulness(report: "LayerReport") -> str:
     mean, share = report.scores.get("usefulness_ratio"), report.scores.get("usefulness")
     if mean is None:
         return ""
-    text = f"Making one layer affine multiplies the loss by {format_number(mean)} on average"
+    text = f"Making one layer affine multiplies the loss by {mean:.4f} on average"
     threshold = report.settings.get("threshold")
     if share is not None and isinstance(threshold, (int, float)):
         num_layers = report.model["num_layers"]

@@ -4,7 +4,7 @@ Architectures name and wrap their layers in many ways, but they all walk down on
 each, in order, each handing the very same tensor to the next. That is what is looked for.
 """
 
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import count
@@ -239,7 +239,17 @@ def _choose(
     found = {name: items for name, items in lists.items() if _is_walked(items, calls)}
     if not found:
         raise NoLayerStackError(_nothing_found(model, lists, calls))
+    if expected is None and len(outer := _outermost(found)) > 1:
+        raise NoLayerStackError(
+            f"{type(model).__name__} has several stacks of layers ({', '.join(outer)}), and its configuration does not say "
+            "which is the decoder. Such a model cannot be analysed layer by layer."
+        )
     return max(found.items(), key=lambda entry: (len(entry[1]) == expected, len(entry[1])))
+
+
+def _outermost(names: Iterable[str]) -> list[str]:
+    """The names of modules that are inside none of the others."""
+    return [name for name in names if not any(name.startswith(f"{other}.") for other in names)]
 
 
 def _is_walked(items: nn.ModuleList, calls: Mapping[int, list[_Call]]) -> bool:
@@ -256,10 +266,14 @@ def _is_walked(items: nn.ModuleList, calls: Mapping[int, list[_Call]]) -> bool:
 
 
 def _same(given: Tensor, taken: Tensor) -> bool:
-    """Whether a tensor was handed on as it is; some models take a view of it in between."""
+    """Whether a stream was handed on as it is; some models take a view of it in between, or rescale it (RWKV)."""
     if given is taken:
         return True
-    return given.shape == taken.shape and given.device == taken.device and torch.equal(given, taken)
+    if given.shape != taken.shape or given.device != taken.device:
+        return False
+    one, other = given.flatten().double(), taken.flatten().double()
+    scale = (one @ other) / (other @ other).clamp_min(torch.finfo(torch.float64).tiny)
+    return torch.allclose(one, scale * other, rtol=1e-3, atol=1e-6 * float(one.abs().max()))
 
 
 def _shape(result: Any) -> torch.Size | None:

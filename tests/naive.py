@@ -114,7 +114,8 @@ def submodule_variance(model: nn.Module, modules: list[nn.Module], ids: Tensor) 
 def affine_fit(before: Tensor, after: Tensor) -> tuple[Tensor, Tensor]:
     """Least squares of `after` on `before` with a bias column, float64: the matrix [d, d] and the bias [d]."""
     x = before.flatten(0, 1).numpy()
-    # The streams come from float32: singular values below its rounding are noise (a layer norm's zero-sum direction, say).
+    # The streams come from float32: singular values below its rounding are noise (a layer norm's zero-sum direction,
+    # say).
     solution, *_ = np.linalg.lstsq(np.hstack([x, np.ones((len(x), 1))]), after.flatten(0, 1).numpy(), rcond=1e-6)
     return torch.from_numpy(solution[:-1]), torch.from_numpy(solution[-1])
 
@@ -128,7 +129,7 @@ def usefulness_ratios(
     paper_code: bool = False,
     only: list[int] | None = None,
 ) -> np.ndarray:
-    """The loss ratio with each layer replaced by its affine fit; `paper_code` fits in sample and transposes the matrix."""
+    """The loss ratio with each layer replaced by its affine fit; `paper_code` fits in sample and transposes."""
     baseline = loss(model, eval_ids)
     before, after = streams(model, layers, eval_ids if paper_code else fit_ids)
     ratios = np.full(len(layers), np.nan)

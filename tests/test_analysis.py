@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import random_blocks, tiny_llama
 from torch import nn
 
 from depthscope import (
@@ -20,6 +19,7 @@ from depthscope import (
     SettingsError,
     analyze,
 )
+from models import random_blocks, tiny_llama
 
 BLOCKS = random_blocks(8, 16)
 SIZES = {"blocks": BLOCKS, "fit_blocks": 4, "eval_blocks": 4}
@@ -190,9 +190,18 @@ def test_layers_that_share_keys_and_values_are_analysed_with_gaps() -> None:
 
     torch.manual_seed(0)
     config = Gemma4TextConfig(
-        hidden_size=16, intermediate_size=32, num_hidden_layers=6, num_attention_heads=2, num_key_value_heads=1,
-        head_dim=8, global_head_dim=8, vocab_size=90, num_kv_shared_layers=3, hidden_size_per_layer_input=8,
-        vocab_size_per_layer_input=90, layer_types=["sliding_attention", "sliding_attention", "full_attention"] * 2,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=6,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        global_head_dim=8,
+        vocab_size=90,
+        num_kv_shared_layers=3,
+        hidden_size_per_layer_input=8,
+        vocab_size_per_layer_input=90,
+        layer_types=["sliding_attention", "sliding_attention", "full_attention"] * 2,
     )
     model = AutoModelForCausalLM.from_config(config).eval()
     needed = LayerStack(model).unskippable

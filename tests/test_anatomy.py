@@ -48,16 +48,33 @@ CONFIGS = {
     "gpt2": GPT2Config(n_embd=WIDTH, n_layer=LAYERS, n_head=4, vocab_size=VOCABULARY, bos_token_id=0, eos_token_id=0),
     "bloom": BloomConfig(hidden_size=WIDTH, n_layer=LAYERS, n_head=4, vocab_size=VOCABULARY),
     "opt": OPTConfig(
-        hidden_size=WIDTH, ffn_dim=64, num_hidden_layers=LAYERS, num_attention_heads=4, vocab_size=VOCABULARY,
-        word_embed_proj_dim=WIDTH, max_position_embeddings=64,
+        hidden_size=WIDTH,
+        ffn_dim=64,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=4,
+        vocab_size=VOCABULARY,
+        word_embed_proj_dim=WIDTH,
+        max_position_embeddings=64,
     ),
     "gemma2": Gemma2Config(
-        hidden_size=WIDTH, intermediate_size=64, num_hidden_layers=LAYERS, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=8, vocab_size=VOCABULARY, sliding_window=4,
+        hidden_size=WIDTH,
+        intermediate_size=64,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        vocab_size=VOCABULARY,
+        sliding_window=4,
     ),
     "olmoe": OlmoeConfig(
-        hidden_size=WIDTH, intermediate_size=32, num_hidden_layers=LAYERS, num_attention_heads=4,
-        num_key_value_heads=4, vocab_size=VOCABULARY, num_experts=4, num_experts_per_tok=2,
+        hidden_size=WIDTH,
+        intermediate_size=32,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        vocab_size=VOCABULARY,
+        num_experts=4,
+        num_experts_per_tok=2,
     ),
 }
 
@@ -131,7 +148,8 @@ def test_resuming_runs_no_earlier_layer(llama_model: PreTrainedModel, ids: Tenso
         stack.logits(ids)
     ran = []
     handles = [
-        layer.register_forward_hook(lambda *_, index=index: ran.append(index)) for index, layer in enumerate(stack.layers)
+        layer.register_forward_hook(lambda *_, index=index: ran.append(index))
+        for index, layer in enumerate(stack.layers)
     ]
     with stack.resuming_at(2, seen.inputs[2]):
         stack.run_through(2, ids)
@@ -274,7 +292,9 @@ def test_a_peft_model_is_analysed_with_its_adapter(llama_model: PreTrainedModel,
         torch.testing.assert_close(stack.logits(ids), baseline)
 
 
-def test_layers_that_are_offloaded_to_disk_are_found_and_resumed(llama_model: PreTrainedModel, ids: Tensor, tmp_path) -> None:
+def test_layers_that_are_offloaded_to_disk_are_found_and_resumed(
+    llama_model: PreTrainedModel, ids: Tensor, tmp_path
+) -> None:
     from accelerate import dispatch_model
 
     expected = llama_model(ids, use_cache=False).logits
@@ -293,8 +313,16 @@ def test_layers_that_are_offloaded_to_disk_are_found_and_resumed(llama_model: Pr
 
 def test_layers_that_share_keys_and_values_are_run_from_the_start(ids: Tensor) -> None:
     config = Gemma4TextConfig(
-        hidden_size=WIDTH, intermediate_size=64, num_hidden_layers=6, num_attention_heads=4, num_key_value_heads=2,
-        head_dim=8, global_head_dim=8, vocab_size=VOCABULARY, num_kv_shared_layers=3, hidden_size_per_layer_input=8,
+        hidden_size=WIDTH,
+        intermediate_size=64,
+        num_hidden_layers=6,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        global_head_dim=8,
+        vocab_size=VOCABULARY,
+        num_kv_shared_layers=3,
+        hidden_size_per_layer_input=8,
         vocab_size_per_layer_input=VOCABULARY,
         layer_types=["sliding_attention", "sliding_attention", "full_attention"] * 2,
     )
@@ -340,7 +368,11 @@ def test_a_layer_number_out_of_range_is_refused(llama_model: PreTrainedModel) ->
 
 def test_bert_as_a_decoder_is_found(ids: Tensor) -> None:
     config = BertConfig(
-        hidden_size=WIDTH, num_hidden_layers=LAYERS, num_attention_heads=4, intermediate_size=64,
-        vocab_size=VOCABULARY, is_decoder=True,
+        hidden_size=WIDTH,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=4,
+        intermediate_size=64,
+        vocab_size=VOCABULARY,
+        is_decoder=True,
     )
     assert LayerStack(BertLMHeadModel(config).eval()).num_layers == LAYERS

@@ -4,9 +4,9 @@ import math
 
 import pytest
 import torch
-from zoo import NO_PLAIN_STACK, NOT_BUILT, decoder_only_types, example_ids, tiny_model
 
 from depthscope import LayerStack, NoLayerStackError, analyze
+from zoo import NO_PLAIN_STACK, NOT_BUILT, decoder_only_types, example_ids, tiny_model
 
 # What layers leave behind for later ones, beside the stream: every experiment runs these models from the start.
 NOT_RESUMABLE = {

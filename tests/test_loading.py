@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from fake_hub import COMMIT, FakeHub
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
@@ -42,6 +41,7 @@ from transformers import (
 
 from depthscope.errors import ModelLoadError, SettingsError
 from depthscope.loading import load_model, model_facts
+from fake_hub import COMMIT, FakeHub
 
 VOCABULARY = 260
 

@@ -4,9 +4,9 @@ import copy
 
 import pytest
 import torch
-from models import WIDTH, AffineLayer, make_identity, random_blocks, tiny_llama
 
 from depthscope import Blocks, LayerReport, Settings, analyze
+from models import WIDTH, AffineLayer, make_identity, random_blocks, tiny_llama
 
 FIT, EVAL, LENGTH = 6, 4, 24
 BLOCKS = random_blocks(FIT + EVAL, LENGTH)

@@ -2,15 +2,15 @@
 
 from pathlib import Path
 
-import naive
 import numpy as np
 import pytest
 import torch
-from models import random_blocks, tiny_llama
 from torch import nn
-from zoo import example_ids, tiny_model
 
+import naive
 from depthscope import LayerReport, LayerStack, analyze
+from models import random_blocks, tiny_llama
+from zoo import example_ids, tiny_model
 
 FIT, EVAL, LENGTH = 12, 4, 16
 TYPES = ("llama", "gpt2", "gpt_neox", "bloom", "falcon", "opt", "mixtral", "olmoe", "qwen2", "gemma", "phi")
@@ -113,7 +113,9 @@ def test_attention_and_mlp_variance() -> None:
     model, ids = tiny_llama(), random_blocks(6, LENGTH)
     report = analyze(model, blocks=ids, fit_blocks=0, eval_blocks=6, scores="variance")
     layers = model.model.layers
-    assert_close(column(report, "attention_variance"), naive.submodule_variance(model, [x.self_attn for x in layers], ids))
+    assert_close(
+        column(report, "attention_variance"), naive.submodule_variance(model, [x.self_attn for x in layers], ids)
+    )
     assert_close(column(report, "mlp_variance"), naive.submodule_variance(model, [x.mlp for x in layers], ids))
 
 

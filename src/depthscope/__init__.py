@@ -1,7 +1,8 @@
 """depthscope: how much every layer of a language model contributes.
 
-    report = depthscope.analyze("model")                 # a LayerReport: global scores, one row a layer, pairs of layers
-    stack = depthscope.LayerStack(model)                 # find, watch and stand in for the layers of any causal LM
+    report = depthscope.analyze("model")                 # a LayerReport: global scores, one row a layer, pairs of
+    layers stack = depthscope.LayerStack(model)                 # find, watch and stand in for the layers of any causal
+    LM
 
 Layers count from 0 everywhere, losses are in nats.
 """

@@ -1,17 +1,17 @@
 """A model and blocks of tokens in, a `LayerReport` out: one pass over batches of blocks serves all the chosen scores.
 
-The outer loop is over batches of blocks, the inner ones over experiments, so that memory holds the hidden states of one
-batch whatever the number of tokens. Under `torchrun` each process takes its share of the blocks; the sums that the scores
-keep by block are added up at the end, so that a report does not depend on the number of processes.
+The outer loop is over batches of blocks, the inner ones over experiments, so that memory holds the hidden states of
+one batch whatever the number of tokens. Under `torchrun` each process takes its share of the blocks; the sums that the
+scores keep by block are added up at the end, so that a report does not depend on the number of processes.
 """
 
 import platform
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -19,12 +19,12 @@ from torch import Tensor, nn
 
 from depthscope.anatomy import Capture, LayerStack
 from depthscope.corpus import Blocks, load_blocks
-from depthscope.errors import AnalysisError, CorpusError, NonFiniteError, OutOfMemoryError, SettingsError
+from depthscope.errors import CorpusError, NonFiniteError, OutOfMemoryError, SettingsError
 from depthscope.loading import LoadedModel, load_model, model_facts
 from depthscope.modes import evaluating
 from depthscope.processes import Processes
 from depthscope.progress import Progress, showing_progress
-from depthscope.report import SCHEMA_VERSION, LayerReport
+from depthscope.report import SCHEMA_VERSION, DataFacts, LayerReport, ModelFacts
 from depthscope.scores import SCORES, Score
 from depthscope.scores.base import Batch, SkippedRun, Values, block_losses, forwards_from, head_work, run_from
 from depthscope.scores.jackknife import values_with_errors
@@ -33,6 +33,7 @@ from depthscope.scores.permutation import Permutation
 from depthscope.scores.usefulness import Usefulness
 from depthscope.scores.variance import token_variance
 from depthscope.settings import Settings
+from depthscope.tracing import input_embeddings, text_config
 
 # The logits of a batch are by far its largest tensor; a batch holds as many blocks as keep them under this.
 LOGITS_BYTES = {"cpu": 256 << 20, "cuda": 1 << 30}
@@ -66,8 +67,11 @@ def analyze(
         model: a Hub id, a folder, a `.gguf` file, a PEFT adapter folder, or a loaded model.
         tokenizer: for a loaded model, the tokenizer that turns text into its ids; not needed with `blocks`.
         text: a text file, several, or a directory; by default the Python standard library's own source.
-        dataset: a `datasets` name or object instead of `text`, with `column` and `split`.
-        blocks: token ids [N, T] instead of text: the first `fit_blocks` fit linear maps, the next `eval_blocks` measure.
+        dataset: a `datasets` name or object instead of `text`.
+        column: the column of the dataset that holds the text; found by itself where that is clear.
+        split: the split of the dataset.
+        blocks: token ids [N, T] instead of text: the first `fit_blocks` fit linear maps, the next `eval_blocks`
+            measure.
         settings: what to measure and how exactly; single `options` (see `Settings`) override it.
         revision: branch, tag or commit of a Hub id.
         dtype: "auto" (float32 on a CPU, else the checkpoint's), "float32", "bfloat16" or "float16".
@@ -140,7 +144,9 @@ def _settings(settings: Settings | None, options: dict[str, Any]) -> Settings:
         return (settings or Settings()).with_(**options)
     except TypeError as error:
         known = ", ".join(Settings.__dataclass_fields__)
-        raise SettingsError(f"{', '.join(options)}: not all of these are options of an analysis; they are {known}.") from error
+        raise SettingsError(
+            f"{', '.join(options)}: not all of these are options of an analysis; they are {known}."
+        ) from error
 
 
 def _name_of(model: nn.Module) -> str:
@@ -153,18 +159,15 @@ def _require_blocks(model: nn.Module, blocks: Blocks, settings: Settings) -> Non
     needed = settings.fit_blocks + settings.eval_blocks
     if len(blocks) < needed:
         raise CorpusError(
-            f"{len(blocks)} blocks were given, but fit_blocks={settings.fit_blocks} and eval_blocks={settings.eval_blocks} "
-            f"need {needed}. Give more blocks, or lower one of the two."
+            f"{len(blocks)} blocks were given, but fit_blocks={settings.fit_blocks} and "
+            f"eval_blocks={settings.eval_blocks} need {needed}. Give more blocks, or lower one of the two."
         )
-    config = getattr(model, "config", None)
-    config = config.get_text_config() if hasattr(config, "get_text_config") else config
-    positions = getattr(config, "max_position_embeddings", None)
+    positions = getattr(text_config(model), "max_position_embeddings", None)
     if isinstance(positions, int) and 0 < positions < settings.block_size:
         raise SettingsError(
             f"block_size is {settings.block_size}, but the model has {positions} positions; lower block_size."
         )
-    embeddings = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
-    if isinstance(size := getattr(embeddings, "num_embeddings", None), int):
+    if isinstance(size := getattr(input_embeddings(model), "num_embeddings", None), int):
         blocks.check_vocabulary(size)
 
 
@@ -253,9 +256,7 @@ def _baseline(stack: LayerStack, blocks: Blocks, rows: np.ndarray, sublayers: bo
     loss = block_losses(logits, blocks.input_ids, targets)
     if not np.isfinite(loss).all():
         raise NonFiniteError(_not_finite(capture))
-    return Batch(
-        rows, blocks, tokens, targets, capture.inputs, capture.outputs, capture.attention, capture.mlp, loss
-    )
+    return Batch(rows, blocks, tokens, targets, capture.inputs, capture.outputs, capture.attention, capture.mlp, loss)
 
 
 def _require_finite(stack: LayerStack) -> None:
@@ -271,8 +272,8 @@ def _not_finite(capture: Capture) -> str:
     places += [(layer, f"the output of layer {layer}", hidden) for layer, hidden in sorted(capture.outputs.items())]
     where = next((name for _, name, hidden in places if not _finite(hidden)), "the logits")
     return (
-        f"The model cannot be scored: {where} are not finite (NaN or infinity). Check its weights, or use a wider dtype: "
-        "float32 or bfloat16."
+        f"The model cannot be scored: {where} are not finite (NaN or infinity). Check its weights, or use a wider "
+        "dtype: float32 or bfloat16."
     )
 
 
@@ -334,19 +335,11 @@ def _report(
         for name, matrix in values.pairs.items():
             pairs |= {name: _matrix(matrix), f"{name}_se": _matrix(errors.pairs[name])}
     singles |= _estimation_errors(scores)
-    measured = blocks[settings.fit_blocks : settings.fit_blocks + settings.eval_blocks]
     return LayerReport(
         schema_version=SCHEMA_VERSION,
         created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        model={**facts, "num_layers": stack.num_layers},
-        data={
-            "name": blocks.name,
-            "fingerprint": blocks.fingerprint,
-            "fit_blocks": settings.fit_blocks,
-            "eval_blocks": settings.eval_blocks,
-            "block_size": settings.block_size,
-            "tokens": int(measured.token_mask.sum()),
-        },
+        model=cast("ModelFacts", {**facts, "num_layers": stack.num_layers}),
+        data=_data_facts(blocks, settings),
         settings=settings.to_dict(),
         versions=_versions(),
         notes=_notes(stack, scores, blocks, settings),
@@ -354,6 +347,19 @@ def _report(
         layers=rows,
         pairs=pairs,
     )
+
+
+def _data_facts(blocks: Blocks, settings: Settings) -> DataFacts:
+    measured = blocks[settings.fit_blocks : settings.fit_blocks + settings.eval_blocks]
+    facts = {
+        "name": blocks.name,
+        "fingerprint": blocks.fingerprint,
+        "fit_blocks": settings.fit_blocks,
+        "eval_blocks": settings.eval_blocks,
+        "block_size": settings.block_size,
+        "tokens": int(measured.token_mask.sum()),
+    }
+    return cast("DataFacts", facts)
 
 
 def _estimation_errors(scores: dict[str, Score]) -> dict[str, float | None]:
@@ -372,8 +378,8 @@ def _notes(stack: LayerStack, scores: dict[str, Score], blocks: Blocks, settings
     notes = []
     if settings.paper_code and "usefulness" in scores:
         notes.append(
-            "paper_code: usefulness is what the paper's released code computes (linear map applied un-transposed, fitted on "
-            "the evaluation text), not what the paper defines."
+            "paper_code: usefulness is what the paper's released code computes (linear map applied un-transposed, "
+            "fitted on the evaluation text), not what the paper defines."
         )
     elif settings.in_sample and "usefulness" in scores:
         notes.append("in_sample: the linear maps were fitted on the evaluation text itself.")
@@ -386,13 +392,15 @@ def _notes(stack: LayerStack, scores: dict[str, Score], blocks: Blocks, settings
     for layer, reason in stack.unskippable.items():
         notes.append(f"Layer {layer} cannot be skipped or replaced in this model ({reason}); its scores are empty.")
     if not stack.resumable:
-        notes.append("Later layers of this model read what earlier ones left behind; every experiment ran from the start.")
+        notes.append(
+            "Later layers of this model read what earlier ones left behind; every experiment ran from the start."
+        )
     if settings.eval_blocks == 1:
         notes.append("One evaluation block tells no standard error; raise eval_blocks.")
     return notes
 
 
-def _versions() -> dict[str, str]:
+def _versions() -> dict[str, str | None]:
     names = ("depthscope", "torch", "transformers")
     return {**{name: version(name) for name in names}, "python": platform.python_version()}
 
@@ -406,17 +414,23 @@ def _matrix(values: np.ndarray) -> list[list[float | None]]:
     return [[_number(value) for value in row] for row in values]
 
 
+def _is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error is about memory; PyTorch has no class of its own for a processor's."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return "allocate memory" in str(error) or "not enough memory" in str(error)
+
+
 @contextmanager
 def _memory_errors(settings: Settings) -> Iterator[None]:
     """Say what to lower when the device runs out of memory."""
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not isinstance(error, torch.OutOfMemoryError):
-            if "allocate memory" not in str(error) and "not enough memory" not in str(error):
-                raise
+        if not _is_out_of_memory(error):
+            raise
         lower = [f"batch_size (now {settings.batch_size or 'chosen by itself'})", f"block_size ({settings.block_size})"]
         raise OutOfMemoryError(
-            f"The device ran out of memory. Lower {' or '.join(lower)}, use a narrower dtype (bfloat16), split the model "
-            'over devices with device="auto", or leave out the jacobian score.'
+            f"The device ran out of memory. Lower {' or '.join(lower)}, use a narrower dtype (bfloat16), split the "
+            'model over devices with device="auto", or leave out the jacobian score.'
         ) from error

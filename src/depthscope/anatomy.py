@@ -22,6 +22,7 @@ from depthscope.tracing import MODEL_FAILURES, Trace, input_device, run, trace_l
 
 __all__ = ["Capture", "LayerStack"]
 
+
 @dataclass
 class Capture:
     """What `LayerStack.capturing` saw in the last forward pass: tensors by layer, as the model passed them.
@@ -79,7 +80,7 @@ class LayerStack:
 
     @property
     def kind_names(self) -> tuple[str, ...]:
-        """A readable name of each layer's kind, such as `LlamaDecoderLayer` or `Gemma2DecoderLayer/sliding_attention`."""
+        """A readable name of each layer's kind, such as `Gemma2DecoderLayer/sliding_attention`."""
         return self._trace.kind_names
 
     @cached_property
@@ -159,8 +160,8 @@ class LayerStack:
     def standing_in(self, replacements: Mapping[int, nn.Module]) -> Iterator[None]:
         """Put modules in the place of layers: each gets the hidden state first and returns the new one.
 
-        A plain module (`nn.Linear`, `nn.Identity`, ...) is wrapped so that it takes the layer's other arguments, returns
-        the layer's shape of result and still has the layer's attributes.
+        A plain module (`nn.Linear`, `nn.Identity`, ...) is wrapped so that it takes the layer's other arguments,
+        returns the layer's shape of result and still has the layer's attributes.
         """
         for index in replacements:
             self._check(index)
@@ -275,7 +276,7 @@ class LayerStack:
             yield capture
 
     def sublayer(self, index: int, part: str) -> nn.Module | None:
-        """The attention (or other token mixer) or the MLP of a layer, where it has one: `part` is "attention" or "mlp"."""
+        """The "attention" (or other token mixer) or the "mlp" of a layer, where it has such a `part`."""
         name = self._trace.sublayers[index].get(part)
         return self.layers[index].get_submodule(name) if name else None
 
@@ -317,7 +318,9 @@ class LayerStack:
 
 
 def _replace_input(hidden: Tensor) -> Callable[..., tuple[tuple[Any, ...], dict[str, Any]]]:
-    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def hook(
+        module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         if args:
             return (hidden, *args[1:]), kwargs
         return args, {**kwargs, "hidden_states": hidden}

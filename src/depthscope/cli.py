@@ -1,7 +1,7 @@
 """The command line: `depthscope analyze`, `show`, `compare` and `scores`.
 
-torch and transformers are imported inside the commands, so that `--help` answers at once. Bad input ends with one message
-and exit code 2, Ctrl-C with 130.
+torch and transformers are imported inside the commands, so that `--help` answers at once. Bad input ends with one
+message and exit code 2, Ctrl-C with 130.
 """
 
 import sys
@@ -63,8 +63,10 @@ def analyze(
     ],
     text: Annotated[
         list[Path] | None,
-        typer.Option(help="Text file or directory; may be given several times. Default: Python's own library source.",
-                     rich_help_panel=TEXT),
+        typer.Option(
+            help="Text file or directory; may be given several times. Default: Python's own library source.",
+            rich_help_panel=TEXT,
+        ),
     ] = None,
     dataset: Annotated[
         str | None, typer.Option(help="A datasets name, or name:config, instead of --text.", rich_help_panel=TEXT)
@@ -80,13 +82,16 @@ def analyze(
     block_size: Annotated[int, typer.Option(help="Tokens in a block.", rich_help_panel=TEXT)] = 256,
     scores: Annotated[
         str,
-        typer.Option(help="Scores to compute, separated by commas; [bold]depthscope scores[/] explains them.",
-                     rich_help_panel=DEPTH),
+        typer.Option(
+            help="Scores to compute, separated by commas; [bold]depthscope scores[/] explains them.",
+            rich_help_panel=DEPTH,
+        ),
     ] = "all",
     pairs: Annotated[
         str,
-        typer.Option(help="Pairs of layers to swap: all, adjacent, or a share to sample such as 0.25.",
-                     rich_help_panel=DEPTH),
+        typer.Option(
+            help="Pairs of layers to swap: all, adjacent, or a share to sample such as 0.25.", rich_help_panel=DEPTH
+        ),
     ] = "all",
     probes: Annotated[
         str, typer.Option(help="Random probes for the Jacobian distance, or exact.", rich_help_panel=DEPTH)

@@ -44,4 +44,3 @@ class Processes:
     def add_up_array(self, array: Array) -> None:
         """Add an array up over all processes, in place."""
         self.add_up(torch.from_numpy(array))
-

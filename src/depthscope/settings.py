@@ -1,7 +1,7 @@
 """The settings of an analysis: what is measured, on how much text, and how exactly."""
 
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 from depthscope.errors import SettingsError
 
@@ -31,7 +31,8 @@ class Settings:
         threshold: a layer is useful when linearising it multiplies the loss by more than this (the paper's is 1.1).
         ridge: ridge of the linear fit, relative to the mean eigenvalue of the inputs' covariance.
         in_sample: fit the linear maps on the evaluation blocks themselves, as the paper does.
-        paper_code: compute what the paper's released code computes: an in-sample fit whose matrix is applied un-transposed.
+        paper_code: compute what the paper's released code computes: an in-sample fit whose matrix is applied
+            un-transposed.
         pairs: "all" pairs of layers for the permutation score, "adjacent" ones, or the share of (pair, block) cells to
             sample, in (0, 1); a sampled score carries its sampling error.
         probes: random sign vectors that estimate the Jacobian distance, or "exact" for one backward pass a dimension.
@@ -47,8 +48,8 @@ class Settings:
     ridge: float = 1e-10
     in_sample: bool = False
     paper_code: bool = False
-    pairs: Literal["all", "adjacent"] | float = "all"
-    probes: int | Literal["exact"] = 16
+    pairs: str | float = "all"
+    probes: int | str = 16
     seed: int = 0
 
     def __post_init__(self) -> None:

@@ -80,7 +80,7 @@ class Feed(StandIn):
         return self._dress(self._hidden)
 
 
-class StopForward(Exception):  # noqa: N818 - a signal, not an error
+class StopForward(Exception):
     """Raised to leave a forward pass where nothing more of it is needed."""
 
 
@@ -111,6 +111,8 @@ class AffineMap(nn.Module):
         self, weight: Tensor, bias: Tensor, *, residual: bool = False, dtype: torch.dtype = torch.float32
     ) -> None:
         super().__init__()
+        self.weight: Tensor
+        self.bias: Tensor
         self.register_buffer("weight", weight.to(dtype))
         self.register_buffer("bias", bias.to(dtype))
         self.residual = residual

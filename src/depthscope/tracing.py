@@ -1,13 +1,13 @@
 """Finding the decoder layers of a causal language model by watching one small forward pass.
 
-Architectures name and wrap their layers in many ways, but they all walk down one `ModuleList` whose items are called once
-each, in order, each handing the very same tensor to the next. That is what is looked for.
+Architectures name and wrap their layers in many ways, but they all walk down one `ModuleList` whose items are called
+once each, in order, each handing the very same tensor to the next. That is what is looked for.
 """
 
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
-from itertools import count
+from itertools import count, pairwise
 from typing import Any
 
 import torch
@@ -99,13 +99,31 @@ def run(model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None = Non
 
 def input_device(model: nn.Module) -> torch.device:
     """The device that a model takes token ids on, also when it is split over several or offloaded."""
-    embeddings = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    embeddings = input_embeddings(model)
     for module in (embeddings, model):
         weight = next(module.parameters(), None) if module is not None else None
         if weight is not None and weight.device.type != "meta":
             return weight.device
     hook = getattr(embeddings, "_hf_hook", None)
     return torch.device(getattr(hook, "execution_device", None) or "cpu")
+
+
+def text_config(model: nn.Module) -> Any:
+    """The configuration of the language model proper, where a model has several; None where it has none."""
+    config = getattr(model, "config", None)
+    return config.get_text_config() if config is not None and hasattr(config, "get_text_config") else config
+
+
+def input_embeddings(model: nn.Module) -> nn.Module | None:
+    """The module that embeds token ids, where the model names it."""
+    named: Any = getattr(model, "get_input_embeddings", None)
+    return named() if named is not None else None
+
+
+def output_embeddings(model: nn.Module) -> nn.Module | None:
+    """The language-modelling head, where the model names it."""
+    named: Any = getattr(model, "get_output_embeddings", None)
+    return named() if named is not None else None
 
 
 def trace_layers(model: nn.Module) -> Trace:
@@ -123,8 +141,9 @@ def trace_layers(model: nn.Module) -> Trace:
     axes = StreamAxes.of(ordered[0].into.shape)
     if axes is None:
         raise NoLayerStackError(
-            f"The layers of {path!r} pass on tensors of shape {tuple(ordered[0].into.shape)} for {TRACE_BATCH} sequences "
-            f"of {TRACE_TOKENS} tokens, so the tokens cannot be told apart; depthscope needs one hidden state a token."
+            f"The layers of {path!r} pass on tensors of shape {tuple(ordered[0].into.shape)} for {TRACE_BATCH} "
+            f"sequences of {TRACE_TOKENS} tokens, so the tokens cannot be told apart; depthscope needs "
+            "one hidden state a token."
         )
     names = [_kind_name(layer, model, index) for index, layer in enumerate(layers)]
     return Trace(
@@ -144,14 +163,14 @@ def trace_layers(model: nn.Module) -> Trace:
 
 def example_ids(model: nn.Module) -> Tensor:
     """Token ids [TRACE_BATCH, TRACE_TOKENS] that no special meaning is given to, the same at every call."""
-    config = getattr(model, "config", None)
-    size = getattr(_text_config(config), "vocab_size", None)
+    size = getattr(text_config(model), "vocab_size", None)
     if not isinstance(size, int):
-        embeddings = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
-        size = getattr(embeddings, "num_embeddings", None)
+        size = getattr(input_embeddings(model), "num_embeddings", None)
     if not isinstance(size, int) or size < 1:
-        raise NoLayerStackError(f"{type(model).__name__} has no vocabulary of token ids; a causal language model has one.")
-    special = _special_ids(config)
+        raise NoLayerStackError(
+            f"{type(model).__name__} has no vocabulary of token ids; a causal language model has one."
+        )
+    special = _special_ids(getattr(model, "config", None))
     plain = [token for token in range(min(size, 4096)) if token not in special] or [0]
     steps = torch.arange(TRACE_BATCH * TRACE_TOKENS) * 7919  # a prime stride visits the vocabulary unevenly
     return torch.tensor(plain)[steps % len(plain)].view(TRACE_BATCH, TRACE_TOKENS)
@@ -170,10 +189,6 @@ def _special_ids(config: Any) -> set[int]:
     return found
 
 
-def _text_config(config: Any) -> Any:
-    return config.get_text_config() if hasattr(config, "get_text_config") else config
-
-
 def _refuse_other_models(model: nn.Module) -> None:
     name = type(model).__name__
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
@@ -181,8 +196,7 @@ def _refuse_other_models(model: nn.Module) -> None:
             f"{name} is an encoder-decoder; depthscope reads decoder-only causal language models. "
             "Give one that AutoModelForCausalLM loads without an encoder."
         )
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    if head is None and not name.endswith(("ForCausalLM", "LMHeadModel")):
+    if output_embeddings(model) is None and not name.endswith(("ForCausalLM", "LMHeadModel")):
         raise NoLayerStackError(
             f"{name} has no language-modelling head, so there is no next-token loss to measure; "
             "load it with AutoModelForCausalLM."
@@ -191,9 +205,7 @@ def _refuse_other_models(model: nn.Module) -> None:
 
 def _module_lists(model: nn.Module) -> dict[str, nn.ModuleList]:
     return {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) > 0
+        name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module) > 0
     }
 
 
@@ -235,14 +247,14 @@ def _choose(
     model: nn.Module, lists: Mapping[str, nn.ModuleList], calls: Mapping[int, list[_Call]]
 ) -> tuple[str, nn.ModuleList]:
     """The list that the hidden state walks down: as long as the configuration says, else the longest."""
-    expected = getattr(_text_config(getattr(model, "config", None)), "num_hidden_layers", None)
+    expected = getattr(text_config(model), "num_hidden_layers", None)
     found = {name: items for name, items in lists.items() if _is_walked(items, calls)}
     if not found:
         raise NoLayerStackError(_nothing_found(model, lists, calls))
     if expected is None and len(outer := _outermost(found)) > 1:
         raise NoLayerStackError(
-            f"{type(model).__name__} has several stacks of layers ({', '.join(outer)}), and its configuration does not say "
-            "which is the decoder. Such a model cannot be analysed layer by layer."
+            f"{type(model).__name__} has several stacks of layers ({', '.join(outer)}), and its configuration does not "
+            "say which is the decoder. Such a model cannot be analysed layer by layer."
         )
     return max(found.items(), key=lambda entry: (len(entry[1]) == expected, len(entry[1])))
 
@@ -258,11 +270,11 @@ def _is_walked(items: nn.ModuleList, calls: Mapping[int, list[_Call]]) -> bool:
     if any(len(made) != 1 or not isinstance(made[0].into, Tensor) for made in each):
         return False
     ordered = [made[0] for made in each]
-    if any(a.order > b.order for a, b in zip(ordered, ordered[1:], strict=False)):
+    if any(a.order > b.order for a, b in pairwise(ordered)):
         return False
     if any(_shape(call.out) != call.into.shape for call in ordered) or StreamAxes.of(ordered[0].into.shape) is None:
         return False
-    return all(_same(hidden_of(a.out), b.into) for a, b in zip(ordered, ordered[1:], strict=False))
+    return all(_same(hidden_of(a.out), b.into) for a, b in pairwise(ordered))
 
 
 def _same(given: Tensor, taken: Tensor) -> bool:
@@ -291,8 +303,8 @@ def _nothing_found(model: nn.Module, lists: Mapping[str, nn.ModuleList], calls: 
             seen.append(f"{name or '(root)'}: {len(items)} x {type(items[0]).__name__}, called {times}")
     found = "; ".join(seen[:6]) if seen else "no list of modules at all"
     return (
-        f"{type(model).__name__} has no plain stack of decoder layers, each called once, in order, on the hidden state of "
-        f"the one before. Found: {found}. Such a model cannot be analysed layer by layer."
+        f"{type(model).__name__} has no plain stack of decoder layers, each called once, in order, on the hidden state "
+        f"of the one before. Found: {found}. Such a model cannot be analysed layer by layer."
     )
 
 
@@ -303,7 +315,7 @@ def _first_shape(items: nn.ModuleList, calls: Mapping[int, list[_Call]]) -> torc
 
 def _kind_name(layer: nn.Module, model: nn.Module, index: int) -> str:
     """The class of a layer, with the type that its configuration or the layer itself states (attention, block)."""
-    types = getattr(_text_config(getattr(model, "config", None)), "layer_types", None)
+    types = getattr(text_config(model), "layer_types", None)
     stated = [types[index]] if isinstance(types, list | tuple) and index < len(types) else []
     for module in (layer, *layer.children()):
         for attribute in ("attention_type", "layer_type", "block_type"):
@@ -317,13 +329,17 @@ def _structure(layer: nn.Module) -> Hashable:
     """What makes two layers interchangeable: the same tree of modules, and the same switches on them."""
     switches = ("is_sliding", "is_causal", "use_rope", "is_moe_layer", "sliding_window", "is_kv_shared_layer")
     return tuple(
-        (name, type(module).__name__, tuple((s, vars(module)[s]) for s in switches if isinstance(vars(module).get(s), bool | int)))
+        (
+            name,
+            type(module).__name__,
+            tuple((s, vars(module)[s]) for s in switches if isinstance(vars(module).get(s), bool | int)),
+        )
         for name, module in layer.named_modules()
     )
 
 
 def _sublayers(layer: nn.Module, calls: Mapping[int, list[_Call]]) -> dict[str, str]:
-    """The names of the layer's attention (or other token mixer) and MLP: children called once, one vector a token out."""
+    """The names of a layer's attention (or other token mixer) and MLP: called once, one vector a token out."""
     found: dict[str, str] = {}
     for name, child in layer.named_children():
         made = calls.get(id(child), [])

@@ -1,11 +1,11 @@
 """What all scores share: a batch of blocks with its baseline pass, sums over tokens kept by block, and their values.
 
-A score never keeps means. It keeps, for every evaluation block, the sums that its formula is made of, and `finish` turns
-totals over blocks into values. So the same `finish` gives the score (all blocks) and its standard error (leaving one
-block out at a time), and neither depends on the batch size or on how many processes shared the blocks.
+A score never keeps means. It keeps, for every evaluation block, the sums that its formula is made of, and `finish`
+turns totals over blocks into values. So the same `finish` gives the score (all blocks) and its standard error (leaving
+one block out at a time), and neither depends on the batch size or on how many processes shared the blocks.
 """
 
-from abc import ABC
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -17,6 +17,7 @@ from torch import Tensor
 from depthscope.anatomy import LayerStack
 from depthscope.corpus import Blocks
 from depthscope.settings import Settings
+from depthscope.tracing import output_embeddings
 
 Array = np.ndarray
 Sums = Mapping[str, Array]
@@ -39,7 +40,7 @@ class Explanation:
 
 @dataclass
 class Values:
-    """What a score comes to: single numbers, one number a layer [L], one a pair of layers [L, L]; NaN where undefined."""
+    """What a score comes to: single numbers, one a layer [L], one a pair of layers [L, L]; NaN where undefined."""
 
     scores: dict[str, Array | float] = field(default_factory=dict)
     layers: dict[str, Array] = field(default_factory=dict)
@@ -102,13 +103,15 @@ class Score(ABC):
 
     def measure(self, batch: Batch, tick: Callable[[float], None]) -> None:
         """Add a batch to the sums, running what experiments it takes; `tick` counts the work done."""
+        return
 
     def measure_skip(self, batch: Batch, run: SkippedRun) -> None:
         """Add the run of a batch with one layer skipped to the sums."""
+        return
 
+    @abstractmethod
     def finish(self, sums: Sums) -> Values:
         """Turn totals over blocks into values."""
-        raise NotImplementedError
 
     def table(self, name: str, *shape: int, rows: int | None = None) -> Array:
         """The sums called `name`: one row [*shape] a block, zero at first."""
@@ -146,8 +149,8 @@ def block_losses(logits: Tensor, input_ids: Tensor, target_mask: Tensor) -> Arra
 
 
 def head_work(stack: LayerStack) -> float:
-    """What the head and the loss cost, in forward passes of one layer: by their parameters, an estimate for progress."""
-    head = stack.model.get_output_embeddings() if hasattr(stack.model, "get_output_embeddings") else None
+    """What head and loss cost, in forward passes of one layer: an estimate by their parameters, for progress."""
+    head = output_embeddings(stack.model)
     of_layer = sum(weight.numel() for weight in stack.layers.parameters()) / stack.num_layers
     of_head = sum(weight.numel() for weight in head.parameters()) if head is not None else 0
     return of_head / max(of_layer, 1)
@@ -159,7 +162,7 @@ def forwards_from(stack: LayerStack, index: int) -> int:
 
 
 def run_from(stack: LayerStack, index: int, hidden: Tensor) -> AbstractContextManager[None]:
-    """Start the model at layer `index` from the kept `hidden` where the model allows it, else let it run from the start."""
+    """Start the model at layer `index` from the kept `hidden` where it allows that, else run it from the start."""
     return stack.resuming_at(index, hidden) if stack.resumable else nullcontext()
 
 

@@ -1,7 +1,7 @@
 """How far each layer moves the residual stream: direction, angle and length of its update.
 
-For a token, with `h` the stream before the layer, `u` the layer's update and `h + u` the stream after it (all streams of
-a token taken as one vector):
+For a token, with `h` the stream before the layer, `u` the layer's update and `h + u` the stream after it (all streams
+of a token taken as one vector):
 
     block influence    1 - cos(h, h + u)                            mean over tokens    (ShortGPT, arXiv 2403.03853)
     angular distance   arccos(cos(h, h + u)) / pi                   mean over tokens    (arXiv 2403.17887)
@@ -42,8 +42,8 @@ class BlockInfluence(_Geometry):
     explanation = Explanation(
         name="block_influence",
         title="Block influence",
-        meaning="How much a layer turns the residual stream: 0 for the identity. Cheap, and a common guide for pruning; "
-        "it sees direction only, not what the rest of the model makes of it.",
+        meaning="How much a layer turns the residual stream: 0 for the identity. Cheap, and a common guide for "
+        "pruning; it sees direction only, not what the rest of the model makes of it.",
         formula="1 - mean over tokens of cos(h_(l-1), h_l)",
         unit="none, 0 to 2",
         source="ShortGPT, arXiv 2403.03853",
@@ -52,7 +52,10 @@ class BlockInfluence(_Geometry):
     def read(self, before: Tensor, after: Tensor) -> dict[str, Tensor]:
         """The influence on each token."""
         # Half the squared distance of the unit vectors: 1 - cos without its cancellation, so an identity layer gives 0.
-        return {"influence": (_unit(before) - _unit(after)).square().sum(-1) / 2, "tokens": torch.ones_like(before[..., 0])}
+        return {
+            "influence": (_unit(before) - _unit(after)).square().sum(-1) / 2,
+            "tokens": torch.ones_like(before[..., 0]),
+        }
 
     def finish(self, sums: Sums) -> Values:
         """Divide by the number of tokens."""
@@ -92,11 +95,11 @@ class Update(_Geometry):
     explanation = Explanation(
         name="update",
         title="Update norm and cosine",
-        meaning="How long a layer's update is beside the residual stream it is added to, and whether it points along the "
-        "stream (cosine above 0: it amplifies), against it (it erases) or across it (it adds something new).",
+        meaning="How long a layer's update is beside the residual stream it is added to, and whether it points along "
+        "the stream (cosine above 0: it amplifies), against it (it erases) or across it (it adds something new).",
         formula="sum ||u_l|| / sum ||h_(l-1)||;  mean over tokens of cos(u_l, h_(l-1))",
         unit="none",
-        source="PAPER: residual update relative to the stream; direction as in arXiv 2502.05795",
+        source="the growth of the residual stream, arXiv 2502.05795",
     )
 
     def read(self, before: Tensor, after: Tensor) -> dict[str, Tensor]:

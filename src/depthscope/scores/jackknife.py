@@ -30,15 +30,11 @@ def values_with_errors(finish: Callable[[Sums], Values], tables: Mapping[str, Ar
     (count,) = {len(table) for table in tables.values()}
     left_out = range(count) if count > 1 else ()  # without its only block nothing is left to finish
     without = [finish({name: totals[name] - table[block] for name, table in tables.items()}) for block in left_out]
-    return values, Values(
-        **{
-            part.name: {
-                key: _error([getattr(each, part.name)[key] for each in without], value)
-                for key, value in getattr(values, part.name).items()
-            }
-            for part in fields(Values)
-        }
-    )
+    errors = Values()
+    for part in fields(Values):
+        for key, value in getattr(values, part.name).items():
+            getattr(errors, part.name)[key] = _error([getattr(each, part.name)[key] for each in without], value)
+    return values, errors
 
 
 def _error(without: list[Array | float], value: Array | float) -> Array:

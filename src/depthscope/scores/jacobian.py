@@ -20,7 +20,7 @@ from torch import Tensor
 
 from depthscope.anatomy import LayerStack
 from depthscope.modes import frozen
-from depthscope.scores.base import Array, Batch, Explanation, Score, Sums, Values, forwards_from, mean
+from depthscope.scores.base import Array, Batch, Explanation, Score, Sums, Values, mean
 from depthscope.settings import Settings
 
 # Products with probes are kept for groups of blocks, so that standard errors can be told: as many as fit in here.
@@ -73,7 +73,7 @@ class Jacobian(Score):
         return Values(scores={"jacobian": mean(distance)}, layers={"jacobian": distance})
 
     def probe_error(self) -> float | None:
-        """The standard error of the global value that comes from using random probes: 0 if exact, None for one probe."""
+        """The standard error of the global value that random probes bring: 0 if exact, None for one probe."""
         if self.settings.probes == "exact":
             return 0.0
         squares = self._squares({name: table.sum(0) for name, table in self.sums.items()})
@@ -117,4 +117,4 @@ def _probes(features: int, settings: Settings) -> Tensor:
     if settings.probes == "exact":
         return torch.eye(features)
     generator = torch.Generator().manual_seed(settings.seed)
-    return torch.randint(0, 2, (settings.probes, features), generator=generator).float() * 2 - 1
+    return torch.randint(0, 2, (int(settings.probes), features), generator=generator).float() * 2 - 1

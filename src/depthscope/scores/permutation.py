@@ -2,13 +2,13 @@
 
     P[i, j] = |loss(M) - loss(M with layers i and j swapped)| / loss(M)
 
-Losses in nats over the evaluation blocks; the global value is the mean over all pairs i < j, a layer's own is its mean over
-partners. arXiv 2603.15389, permutation score. Only layers of equal kind are swapped.
+Losses in nats over the evaluation blocks; the global value is the mean over all pairs i < j, a layer's own is its mean
+over partners. arXiv 2603.15389, permutation score. Only layers of equal kind are swapped.
 
-All pairs take about L^3 / 3 layer forwards. A sample takes a share of them: every pair is measured, each on its own few
-blocks, all blocks being used equally often. What is lost is only how differently a pair behaves from block to block, which
-is little beside how differently pairs behave; the sampling error says how little. Shares too small for two blocks a pair
-leave pairs out, at random.
+All pairs take about L^3 / 3 layer forwards. A sample takes a share of them: every pair is measured, each on its own
+few blocks, all blocks being used equally often. What is lost is only how differently a pair behaves from block to
+block, which is little beside how differently pairs behave; the sampling error says how little. Shares too small for
+two blocks a pair leave pairs out, at random.
 """
 
 from collections.abc import Callable

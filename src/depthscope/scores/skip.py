@@ -1,7 +1,7 @@
 """Skip ratio: what the loss becomes when a layer is left out.
 
-`s_l = loss(model without layer l) / loss(model)`, next-token cross-entropy in nats over the evaluation blocks; layer l's
-output is its input. It comes for the price of the causal score's pass plus one head. Its participation ratio is the
+`s_l = loss(model without layer l) / loss(model)`, next-token cross-entropy in nats over the evaluation blocks; layer
+l's output is its input. It comes for the price of the causal score's pass plus one head. Its participation ratio is the
 effective depth (by skipping).
 """
 
@@ -14,8 +14,8 @@ class Skip(Score):
     explanation = Explanation(
         name="skip",
         title="Skip ratio",
-        meaning="By what the loss is multiplied when a layer is left out: 1 means that the model does not miss it. What "
-        "it would cost to drop the layer, without any healing.",
+        meaning="By what the loss is multiplied when a layer is left out: 1 means that the model does not miss it. "
+        "What it would cost to drop the layer, without any healing.",
         formula="s_l = loss(layer l skipped) / loss;  effective depth (skip) = (sum e)^2 / sum e^2, e = max(s - 1, 0)",
         unit="ratio of losses in nats",
         source="layer dropping as in ShortGPT, arXiv 2403.03853",

@@ -5,12 +5,13 @@ affine map in layer l's place,
 
     r_l = loss(M_l) / loss(M),
 
-and usefulness is the share of layers with `r_l` above a threshold (1.1 in the paper). Losses in nats over the evaluation
-blocks. arXiv 2603.15389, usefulness score.
+and usefulness is the share of layers with `r_l` above a threshold (1.1 in the paper). Losses in nats over the
+evaluation blocks. arXiv 2603.15389, usefulness score.
 
-The fit is of the layer's update, `u_l ~ h_{l-1} (W_l - I) + b_l`, which has the same solution and keeps its digits where
-the update is small beside the stream. `X^T X` and `X^T U` of all layers are summed in one pass, in float64, and solved by
-Cholesky: a few tokens with massive activations make float32 fits worthless (condition numbers of 5e3 to 7e4).
+The fit is of the layer's update, `u_l ~ h_{l-1} (W_l - I) + b_l`, which has the same solution and keeps its digits
+where the update is small beside the stream. `X^T X` and `X^T U` of all layers are summed in one pass, in float64, and
+solved by Cholesky: a few tokens with massive activations make float32 fits worthless (condition numbers of 5e3 to
+7e4).
 """
 
 from collections.abc import Callable, Iterable
@@ -87,8 +88,8 @@ class FitSums:
                 weight = torch.cholesky_solve(cross, factor)
                 return weight, mean_u - mean_x @ weight
         raise NonFiniteError(
-            "The linear fit failed: hidden states on the fitting blocks are not finite. Check the model's weights, or use a "
-            "wider dtype: float32 or bfloat16."
+            "The linear fit failed: hidden states on the fitting blocks are not finite. Check the model's weights, or "
+            "use a wider dtype: float32 or bfloat16."
         )
 
     def tensors(self) -> Iterable[Tensor]:
@@ -116,8 +117,8 @@ class Usefulness(Score):
         name="usefulness",
         title="Usefulness",
         meaning="By what the loss is multiplied when a layer is replaced by the best affine map of its input: 1 means "
-        "that the layer does nothing that a matrix could not do. Usefulness is the share of layers above the threshold; "
-        "the ratios carry the information.",
+        "that the layer does nothing that a matrix could not do. Usefulness is the share of layers above the "
+        "threshold; the ratios carry the information.",
         formula="r_l = loss(layer l linearised) / loss;  usefulness = share of layers with r_l > 1.1",
         unit="ratio of losses in nats; share of layers",
         source="arXiv 2603.15389",

@@ -18,7 +18,7 @@ from depthscope.scores.base import Array, Batch, Explanation, Score, Sums, Value
 
 
 class Variance(Score):
-    """Mean over tokens of `Var_d(h_l)` at each layer's output, its growth split, and that of attention and MLP outputs."""
+    """Mean over tokens of `Var_d(h_l)` at each layer's output, its growth split, and of attention and MLP outputs."""
 
     explanation = Explanation(
         name="variance",

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
@@ -39,7 +40,9 @@ from transformers import (
     ViTModel,
 )
 
+from depthscope.checkpoints import find_checkpoint
 from depthscope.errors import ModelLoadError, SettingsError
+from depthscope.load_failures import load_errors
 from depthscope.loading import load_model, model_facts
 from fake_hub import COMMIT, FakeHub
 
@@ -113,7 +116,7 @@ def test_a_folder_gives_the_model_its_tokenizer_and_the_facts(saved: Path) -> No
     assert loaded.require_tokenizer()("a").input_ids == tokenizer()("a").input_ids
     assert loaded.notes == []
     assert loaded.facts == {
-        "name": str(saved),
+        "name": saved.name,
         "revision": None,
         "source": "folder",
         "model_type": "llama",
@@ -179,16 +182,24 @@ def test_loading_says_nothing_on_the_terminal(folder: Path, capfd: pytest.Captur
 
 
 def test_logging_and_progress_bars_are_as_before_afterwards(saved: Path) -> None:
-    from huggingface_hub.utils import are_progress_bars_disabled
+    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+    library = transformers.utils.logging
 
     def state() -> tuple:
-        library = transformers.utils.logging
         return library.get_verbosity(), library.is_progress_bar_enabled(), are_progress_bars_disabled(), sys.stderr
 
-    before = state()
-    load_model(str(saved))
-    refusal(saved / "nothing")
-    assert state() == before
+    verbosity = library.get_verbosity()
+    for switch_bars in (enable_progress_bars, disable_progress_bars):
+        library.set_verbosity_info()
+        library.enable_progress_bar()
+        switch_bars()
+        before = state()
+        load_model(str(saved))
+        refusal(saved / "nothing")
+        assert state() == before
+    library.set_verbosity(verbosity)
+    enable_progress_bars()
 
 
 # Facts
@@ -531,6 +542,14 @@ def test_a_gguf_file_is_loaded_silently(
     assert capfd.readouterr() == ("", "")
 
 
+def test_a_real_gguf_file_comes_with_its_tokenizer(smollm2_gguf: Path) -> None:
+    loaded = load_model(str(smollm2_gguf), device="cpu")
+    assert (loaded.facts["num_layers"], loaded.facts["num_parameters"]) == (30, 134_515_008)
+    ids = loaded.require_tokenizer()("The capital of France is", return_tensors="pt").input_ids
+    with torch.no_grad():
+        assert loaded.tokenizer.decode(loaded.model(ids).logits[0, -1].argmax()) == " Paris"
+
+
 def half_header(content: bytes) -> bytes:
     return content[:60]
 
@@ -594,7 +613,7 @@ def test_an_adapter_is_put_on_its_base_model(adapter: Path, saved: Path) -> None
     assert not torch.equal(logits(loaded.model), logits(llama().eval()))
     assert not loaded.model.training
     facts = {name: loaded.facts[name] for name in ("source", "name", "base_model", "architecture")}
-    assert list(facts.values()) == ["adapter", str(adapter), str(saved), "LlamaForCausalLM"]
+    assert list(facts.values()) == ["adapter", adapter.name, saved.name, "LlamaForCausalLM"]
     assert loaded.facts["num_parameters"] == model_facts(llama())["num_parameters"] + 2 * 2 * (16 + 16)
     assert loaded.require_tokenizer() is not None
 
@@ -654,7 +673,7 @@ def test_adapter_weights_without_a_place_are_a_note(adapter: Path, tmp_path: Pat
     base = save(llama(num_hidden_layers=1), tmp_path / "shallow")
     edit(adapter, "adapter_config.json", base_model_name_or_path=str(base))
     assert load_model(str(adapter)).notes == [
-        f"2 weights of the adapter have no place in its base model {str(base)!r}."
+        f"2 weights of the adapter have no place in its base model {base.name!r}."
     ]
 
 
@@ -677,6 +696,15 @@ def test_an_adapter_without_peft_names_it(adapter: Path, monkeypatch: pytest.Mon
 
 
 # The Hub
+
+
+def test_a_download_that_breaks_off_is_told_from_damage(saved: Path) -> None:
+    checkpoint = find_checkpoint(str(saved))
+    with pytest.raises(ModelLoadError, match="Hugging Face Hub"), load_errors(checkpoint, "weights"):
+        raise OSError("transformers' own words") from LocalEntryNotFoundError("the network is down")
+    with pytest.raises(ModelLoadError, match="transformers' own words"), load_errors(checkpoint, "weights"):
+        raise OSError("transformers' own words")
+
 
 ASK = """
 import json, sys

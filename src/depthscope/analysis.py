@@ -94,7 +94,7 @@ def analyze(
     chosen = _settings(settings, options)
     processes = Processes.here()
     if isinstance(model, nn.Module):
-        loaded = LoadedModel(model, tokenizer, model_facts(model, name=_name_of(model)))
+        loaded = LoadedModel(model, tokenizer, model_facts(model))
     else:
         where = str(processes.device) if device is None and processes.count > 1 else device
         loaded = load_model(
@@ -104,7 +104,7 @@ def analyze(
         needed = chosen.fit_blocks + chosen.eval_blocks
         blocks = load_blocks(
             text,
-            tokenizer or loaded.tokenizer,
+            tokenizer or loaded.require_tokenizer(),
             num_blocks=needed,
             block_size=chosen.block_size,
             dataset=dataset,
@@ -114,7 +114,9 @@ def analyze(
     elif not isinstance(blocks, Blocks):
         blocks = Blocks.from_ids(blocks)
     chosen = chosen.with_(block_size=blocks.input_ids.shape[1])
-    return analyze_blocks(loaded.model, blocks, chosen, facts=loaded.facts, processes=processes, progress=progress)
+    report = analyze_blocks(loaded.model, blocks, chosen, facts=loaded.facts, processes=processes, progress=progress)
+    # Through JSON and back: what is returned is, to the order of its keys, what a saved report gives when it is loaded.
+    return LayerReport.from_json(report.model_copy(update={"notes": [*loaded.notes, *report.notes]}).to_json())
 
 
 def analyze_blocks(
@@ -147,11 +149,6 @@ def _settings(settings: Settings | None, options: dict[str, Any]) -> Settings:
         raise SettingsError(
             f"{', '.join(options)}: not all of these are options of an analysis; they are {known}."
         ) from error
-
-
-def _name_of(model: nn.Module) -> str:
-    config = getattr(model, "config", None)
-    return getattr(config, "_name_or_path", None) or type(model).__name__
 
 
 def _require_blocks(model: nn.Module, blocks: Blocks, settings: Settings) -> None:
@@ -383,12 +380,7 @@ def _notes(stack: LayerStack, scores: dict[str, Score], blocks: Blocks, settings
         )
     elif settings.in_sample and "usefulness" in scores:
         notes.append("in_sample: the linear maps were fitted on the evaluation text itself.")
-    fitted = settings.eval_blocks if settings.in_sample else settings.fit_blocks
-    if "usefulness" in scores and fitted * settings.block_size <= 2 * stack.width:
-        notes.append(
-            f"The linear maps have {stack.width} inputs and were fitted on {fitted * settings.block_size} tokens only: "
-            "usefulness ratios are too high. Raise fit_blocks."
-        )
+    notes += _fit_notes(stack, scores.get("usefulness"), settings)
     for layer, reason in stack.unskippable.items():
         notes.append(f"Layer {layer} cannot be skipped or replaced in this model ({reason}); its scores are empty.")
     if not stack.resumable:
@@ -397,6 +389,25 @@ def _notes(stack: LayerStack, scores: dict[str, Score], blocks: Blocks, settings
         )
     if settings.eval_blocks == 1:
         notes.append("One evaluation block tells no standard error; raise eval_blocks.")
+    return notes
+
+
+def _fit_notes(stack: LayerStack, score: Score | None, settings: Settings) -> list[str]:
+    if not isinstance(score, Usefulness):
+        return []
+    notes = []
+    tokens = (settings.eval_blocks if settings.in_sample else settings.fit_blocks) * settings.block_size
+    if tokens <= 2 * stack.width:
+        notes.append(
+            f"The linear maps have {stack.width} inputs and were fitted on {tokens} tokens only: usefulness ratios are "
+            "too high. Raise fit_blocks."
+        )
+    if score.undetermined:
+        layers = ", ".join(map(str, score.undetermined))
+        notes.append(
+            f"The fitting text does not determine the linear map of layer {layers} (too few distinct inputs); the one "
+            "of least norm was taken. Raise fit_blocks."
+        )
     return notes
 
 

@@ -99,7 +99,9 @@ def analyze(
     threshold: Annotated[
         float, typer.Option(help="Loss ratio above which a layer counts as useful.", rich_help_panel=DEPTH)
     ] = 1.1,
-    ridge: Annotated[float, typer.Option(help="Relative ridge of the linear fit.", rich_help_panel=DEPTH)] = 1e-10,
+    ridge: Annotated[
+        float, typer.Option(help="Ridge of the linear fit, relative; 0 is plain least squares.", rich_help_panel=DEPTH)
+    ] = 0.0,
     in_sample: Annotated[
         bool, typer.Option("--in-sample", help="Fit the linear maps on the evaluation blocks.", rich_help_panel=DEPTH)
     ] = False,

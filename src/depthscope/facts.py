@@ -1,6 +1,7 @@
 """What the report states about a model: its shape, size and dtype, read off its config and its parameters."""
 
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -47,7 +48,7 @@ def model_facts(
     config: Any = getattr(inner, "config", None)
     text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
     return {
-        "name": name or _read(config, "_name_or_path") or type(inner).__name__,
+        "name": _shown_name(name or _read(config, "_name_or_path") or type(inner).__name__),
         "revision": revision,
         "source": source,
         "model_type": _read(config, "model_type") or "unknown",
@@ -64,6 +65,11 @@ def model_facts(
         "quantization": _quantization(config),
         "dtype": _dtype(model),
     }
+
+
+def _shown_name(name: str) -> str:
+    """A Hub id as it is; of a path only its last part, since reports are shared and folders are the user's own."""
+    return Path(name).resolve().name if Path(name).exists() else name
 
 
 def _read(config: Any, name: str) -> Any:

@@ -29,7 +29,8 @@ class Settings:
         block_size: tokens in a block, T.
         batch_size: blocks in a forward pass; None chooses one that keeps the logits small. Scores do not depend on it.
         threshold: a layer is useful when linearising it multiplies the loss by more than this (the paper's is 1.1).
-        ridge: ridge of the linear fit, relative to the mean eigenvalue of the inputs' covariance.
+        ridge: ridge of the linear fit, relative to the mean variance of a feature; it pulls the maps towards the
+            identity. 0 is plain least squares.
         in_sample: fit the linear maps on the evaluation blocks themselves, as the paper does.
         paper_code: compute what the paper's released code computes: an in-sample fit whose matrix is applied
             un-transposed.
@@ -45,7 +46,7 @@ class Settings:
     block_size: int = 256
     batch_size: int | None = None
     threshold: float = 1.1
-    ridge: float = 1e-10
+    ridge: float = 0.0
     in_sample: bool = False
     paper_code: bool = False
     pairs: str | float = "all"
@@ -68,7 +69,7 @@ class Settings:
         if not self.threshold > 0:
             raise SettingsError(f"threshold is {self.threshold!r}; give a loss ratio above 0, such as the paper's 1.1.")
         if not 0 <= self.ridge < 1:
-            raise SettingsError(f"ridge is {self.ridge!r}; give a number from 0 up to 1, such as 1e-10.")
+            raise SettingsError(f"ridge is {self.ridge!r}; give a number from 0 up to 1, such as 0 or 1e-6.")
         if self.pairs not in ("all", "adjacent") and not (isinstance(self.pairs, float) and 0 < self.pairs < 1):
             raise SettingsError(
                 f'pairs is {self.pairs!r}; give "all", "adjacent", or the share to sample as a number between 0 and 1.'

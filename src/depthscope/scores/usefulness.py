@@ -8,14 +8,10 @@ affine map in layer l's place,
 and usefulness is the share of layers with `r_l` above a threshold (1.1 in the paper). Losses in nats over the
 evaluation blocks. arXiv 2603.15389, usefulness score.
 
-The fit is of the layer's update, `u_l ~ h_{l-1} (W_l - I) + b_l`, which has the same solution and keeps its digits
-where the update is small beside the stream. `X^T X` and `X^T U` of all layers are summed in one pass, in float64, and
-solved by Cholesky: a few tokens with massive activations make float32 fits worthless (condition numbers of 5e3 to
-7e4).
+The sums that the fits of all layers need are gathered in one pass over the fitting blocks (`least_squares.py`).
 """
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -23,7 +19,6 @@ from torch import Tensor, nn
 
 from depthscope.anatomy import LayerStack
 from depthscope.corpus import Blocks
-from depthscope.errors import NonFiniteError
 from depthscope.scores.base import (
     Batch,
     Explanation,
@@ -34,67 +29,13 @@ from depthscope.scores.base import (
     experiment_loss,
     forwards_from,
     mean,
-    precise,
     ratio,
 )
+from depthscope.scores.least_squares import Fit, LeastSquares
 from depthscope.standins import AffineMap
 
 # The sums of a fit take 16 d^2 bytes a layer; more layers than fit in here take another pass.
 ACCUMULATOR_BYTES = 2 << 30
-
-
-@dataclass
-class FitSums:
-    """What a least-squares fit of one layer's update needs, over tokens: count, sum x, sum u, X^T X, X^T U."""
-
-    count: Tensor  # []
-    x: Tensor  # [F]
-    u: Tensor  # [F]
-    xx: Tensor  # [F, F]
-    xu: Tensor  # [F, F]
-
-    @classmethod
-    def zeros(cls, features: int) -> "FitSums":
-        """Nothing summed yet."""
-        shapes = ((), (features,), (features,), (features, features), (features, features))
-        return cls(*(torch.zeros(shape, dtype=torch.float64) for shape in shapes))
-
-    def add(self, before: Tensor, after: Tensor) -> None:
-        """Add tokens: streams [n, F] before and after the layer."""
-        x = precise(before)
-        u = precise(after) - x
-        if self.xx.device != x.device:  # the sums live where the layer is
-            self.count, self.x, self.u, self.xx, self.xu = (tensor.to(x.device) for tensor in self.tensors())
-        self.count += len(x)
-        self.x += x.sum(0)
-        self.u += u.sum(0)
-        self.xx.addmm_(x.T, x)
-        self.xu.addmm_(x.T, u)
-
-    def solve(self, ridge: float) -> tuple[Tensor, Tensor]:
-        """The affine map of the update: weight [F, F] and bias [F], float64.
-
-        `ridge` is relative to the mean eigenvalue of the inputs' covariance; it is raised tenfold until the Cholesky
-        factorisation exists, which takes more where there are fewer tokens than features.
-        """
-        mean_x, mean_u = self.x / self.count, self.u / self.count
-        covariance = self.xx - self.count * torch.outer(mean_x, mean_x)
-        cross = self.xu - self.count * torch.outer(mean_x, mean_u)
-        scale = covariance.diagonal().mean().clamp_min(torch.finfo(torch.float64).tiny)
-        eye = torch.eye(len(mean_x), dtype=torch.float64, device=covariance.device)
-        for attempt in range(16):
-            factor, failed = torch.linalg.cholesky_ex(covariance + max(ridge, 1e-15) * 10**attempt * scale * eye)
-            if not failed:
-                weight = torch.cholesky_solve(cross, factor)
-                return weight, mean_u - mean_x @ weight
-        raise NonFiniteError(
-            "The linear fit failed: hidden states on the fitting blocks are not finite. Check the model's weights, or "
-            "use a wider dtype: float32 or bfloat16."
-        )
-
-    def tensors(self) -> Iterable[Tensor]:
-        """All sums, so that processes can add theirs up."""
-        return (self.count, self.x, self.u, self.xx, self.xu)
 
 
 class OnFlat(nn.Module):
@@ -138,6 +79,7 @@ class Usefulness(Score):
         layers = [layer for layer in range(self.stack.num_layers) if layer not in self.stack.unskippable]
         at_once = max(1, ACCUMULATOR_BYTES // (16 * self.stack.width**2))
         self.maps: dict[int, AffineMap] = {}
+        self.undetermined: list[int] = []
         for start in range(0, len(layers), at_once):
             self._fit_some(layers[start : start + at_once], batches(), add_up)
 
@@ -151,7 +93,7 @@ class Usefulness(Score):
             tick(len(batch.rows) * (forwards_from(self.stack, layer + 1) + self.head))
 
     def _fit_some(self, layers: list[int], batches: Iterable[Blocks], add_up: Callable[[Tensor], None]) -> None:
-        sums = {layer: FitSums.zeros(self.stack.width) for layer in layers}
+        sums = {layer: LeastSquares(self.stack.width) for layer in layers}
         with self.stack.capturing() as capture:
             for blocks in batches:
                 self.stack.run_through(layers[-1], blocks.input_ids, blocks.attention_mask)
@@ -162,15 +104,17 @@ class Usefulness(Score):
         for layer in layers:
             for tensor in sums[layer].tensors():
                 add_up(tensor)
-            self.maps[layer] = self._affine(*sums[layer].solve(self.settings.ridge))
-            del sums[layer]
+            fit = sums.pop(layer).solve(self.settings.ridge)
+            self.maps[layer] = self._affine(fit)
+            if not fit.determined:
+                self.undetermined.append(layer)
 
-    def _affine(self, weight: Tensor, bias: Tensor) -> AffineMap:
+    def _affine(self, fit: Fit) -> AffineMap:
         if not self.settings.paper_code:
-            return AffineMap(weight, bias, residual=True)
+            return AffineMap(fit.weight, fit.bias, residual=True)
         # The released code hands the solution of `X W = Y` to nn.Linear, which multiplies by its transpose.
-        whole = weight + torch.eye(len(bias), dtype=weight.dtype, device=weight.device)
-        return AffineMap(whole.T, bias)
+        whole = fit.weight + torch.eye(len(fit.bias), dtype=fit.weight.dtype, device=fit.weight.device)
+        return AffineMap(whole.T, fit.bias)
 
     def finish(self, sums: Sums) -> Values:
         """Divide by the baseline's loss; count the layers above the threshold."""

@@ -25,7 +25,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-import depthscope.analysis
+import depthscope.measurement
 import depthscope.scores.base
 import depthscope.scores.permutation
 import released
@@ -192,7 +192,7 @@ def _timing_losses(total: list[float]) -> Iterator[None]:
         finally:
             total[0] += time.perf_counter() - start
 
-    places = (depthscope.scores.base, depthscope.analysis)
+    places = (depthscope.scores.base, depthscope.measurement)
     try:
         for place in places:
             place.block_losses = timed

@@ -219,20 +219,22 @@ from models import random_blocks, tiny_llama
 from depthscope import analyze
 from depthscope.processes import Processes
 torch.set_num_threads(1)
-report = analyze(tiny_llama(), blocks=random_blocks(12, 16), fit_blocks=5, eval_blocks=7, progress=False)
+sizes = {"fit_blocks": int(sys.argv[3]), "eval_blocks": int(sys.argv[4])}
+report = analyze(tiny_llama(), blocks=random_blocks(12, 16), **sizes, progress=False)
 if Processes.here().is_main:
     report.save(sys.argv[2])
 """
 
 
-@pytest.mark.parametrize("processes", [2, 3])
-def test_processes_share_the_work_and_agree_with_one(tmp_path: Path, processes: int) -> None:
+@pytest.mark.parametrize(("processes", "fit", "measured"), [(2, 5, 7), (3, 5, 7), (3, 2, 2)])
+def test_processes_share_the_work_and_agree_with_one(tmp_path: Path, processes: int, fit: int, measured: int) -> None:
     script, out = tmp_path / "run.py", tmp_path / "report.json"
     script.write_text(SHARED_RUN)
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    subprocess.run([*launch, str(script), str(Path(__file__).parent), str(out)], check=True, timeout=300)
+    arguments = [Path(__file__).parent, out, fit, measured]
+    subprocess.run([*launch, str(script), *map(str, arguments)], check=True, timeout=300)
     shared = json.loads(out.read_text())
-    alone = analyze(tiny_llama(), blocks=random_blocks(12, 16), fit_blocks=5, eval_blocks=7)
+    alone = analyze(tiny_llama(), blocks=random_blocks(12, 16), fit_blocks=fit, eval_blocks=measured)
     for name, value in alone.scores.items():
         assert shared["scores"][name] == pytest.approx(value, rel=1e-5, abs=1e-9), name
     for row, other in zip(alone.layers, shared["layers"], strict=True):

@@ -1,6 +1,7 @@
 """Every decoder-only model type that transformers maps to a causal language model: found, stood in for, analysed."""
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -87,3 +88,10 @@ def _is_whole(report, stack: LayerStack) -> None:
         for name in by_replacing:
             assert (row[name] is None) == lost, (row["layer"], name)
         assert lost or row["layer"] == stack.num_layers - 1 or row["causal"] is not None
+
+
+def test_the_documentation_names_every_exception() -> None:
+    documented = (Path(__file__).parents[1] / "docs" / "models.md").read_text()
+    for model_type in (*NOT_BUILT, *NO_PLAIN_STACK, *OTHER_STREAM, *NOT_RESUMABLE):
+        assert f"`{model_type}`" in documented
+    assert f"analyse {len(ANALYSED)} of them" in " ".join(documented.split())

@@ -1,47 +1,32 @@
 """A model and blocks of tokens in, a `LayerReport` out: one pass over batches of blocks serves all the chosen scores.
 
-The outer loop is over batches of blocks, the inner ones over experiments, so that memory holds the hidden states of
-one batch whatever the number of tokens. Under `torchrun` each process takes its share of the blocks; the sums that the
-scores keep by block are added up at the end, so that a report does not depend on the number of processes.
+Under `torchrun` each process takes its share of the blocks; the sums that the scores keep by block are added up at the
+end, so that a report does not depend on the number of processes.
 """
 
-import platform
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import datetime, timezone
-from importlib.metadata import version
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from depthscope.anatomy import Capture, LayerStack
+from depthscope.anatomy import LayerStack
+from depthscope.assembly import assemble
 from depthscope.corpus import Blocks, load_blocks
-from depthscope.errors import CorpusError, NonFiniteError, OutOfMemoryError, SettingsError
+from depthscope.errors import CorpusError, OutOfMemoryError, SettingsError
 from depthscope.loading import LoadedModel, load_model, model_facts
+from depthscope.measurement import AnalysisInterrupted, measure, require_finite, total_work
 from depthscope.modes import evaluating
 from depthscope.processes import Processes
-from depthscope.progress import Progress, showing_progress
-from depthscope.report import SCHEMA_VERSION, DataFacts, LayerReport, ModelFacts
-from depthscope.scores import SCORES, Score
-from depthscope.scores.base import Batch, SkippedRun, Values, block_losses, forwards_from, head_work, run_from
-from depthscope.scores.jackknife import values_with_errors
-from depthscope.scores.jacobian import Jacobian
-from depthscope.scores.permutation import Permutation
-from depthscope.scores.usefulness import Usefulness
-from depthscope.scores.variance import token_variance
+from depthscope.progress import showing_progress
+from depthscope.report import LayerReport
+from depthscope.scores import SCORES
 from depthscope.settings import Settings
 from depthscope.tracing import input_embeddings, text_config
 
-# The logits of a batch are by far its largest tensor; a batch holds as many blocks as keep them under this.
-LOGITS_BYTES = {"cpu": 256 << 20, "cuda": 1 << 30}
-LARGEST_BATCH = 16
-
-
-class AnalysisInterrupted(KeyboardInterrupt):
-    """Ctrl-C during an analysis; the message says what had been done."""
+__all__ = ["AnalysisInterrupted", "analyze", "analyze_blocks"]
 
 
 def analyze(
@@ -133,12 +118,12 @@ def analyze_blocks(
     _require_blocks(model, blocks, settings)
     with evaluating(model), torch.no_grad(), _memory_errors(settings):
         stack = LayerStack(model)
-        _require_finite(stack)
+        require_finite(stack)
         scores = {name: SCORES[name](stack, settings, settings.eval_blocks) for name in settings.scores}
-        total = _work(stack, scores, settings) / processes.count
+        total = total_work(stack, scores, settings) / processes.count
         with showing_progress(total, visible=progress and processes.is_main) as shown:
-            baseline = _measure(stack, scores, blocks, settings, processes, shown)
-    return _report(stack, scores, baseline, blocks, settings, facts)
+            baseline = measure(stack, scores, blocks, settings, processes, shown)
+    return assemble(stack, scores, baseline, blocks, settings, facts)
 
 
 def _settings(settings: Settings | None, options: dict[str, Any]) -> Settings:
@@ -166,263 +151,6 @@ def _require_blocks(model: nn.Module, blocks: Blocks, settings: Settings) -> Non
         )
     if isinstance(size := getattr(input_embeddings(model), "num_embeddings", None), int):
         blocks.check_vocabulary(size)
-
-
-def _work(stack: LayerStack, scores: dict[str, Score], settings: Settings) -> float:
-    """What the whole analysis takes, in forward passes of one layer over one block."""
-    head = head_work(stack)
-    each = stack.num_layers + head + sum(score.work() for score in scores.values())
-    if any(score.skip_updates or score.skip_losses for score in scores.values()):
-        with_head = head if any(score.skip_losses for score in scores.values()) else 0.0
-        each += sum(forwards_from(stack, layer + 1) + with_head for layer in range(stack.num_layers))
-    fit = settings.eval_blocks if settings.in_sample else settings.fit_blocks
-    return each * settings.eval_blocks + (fit * stack.num_layers if "usefulness" in scores else 0)
-
-
-def _measure(
-    stack: LayerStack,
-    scores: dict[str, Score],
-    blocks: Blocks,
-    settings: Settings,
-    processes: Processes,
-    shown: Progress,
-) -> dict[str, np.ndarray]:
-    """Fill every score's sums; returns the sums of the unchanged model's loss and number of predictions by block."""
-    first = settings.fit_blocks
-    measured = blocks[first : first + settings.eval_blocks]
-    size = settings.batch_size or _batch_size(stack, settings)
-    baseline = {name: np.zeros(settings.eval_blocks) for name in ("loss", "targets")}
-    done = 0
-    try:
-        useful = scores.get("usefulness")
-        if isinstance(useful, Usefulness):
-            shown.at("fitting linear maps")
-            fitted = measured if settings.in_sample else blocks[:first]
-            useful.fit(lambda: _fit_batches(fitted, size, stack, processes, shown), processes.add_up)
-        for rows in _chunks(processes.share(range(settings.eval_blocks)), size):
-            place = f"block {rows[0] + 1} of {settings.eval_blocks}: "
-            shown.at(place + "baseline")
-            batch = _baseline(stack, measured.select(torch.tensor(rows)), np.array(rows), "variance" in scores)
-            baseline["loss"][rows], baseline["targets"][rows] = batch.loss, batch.target_mask.sum(1).cpu().numpy()
-            shown.advance(len(rows) * (stack.num_layers + head_work(stack)))
-            for name, score in scores.items():
-                shown.at(place + name)
-                score.measure(batch, shown.advance)
-            shown.at(place + "skipping layers")
-            _skip_layers(stack, list(scores.values()), batch, shown)
-            done += len(rows)
-    except KeyboardInterrupt as interrupt:
-        raise AnalysisInterrupted(
-            f"Interrupted while at {shown.stage}: {done} of {settings.eval_blocks} blocks had been measured."
-        ) from interrupt
-    for table in (*baseline.values(), *(table for score in scores.values() for table in _tables(score))):
-        processes.add_up_array(table)
-    return baseline
-
-
-def _tables(score: Score) -> Iterable[np.ndarray]:
-    return (score.sums[name] for name in sorted(score.sums))
-
-
-def _batch_size(stack: LayerStack, settings: Settings) -> int:
-    vocabulary = stack.example_logits.shape[-1]
-    budget = LOGITS_BYTES.get(stack.device.type, LOGITS_BYTES["cpu"])
-    return max(1, min(LARGEST_BATCH, budget // (settings.block_size * vocabulary * 4)))
-
-
-def _chunks(rows: list[int], size: int) -> Iterator[list[int]]:
-    for start in range(0, len(rows), size):
-        yield rows[start : start + size]
-
-
-def _fit_batches(
-    fitted: Blocks, size: int, stack: LayerStack, processes: Processes, shown: Progress
-) -> Iterator[Blocks]:
-    for rows in _chunks(processes.share(range(len(fitted))), size):
-        yield fitted.select(torch.tensor(rows))
-        shown.advance(len(rows) * stack.num_layers)
-
-
-def _baseline(stack: LayerStack, blocks: Blocks, rows: np.ndarray, sublayers: bool) -> Batch:
-    """Run the unchanged model on a batch and keep what all scores read."""
-    tokens = blocks.token_mask
-    # A prediction counts where it is made at a token that counts, of a token that is there.
-    targets = tokens[:, :-1] & (tokens[:, 1:] if blocks.attention_mask is None else blocks.attention_mask[:, 1:].bool())
-    with stack.capturing(sublayers=token_variance if sublayers else False) as capture:
-        logits = stack.logits(blocks.input_ids, blocks.attention_mask)
-    loss = block_losses(logits, blocks.input_ids, targets)
-    if not np.isfinite(loss).all():
-        raise NonFiniteError(_not_finite(capture))
-    return Batch(rows, blocks, tokens, targets, capture.inputs, capture.outputs, capture.attention, capture.mlp, loss)
-
-
-def _require_finite(stack: LayerStack) -> None:
-    """Refuse a model with broken weights before any work is done."""
-    if not torch.isfinite(stack.example_logits).all():
-        with stack.capturing() as capture:
-            stack.logits(stack.example_ids)
-        raise NonFiniteError(_not_finite(capture))
-
-
-def _not_finite(capture: Capture) -> str:
-    places = [(0, "the embeddings", capture.inputs.get(0))]
-    places += [(layer, f"the output of layer {layer}", hidden) for layer, hidden in sorted(capture.outputs.items())]
-    where = next((name for _, name, hidden in places if not _finite(hidden)), "the logits")
-    return (
-        f"The model cannot be scored: {where} are not finite (NaN or infinity). Check its weights, or use a wider "
-        "dtype: float32 or bfloat16."
-    )
-
-
-def _finite(hidden: Tensor | None) -> bool:
-    return hidden is None or bool(torch.isfinite(hidden).all())
-
-
-def _skip_layers(stack: LayerStack, scores: list[Score], batch: Batch, shown: Progress) -> None:
-    """Run the batch with each layer skipped in turn, once for all the scores that look at that."""
-    updates, losses = any(score.skip_updates for score in scores), any(score.skip_losses for score in scores)
-    if not (updates or losses):
-        return
-    last = stack.num_layers - 1
-    for layer in range(stack.num_layers):
-        if layer not in stack.unskippable and (losses or layer < last):
-            with (
-                stack.skipping(layer),
-                run_from(stack, layer, batch.inputs[layer]),
-                stack.capturing(inputs=updates, outputs=updates, first=layer + 1) as capture,
-            ):
-                loss = _loss_or_nothing(stack, batch, losses)
-            run = SkippedRun(layer, capture.inputs, capture.outputs, loss)
-            for score in scores:
-                if score.skip_updates or score.skip_losses:
-                    score.measure_skip(batch, run)
-        shown.advance(len(batch.rows) * (forwards_from(stack, layer + 1) + (head_work(stack) if losses else 0)))
-
-
-def _loss_or_nothing(stack: LayerStack, batch: Batch, wanted: bool) -> np.ndarray | None:
-    ids, mask = batch.blocks.input_ids, batch.blocks.attention_mask
-    if wanted:
-        return block_losses(stack.logits(ids, mask), ids, batch.target_mask)
-    stack.run_through(stack.num_layers - 1, ids, mask)
-    return None
-
-
-def _report(
-    stack: LayerStack,
-    scores: dict[str, Score],
-    baseline: dict[str, np.ndarray],
-    blocks: Blocks,
-    settings: Settings,
-    facts: dict[str, Any],
-) -> LayerReport:
-    """Turn the sums into the report."""
-    pairs: dict[str, Any] = {}
-    loss, loss_error = values_with_errors(
-        lambda sums: Values(scores={"loss": float(sums["loss"] / sums["targets"])}), baseline
-    )
-    singles = {"loss": _number(loss.scores["loss"]), "loss_se": _number(loss_error.scores["loss"])}
-    rows: list[dict[str, Any]] = [{"layer": layer, "kind": kind} for layer, kind in enumerate(stack.kind_names)]
-    for score in scores.values():
-        values, errors = values_with_errors(score.finish, score.sums)
-        for name, value in values.scores.items():
-            singles |= {name: _number(value), f"{name}_se": _number(errors.scores[name])}
-        for name, column in values.layers.items():
-            for row, value, error in zip(rows, column, errors.layers[name], strict=True):
-                row |= {name: _number(value), f"{name}_se": _number(error)}
-        for name, matrix in values.pairs.items():
-            pairs |= {name: _matrix(matrix), f"{name}_se": _matrix(errors.pairs[name])}
-    singles |= _estimation_errors(scores)
-    return LayerReport(
-        schema_version=SCHEMA_VERSION,
-        created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        model=cast("ModelFacts", {**facts, "num_layers": stack.num_layers}),
-        data=_data_facts(blocks, settings),
-        settings=settings.to_dict(),
-        versions=_versions(),
-        notes=_notes(stack, scores, blocks, settings),
-        scores=singles,
-        layers=rows,
-        pairs=pairs,
-    )
-
-
-def _data_facts(blocks: Blocks, settings: Settings) -> DataFacts:
-    measured = blocks[settings.fit_blocks : settings.fit_blocks + settings.eval_blocks]
-    facts = {
-        "name": blocks.name,
-        "fingerprint": blocks.fingerprint,
-        "fit_blocks": settings.fit_blocks,
-        "eval_blocks": settings.eval_blocks,
-        "block_size": settings.block_size,
-        "tokens": int(measured.token_mask.sum()),
-    }
-    return cast("DataFacts", facts)
-
-
-def _estimation_errors(scores: dict[str, Score]) -> dict[str, float | None]:
-    """The errors that come from estimating: sampled pairs, random probes."""
-    found: dict[str, float | None] = {}
-    swaps, jacobian = scores.get("permutation"), scores.get("jacobian")
-    if isinstance(swaps, Permutation) and isinstance(swaps.settings.pairs, float):
-        found["permutation_sampling_se"] = _number(swaps.sampling_error())
-    if isinstance(jacobian, Jacobian) and jacobian.settings.probes != "exact":
-        found["jacobian_probe_se"] = _number(jacobian.probe_error())
-    return found
-
-
-def _notes(stack: LayerStack, scores: dict[str, Score], blocks: Blocks, settings: Settings) -> list[str]:
-    """What a reader of the report must know."""
-    notes = []
-    if settings.paper_code and "usefulness" in scores:
-        notes.append(
-            "paper_code: usefulness is what the paper's released code computes (linear map applied un-transposed, "
-            "fitted on the evaluation text), not what the paper defines."
-        )
-    elif settings.in_sample and "usefulness" in scores:
-        notes.append("in_sample: the linear maps were fitted on the evaluation text itself.")
-    notes += _fit_notes(stack, scores.get("usefulness"), settings)
-    for layer, reason in stack.unskippable.items():
-        notes.append(f"Layer {layer} cannot be skipped or replaced in this model ({reason}); its scores are empty.")
-    if not stack.resumable:
-        notes.append(
-            "Later layers of this model read what earlier ones left behind; every experiment ran from the start."
-        )
-    if settings.eval_blocks == 1:
-        notes.append("One evaluation block tells no standard error; raise eval_blocks.")
-    return notes
-
-
-def _fit_notes(stack: LayerStack, score: Score | None, settings: Settings) -> list[str]:
-    if not isinstance(score, Usefulness):
-        return []
-    notes = []
-    tokens = (settings.eval_blocks if settings.in_sample else settings.fit_blocks) * settings.block_size
-    if tokens <= 2 * stack.width:
-        notes.append(
-            f"The linear maps have {stack.width} inputs and were fitted on {tokens} tokens only: usefulness ratios are "
-            "too high. Raise fit_blocks."
-        )
-    if score.undetermined:
-        layers = ", ".join(map(str, score.undetermined))
-        notes.append(
-            f"The fitting text does not determine the linear map of layer {layers} (too few distinct inputs); the one "
-            "of least norm was taken. Raise fit_blocks."
-        )
-    return notes
-
-
-def _versions() -> dict[str, str | None]:
-    names = ("depthscope", "torch", "transformers")
-    return {**{name: version(name) for name in names}, "python": platform.python_version()}
-
-
-def _number(value: Any) -> float | None:
-    number = float(value)
-    return number if np.isfinite(number) else None
-
-
-def _matrix(values: np.ndarray) -> list[list[float | None]]:
-    return [[_number(value) for value in row] for row in values]
 
 
 def _is_out_of_memory(error: BaseException) -> bool:

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from accelerate import PartialState
@@ -41,6 +42,11 @@ class Processes:
             dist.all_reduce(moved)
             tensor.copy_(moved)
 
-    def add_up_array(self, array: Array) -> None:
-        """Add an array up over all processes, in place."""
-        self.add_up(torch.from_numpy(array))
+    def add_up_tables(self, tables: dict[str, Array]) -> None:
+        """Add named arrays up over all processes, in place; a process that had nothing to do starts from zeros."""
+        if self.count == 1:
+            return
+        shapes: list[dict[str, tuple[int, ...]]] = [{} for _ in range(self.count)]
+        dist.all_gather_object(shapes, {name: table.shape for name, table in tables.items()})
+        for name, shape in sorted({name: shape for known in shapes for name, shape in known.items()}.items()):
+            self.add_up(torch.from_numpy(tables.setdefault(name, np.zeros(shape))))

@@ -70,9 +70,10 @@ def usefulness(
     batch_size: int,
     only: Sequence[int],
     *,
+    fit_ids: Tensor | None = None,
     transpose: bool = False,
 ) -> dict[int, float]:
-    """Loss ratios of linearised layers, fitted and evaluated on the same tokens.
+    """Loss ratios of linearised layers, fitted and evaluated on the same tokens, or fitted on `fit_ids`.
 
     For every layer the whole model runs over all tokens to collect that layer's inputs and outputs, float32 `lstsq`
     fits them, and an `nn.Linear` whose weight is the solution, un-transposed as released, takes the layer's place;
@@ -83,7 +84,7 @@ def usefulness(
     for index in only:
         seen: list[tuple[Tensor, Tensor]] = []
         with watching([layers[index]], lambda _, into, out, seen=seen: seen.append((into, out))):
-            for batch in batches(ids, batch_size):
+            for batch in batches(ids if fit_ids is None else fit_ids, batch_size):
                 model(input_ids=batch, use_cache=False)
         x = torch.cat([into.flatten(0, 1) for into, _ in seen])
         y = torch.cat([out.flatten(0, 1) for _, out in seen])

@@ -20,7 +20,7 @@ from depthscope.loading import LoadedModel, load_model, model_facts
 from depthscope.measurement import AnalysisInterrupted, measure, require_finite, total_work
 from depthscope.modes import evaluating
 from depthscope.processes import Processes
-from depthscope.progress import showing_progress
+from depthscope.progress import showing_progress, showing_status
 from depthscope.report import LayerReport
 from depthscope.scores import SCORES
 from depthscope.settings import Settings
@@ -82,9 +82,10 @@ def analyze(
         loaded = LoadedModel(model, tokenizer, model_facts(model))
     else:
         where = str(processes.device) if device is None and processes.count > 1 else device
-        loaded = load_model(
-            str(model), revision=revision, dtype=dtype, device=where, trust_remote_code=trust_remote_code
-        )
+        with showing_status(f"Loading {model}", visible=progress and processes.is_main):
+            loaded = load_model(
+                str(model), revision=revision, dtype=dtype, device=where, trust_remote_code=trust_remote_code
+            )
     if blocks is None:
         needed = chosen.fit_blocks + chosen.eval_blocks
         blocks = load_blocks(

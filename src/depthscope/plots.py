@@ -170,7 +170,7 @@ def skip_cost(report: LayerReport) -> go.Figure:
             hovertemplate="layer %{x}<br>loss × %{customdata} when left out<extra></extra>",
             marker={"color": color},
             name=name,
-            showlegend=bool(layers),
+            showlegend=bool(layers) and near is not None and bool(near.layers),
         )
     figure.update_xaxes(
         type="category",

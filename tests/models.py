@@ -2,7 +2,7 @@
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, Gemma4TextConfig, LlamaConfig, PreTrainedModel
 
 LAYERS, WIDTH, VOCABULARY = 4, 24, 90
 
@@ -22,6 +22,26 @@ def tiny_llama(num_layers: int = LAYERS, seed: int = 0, **changes: object) -> Pr
             "initializer_range": 0.3,
             **changes,
         }
+    )
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+def gemma_with_shared_keys_and_values() -> PreTrainedModel:
+    """A Gemma 4 whose last three of six layers reuse the keys and values of earlier ones."""
+    torch.manual_seed(0)
+    config = Gemma4TextConfig(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=6,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        global_head_dim=8,
+        vocab_size=VOCABULARY,
+        num_kv_shared_layers=3,
+        hidden_size_per_layer_input=8,
+        vocab_size_per_layer_input=VOCABULARY,
+        layer_types=["sliding_attention", "sliding_attention", "full_attention"] * 2,
     )
     return AutoModelForCausalLM.from_config(config).eval()
 

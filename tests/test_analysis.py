@@ -19,7 +19,7 @@ from depthscope import (
     SettingsError,
     analyze,
 )
-from models import random_blocks, tiny_llama
+from models import gemma_with_shared_keys_and_values, random_blocks, tiny_llama
 
 BLOCKS = random_blocks(8, 16)
 SIZES = {"blocks": BLOCKS, "fit_blocks": 4, "eval_blocks": 4}
@@ -186,24 +186,7 @@ def test_a_bad_option_is_refused_by_name(options: dict[str, object], message: st
 
 
 def test_layers_that_share_keys_and_values_are_analysed_with_gaps() -> None:
-    from transformers import AutoModelForCausalLM, Gemma4TextConfig
-
-    torch.manual_seed(0)
-    config = Gemma4TextConfig(
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=6,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=8,
-        global_head_dim=8,
-        vocab_size=90,
-        num_kv_shared_layers=3,
-        hidden_size_per_layer_input=8,
-        vocab_size_per_layer_input=90,
-        layer_types=["sliding_attention", "sliding_attention", "full_attention"] * 2,
-    )
-    model = AutoModelForCausalLM.from_config(config).eval()
+    model = gemma_with_shared_keys_and_values()
     needed = LayerStack(model).unskippable
     report = analyze(model, **SIZES)
     for row in report.layers:
@@ -215,7 +198,7 @@ def test_layers_that_share_keys_and_values_are_analysed_with_gaps() -> None:
 SHARED_RUN = """
 import sys, torch
 sys.path.insert(0, sys.argv[1])
-from models import random_blocks, tiny_llama
+from models import gemma_with_shared_keys_and_values, random_blocks, tiny_llama
 from depthscope import analyze
 from depthscope.processes import Processes
 torch.set_num_threads(1)

@@ -12,7 +12,6 @@ from transformers import (
     BertLMHeadModel,
     BloomConfig,
     Gemma2Config,
-    Gemma4TextConfig,
     GPT2Config,
     LlamaConfig,
     LlamaModel,
@@ -24,6 +23,7 @@ from transformers import (
 )
 
 from depthscope import AffineMap, LayerStack, NoLayerStackError
+from models import gemma_with_shared_keys_and_values
 
 LAYERS, WIDTH, VOCABULARY = 4, 32, 90
 
@@ -312,22 +312,7 @@ def test_layers_that_are_offloaded_to_disk_are_found_and_resumed(
 
 
 def test_layers_that_share_keys_and_values_are_run_from_the_start(ids: Tensor) -> None:
-    config = Gemma4TextConfig(
-        hidden_size=WIDTH,
-        intermediate_size=64,
-        num_hidden_layers=6,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        global_head_dim=8,
-        vocab_size=VOCABULARY,
-        num_kv_shared_layers=3,
-        hidden_size_per_layer_input=8,
-        vocab_size_per_layer_input=VOCABULARY,
-        layer_types=["sliding_attention", "sliding_attention", "full_attention"] * 2,
-    )
-    torch.manual_seed(0)
-    stack = LayerStack(AutoModelForCausalLM.from_config(config).eval())
+    stack = LayerStack(gemma_with_shared_keys_and_values())
     assert not stack.resumable
     assert stack.unskippable, "later layers read the keys and values of an earlier one"
 

@@ -4,7 +4,7 @@ The outer loop is over batches of blocks, the inner ones over experiments, so th
 one batch whatever the number of tokens. What the scores gather stays in their sums by block.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import numpy as np
 import torch
@@ -43,8 +43,7 @@ def total_work(stack: LayerStack, scores: Mapping[str, Score], settings: Setting
     head = head_work(stack)
     each = stack.num_layers + head + sum(score.work() for score in scores.values())
     if any(score.skip_updates or score.skip_losses for score in scores.values()):
-        with_head = head if any(score.skip_losses for score in scores.values()) else 0.0
-        each += sum(forwards_from(stack, layer + 1) + with_head for layer in range(stack.num_layers))
+        each += sum(_skip_work(stack, scores.values()))
     fit = settings.eval_blocks if settings.in_sample else settings.fit_blocks
     return each * settings.eval_blocks + (fit * stack.num_layers if "usefulness" in scores else 0)
 
@@ -137,9 +136,9 @@ def _baseline(stack: LayerStack, blocks: Blocks, rows: Array, sublayers: bool) -
 
 
 def _not_finite(capture: Capture) -> str:
-    places = [(0, "the embeddings", capture.inputs.get(0))]
-    places += [(layer, f"the output of layer {layer}", hidden) for layer, hidden in sorted(capture.outputs.items())]
-    where = next((name for _, name, hidden in places if not _finite(hidden)), "the logits")
+    places = [("the embeddings", capture.inputs.get(0))]
+    places += [(f"the output of layer {layer}", hidden) for layer, hidden in sorted(capture.outputs.items())]
+    where = next((name for name, hidden in places if not _finite(hidden)), "the logits")
     return (
         f"The model cannot be scored: {where} are not finite (NaN or infinity). Check its weights, or use a wider "
         "dtype: float32 or bfloat16."
@@ -150,13 +149,19 @@ def _finite(hidden: Tensor | None) -> bool:
     return hidden is None or bool(torch.isfinite(hidden).all())
 
 
+def _skip_work(stack: LayerStack, scores: Iterable[Score]) -> list[float]:
+    """What skipping each layer takes for one block: the layers after it, and the head where a score wants the loss."""
+    head = head_work(stack) if any(score.skip_losses for score in scores) else 0.0
+    return [forwards_from(stack, layer + 1) + head for layer in range(stack.num_layers)]
+
+
 def _skip_layers(stack: LayerStack, scores: list[Score], batch: Batch, shown: Progress) -> None:
     """Run the batch with each layer skipped in turn, once for all the scores that look at that."""
     updates, losses = any(score.skip_updates for score in scores), any(score.skip_losses for score in scores)
     if not (updates or losses):
         return
     last = stack.num_layers - 1
-    for layer in range(stack.num_layers):
+    for layer, work in enumerate(_skip_work(stack, scores)):
         if layer not in stack.unskippable and (losses or layer < last):
             with (
                 stack.skipping(layer),
@@ -168,7 +173,7 @@ def _skip_layers(stack: LayerStack, scores: list[Score], batch: Batch, shown: Pr
             for score in scores:
                 if score.skip_updates or score.skip_losses:
                     score.measure_skip(batch, run)
-        shown.advance(len(batch.rows) * (forwards_from(stack, layer + 1) + (head_work(stack) if losses else 0)))
+        shown.advance(len(batch.rows) * work)
 
 
 def _loss_or_nothing(stack: LayerStack, batch: Batch, wanted: bool) -> Array | None:

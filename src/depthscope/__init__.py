@@ -1,14 +1,16 @@
 """depthscope: how much every layer of a language model contributes.
 
-    report = depthscope.analyze("model")                 # a LayerReport: global scores, one row a layer, pairs of
-    layers stack = depthscope.LayerStack(model)                 # find, watch and stand in for the layers of any causal
-    LM
+    report = depthscope.analyze("model")    # a LayerReport: global scores, one row a layer, pairs of layers
+    stack = depthscope.LayerStack(model)    # find, watch and stand in for the layers of any causal language model
 
-Layers count from 0 everywhere, losses are in nats.
+Importing it makes `AutoConfig`, `AutoModel` and `AutoModelForCausalLM` know DepthLM. Layers count from 0 everywhere,
+losses are in nats.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
+
+from depthscope.registration import register_when_imported
 
 if TYPE_CHECKING:
     from depthscope.analysis import AnalysisInterrupted, analyze
@@ -27,6 +29,8 @@ if TYPE_CHECKING:
         SettingsError,
     )
     from depthscope.loading import LoadedModel, load_model
+    from depthscope.models.configuration_depthlm import DepthLMConfig
+    from depthscope.models.modeling_depthlm import DepthLMForCausalLM, DepthLMModel
     from depthscope.page import write_page
     from depthscope.report import LayerReport
     from depthscope.settings import Settings
@@ -50,6 +54,7 @@ _PLACES = {
         "SettingsError",
     ),
     "loading": ("LoadedModel", "load_model"),
+    "models": ("DepthLMConfig", "DepthLMForCausalLM", "DepthLMModel"),
     "page": ("write_page",),
     "report": ("LayerReport",),
     "settings": ("Settings",),
@@ -65,6 +70,9 @@ __all__ = [
     "Capture",
     "Comparison",
     "CorpusError",
+    "DepthLMConfig",
+    "DepthLMForCausalLM",
+    "DepthLMModel",
     "DepthscopeError",
     "LayerReport",
     "LayerStack",
@@ -92,3 +100,6 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return [*globals(), *__all__]
+
+
+register_when_imported()

@@ -1,0 +1,25 @@
+"""DepthLM, its presets and its sizes, and the ways from it to other architectures and back."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from depthscope.models.configuration_depthlm import DepthLMConfig
+    from depthscope.models.modeling_depthlm import DepthLMForCausalLM, DepthLMModel
+    from depthscope.models.presets_depthlm import PRESETS
+
+# Where each name lives, imported when first used: torch and transformers take seconds.
+_HOME = {
+    "DepthLMConfig": "configuration_depthlm",
+    "DepthLMForCausalLM": "modeling_depthlm",
+    "DepthLMModel": "modeling_depthlm",
+    "PRESETS": "presets_depthlm",
+}
+
+__all__ = ["PRESETS", "DepthLMConfig", "DepthLMForCausalLM", "DepthLMModel"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'depthscope.models' has no attribute {name!r}")
+    return getattr(import_module(f"depthscope.models.{_HOME[name]}"), name)

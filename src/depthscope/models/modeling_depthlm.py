@@ -1,0 +1,352 @@
+"""DepthLM: a Llama-style decoder with grouped-query attention, experts, LayerNorm Scaling and four places for its norms.
+
+The parts are transformers' own classes; what stands here is only how they are put together. Like its siblings this file
+imports nothing of depthscope, because a saved model carries it along (`trust_remote_code=True`).
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import initialization as init
+from transformers.cache_utils import Cache
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
+from transformers.generation import GenerationMixin
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import MoeCausalLMOutputWithPast
+from transformers.modeling_utils import PreTrainedModel, slice_logits_to_keep
+from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm, LlamaRotaryEmbedding
+from transformers.models.qwen2_moe.modeling_qwen2_moe import (
+    Qwen2MoeExperts,
+    Qwen2MoeMLP,
+    Qwen2MoePreTrainedModel,
+    Qwen2MoeTopKRouter,
+    load_balancing_loss_func,
+)
+from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention, Qwen3Model
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, can_return_tuple, logging
+from transformers.utils.output_capturing import OutputRecorder
+
+from .configuration_depthlm import DepthLMConfig
+
+logger = logging.get_logger(__name__)
+
+# Checkpoints keep one tensor an expert (as OLMoE's and Qwen's do), the model keeps them fused. This must run wherever this
+# file is imported, also as remote code: without it, experts load as fresh random numbers, and no error says so.
+register_checkpoint_conversion_mapping("depthlm", get_checkpoint_conversion_mapping("qwen2_moe"), overwrite=True)
+
+
+class DepthLMJointRMSNorm(LlamaRMSNorm):
+    """RMSNorm over all heads of a token together (`qk_norm="full"`, as in OLMo 2): `[..., heads, head_dim]` in and out."""
+
+    # Not the single RMSNorm kernel of the Hub: that one would normalise each head by itself.
+    kernel_layer_name = None
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return super().forward(hidden_states.flatten(-2)).view_as(hidden_states)
+
+
+class DepthLMAttention(Qwen3Attention):
+    """Qwen3's attention, with the norm of queries and keys that the configuration asks for."""
+
+    def __init__(self, config: DepthLMConfig, layer_idx: int) -> None:
+        super().__init__(config, layer_idx)
+        self.q_norm = _qk_norm(config, config.num_attention_heads)
+        self.k_norm = _qk_norm(config, config.num_key_value_heads)
+
+
+def _qk_norm(config: DepthLMConfig, heads: int) -> nn.Module:
+    if config.qk_norm == "head":
+        return LlamaRMSNorm(config.head_dim, eps=config.rms_norm_eps)
+    if config.qk_norm == "full":
+        return DepthLMJointRMSNorm(heads * config.head_dim, eps=config.rms_norm_eps)
+    return nn.Identity()
+
+
+class DepthLMSparseMoeBlock(nn.Module):
+    """The `num_experts_per_tok` experts that the router chooses for each token, and the shared expert if there is one."""
+
+    def __init__(self, config: DepthLMConfig) -> None:
+        super().__init__()
+        self.gate = Qwen2MoeTopKRouter(config)
+        self.experts = Qwen2MoeExperts(config)
+        shared = config.shared_expert_intermediate_size
+        self.shared_expert = None if shared is None else Qwen2MoeMLP(config, intermediate_size=shared)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """`[B, T, hidden_size]` in and out."""
+        tokens = hidden_states.reshape(-1, hidden_states.shape[-1])
+        _, weights, chosen = self.gate(tokens)
+        output = self.experts(tokens, chosen, weights)
+        if self.shared_expert is not None:
+            output = output + self.shared_expert(tokens)
+        return output.view_as(hidden_states)
+
+
+class DepthLMDecoderLayer(GradientCheckpointingLayer):
+    """One layer: attention, then an MLP or experts, each between the norms that `norm_placement` asks for.
+
+    `norm_factor` multiplies the output of the two norms that precede a sublayer (LayerNorm Scaling). It is a property of
+    the layer's place, not of its weights: where two layers change places, each takes the factor of its new place.
+    """
+
+    # What stays behind when the layer moves to another place in the stack.
+    positional_attributes = ("norm_factor",)
+
+    def __init__(self, config: DepthLMConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.hidden_size = config.hidden_size
+        self.norm_factor = config.norm_factor_of(layer_idx)
+        self.self_attn = DepthLMAttention(config, layer_idx)
+        self.mlp = DepthLMSparseMoeBlock(config) if layer_idx in config.moe_layer_indices else LlamaMLP(config)
+
+        placement = config.norm_placement_of(layer_idx)
+        # The names of Llama, whose placement is "pre": the second one stands before the MLP.
+        self.input_layernorm = _norm(config, placement in ("pre", "peri"))
+        self.post_attention_layernorm = _norm(config, placement in ("pre", "peri"))
+        self.attention_output_layernorm = _norm(config, placement in ("peri", "output"))
+        self.mlp_output_layernorm = _norm(config, placement in ("peri", "output"))
+        self.attention_sum_layernorm = _norm(config, placement == "post")
+        self.mlp_sum_layernorm = _norm(config, placement == "post")
+
+    def forward(self, hidden_states: torch.Tensor, **kwargs: Unpack[TransformersKwargs]) -> torch.Tensor:
+        """`[B, T, hidden_size]` in and out; the keyword arguments are the attention's."""
+        residual = hidden_states
+        hidden_states, _ = self.self_attn(self._scaled(self.input_layernorm(hidden_states)), **kwargs)
+        hidden_states = self.attention_sum_layernorm(residual + self.attention_output_layernorm(hidden_states))
+
+        residual = hidden_states
+        hidden_states = self.mlp(self._scaled(self.post_attention_layernorm(hidden_states)))
+        return self.mlp_sum_layernorm(residual + self.mlp_output_layernorm(hidden_states))
+
+    def _scaled(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        # Here and not in a norm of our own: kernels that replace RMSNorms would drop the factor without a word.
+        return hidden_states if self.norm_factor == 1.0 else hidden_states * self.norm_factor
+
+
+def _norm(config: DepthLMConfig, present: bool) -> nn.Module:
+    return LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps) if present else nn.Identity()
+
+
+class DepthLMPreTrainedModel(Qwen2MoePreTrainedModel):
+    """What [`DepthLMModel`] and [`DepthLMForCausalLM`] share: initialisation, and loading that refuses half a checkpoint."""
+
+    config: DepthLMConfig
+    config_class = DepthLMConfig
+    _no_split_modules = ["DepthLMDecoderLayer"]
+    _can_record_outputs = {
+        "router_logits": OutputRecorder(Qwen2MoeTopKRouter, index=0),
+        "hidden_states": DepthLMDecoderLayer,
+        "attentions": DepthLMAttention,
+    }
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if not self.config.depth_scaled_init:
+            return
+        std = self.config.initializer_range / (2 * self.config.num_hidden_layers) ** 0.5
+        if isinstance(module, Qwen2MoeExperts):
+            init.normal_(module.down_proj, std=std)
+        elif isinstance(module, DepthLMAttention):
+            init.normal_(module.o_proj.weight, std=std)
+        elif isinstance(module, LlamaMLP | Qwen2MoeMLP):
+            init.normal_(module.down_proj.weight, std=std)
+
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        # transformers looks for its experts decorator in the text of this file; here it comes with Qwen2MoeExperts.
+        return True
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls, *args: Any, output_loading_info: bool = False, allow_missing_keys: bool = False, **kwargs: Any
+    ) -> Any:
+        """[`PreTrainedModel.from_pretrained`], except that a checkpoint that does not fit the model is refused.
+
+        Where weights are missing from the checkpoint, transformers fills them with random numbers and logs a table; a
+        language model that is random in parts is of no use to anyone. `allow_missing_keys=True` loads it all the same.
+        With `output_loading_info=True` nothing is refused either: the second value returned says what did not fit.
+
+        Raises `OSError` naming the weights that are missing from the checkpoint or have no place in the model.
+        """
+        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        if output_loading_info:
+            return model, info
+        if not allow_missing_keys:
+            _refuse_misfit(info, str(args[0]) if args else "The checkpoint")
+        return model
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        """[`PreTrainedModel.save_pretrained`]; the saved code serves every Auto class, not only that of this model."""
+        self.config.auto_map = {
+            "AutoConfig": "configuration_depthlm.DepthLMConfig",
+            "AutoModel": "modeling_depthlm.DepthLMModel",
+            "AutoModelForCausalLM": "modeling_depthlm.DepthLMForCausalLM",
+        }
+        super().save_pretrained(*args, **kwargs)
+
+
+def _refuse_misfit(info: dict[str, Any], source: str) -> None:
+    problems = []
+    for kind, text in (("missing_keys", "lacks"), ("unexpected_keys", "has, without a place in the model,")):
+        keys = sorted(info.get(kind) or [])
+        if keys:
+            shown = ", ".join(keys[:4]) + (f" and {len(keys) - 4} more" if len(keys) > 4 else "")
+            problems.append(f"{text} {len(keys)} weights: {shown}")
+    if problems:
+        raise OSError(
+            f"{source} {'; it '.join(problems)}. The files are incomplete or belong to another configuration: fetch them "
+            "again, or pass allow_missing_keys=True to fill what is missing with random numbers."
+        )
+
+
+class DepthLMModel(DepthLMPreTrainedModel, Qwen3Model):
+    """The decoder without a head. Its forward is Qwen3's: masks for full and for sliding layers, then the layers in turn."""
+
+    def __init__(self, config: DepthLMConfig) -> None:
+        PreTrainedModel.__init__(self, config)  # Qwen3Model's would build Qwen3's layers first
+        self.padding_idx = config.pad_token_id
+        self.vocab_size = config.vocab_size
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
+        self.layers = nn.ModuleList(DepthLMDecoderLayer(config, layer) for layer in range(config.num_hidden_layers))
+        self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.rotary_emb = LlamaRotaryEmbedding(config=config)
+        self.gradient_checkpointing = False
+        self.has_sliding_layers = "sliding_attention" in config.layer_types
+        self.post_init()
+
+
+@dataclass
+class DepthLMCausalLMOutputWithPast(MoeCausalLMOutputWithPast):
+    """What [`DepthLMForCausalLM`] returns.
+
+    `loss` is the mean next-token cross-entropy in nats, plus the weighted router losses in training; `aux_loss` and
+    `z_loss` are the load-balancing loss and the router z-loss before weighting, each the mean over the MoE layers.
+    """
+
+    z_loss: torch.FloatTensor | None = None
+
+
+class DepthLMForCausalLM(DepthLMPreTrainedModel, GenerationMixin):
+    """[`DepthLMModel`] with a language-model head."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+    _fsdp_plan = {"lm_head": "keep_full_weight"}
+
+    def __init__(self, config: DepthLMConfig) -> None:
+        super().__init__(config)
+        self.model = DepthLMModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        output_router_logits: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> DepthLMCausalLMOutputWithPast:
+        """Next-token logits `[B, T, vocab_size]`, and the loss where `labels` `[B, T]` are given (-100 is left out).
+
+        In training the router losses are part of `loss`, whatever `output_router_logits` says; elsewhere they are
+        computed, and as in transformers added to `loss`, only where it is set. Without labels they are returned alone.
+        """
+        if output_router_logits is None:
+            output_router_logits = self.config.output_router_logits
+        # A step of decoding has no use for them, and masks made for a cache of fixed length do not fit them.
+        has_experts = self.config.num_experts is not None
+        with_router_losses = has_experts and (self.training or (output_router_logits and past_key_values is None))
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            output_router_logits=has_experts and (with_router_losses or output_router_logits),
+            **kwargs,
+        )
+        logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
+
+        loss = aux_loss = z_loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        if with_router_losses:
+            aux_loss, z_loss = self._router_losses(outputs.router_logits, attention_mask)
+            if loss is not None:
+                router_loss = self.config.router_aux_loss_coef * aux_loss + self.config.router_z_loss_coef * z_loss
+                loss = loss + _share_of_step(labels, kwargs) * router_loss.to(loss.device)
+        return DepthLMCausalLMOutputWithPast(
+            loss=loss,
+            aux_loss=aux_loss,
+            z_loss=z_loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            router_logits=outputs.router_logits if output_router_logits and has_experts else None,
+        )
+
+    def _router_losses(
+        self, router_logits: tuple[torch.Tensor, ...], attention_mask: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Load-balancing loss (Switch Transformer, eq. 4-6) and router z-loss (ST-MoE, eq. 5): one value a layer, averaged.
+
+        `router_logits` are `[B * T, num_experts]`, one tensor an MoE layer; padding is left out of both.
+        """
+        if self.training and torch.is_grad_enabled() and not router_logits[0].requires_grad:
+            self._refuse_detached_router()
+        mask = attention_mask if isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2 else None
+        if mask is not None and mask.numel() != router_logits[0].shape[0]:
+            mask = None
+        # In float32, and gathered on one device, because device_map may have spread the layers.
+        logits = [layer.to(router_logits[0].device, torch.float32) for layer in router_logits]
+        experts, top_k = self.config.num_experts, self.config.num_experts_per_tok
+        balance = [load_balancing_loss_func((layer,), experts, top_k, mask) for layer in logits]
+        squares = [torch.logsumexp(layer, dim=-1).square() for layer in logits]
+        if mask is None:
+            z = [square.mean() for square in squares]
+        else:
+            real = mask.reshape(-1).to(logits[0])
+            z = [(square * real).sum() / real.sum() for square in squares]
+        return torch.stack(balance).mean(), torch.stack(z).mean()
+
+    def _refuse_detached_router(self) -> None:
+        # Frozen routers (LoRA, for one) have no gradient to lose; with re-entrant checkpointing they would lose theirs.
+        if self.model.layers[self.config.moe_layer_indices[0]].mlp.gate.weight.requires_grad:
+            raise RuntimeError(
+                "The router losses would have no gradient, because re-entrant gradient checkpointing hides the routers: "
+                'use gradient_checkpointing_kwargs={"use_reentrant": False}.'
+            )
+
+
+def _share_of_step(labels: torch.Tensor, loss_kwargs: dict[str, Any]) -> torch.Tensor | float:
+    """The share that these labels are of the whole optimiser step.
+
+    With `num_items_in_batch`, the Trainer adds up the losses of a step's microbatches, each divided by the tokens of the
+    whole step; a router loss added in full in each would count once for every microbatch.
+    """
+    items = loss_kwargs.get("num_items_in_batch")
+    if items is None:
+        return 1.0
+    shifted = loss_kwargs.get("shift_labels")
+    counted = labels[..., 1:] if shifted is None else shifted
+    return (counted != loss_kwargs.get("ignore_index", -100)).sum() / items
+
+
+DepthLMModel.register_for_auto_class("AutoModel")
+DepthLMForCausalLM.register_for_auto_class("AutoModelForCausalLM")
+
+__all__ = ["DepthLMForCausalLM", "DepthLMModel", "DepthLMPreTrainedModel"]

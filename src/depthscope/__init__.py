@@ -10,7 +10,7 @@ losses are in nats.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from depthscope.registration import register_when_imported
+from depthscope.registration import register as _register
 
 if TYPE_CHECKING:
     from depthscope.analysis import AnalysisInterrupted, analyze
@@ -102,4 +102,4 @@ def __dir__() -> list[str]:
     return [*globals(), *__all__]
 
 
-register_when_imported()
+_register()

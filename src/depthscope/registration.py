@@ -1,96 +1,89 @@
 """Make transformers' Auto classes know DepthLM as soon as both they and depthscope are imported, in either order.
 
-Registering needs transformers and torch, which take seconds to import, and `import depthscope` (so also `depthscope
---help`) is to stay quick. Where the Auto classes are not imported yet, their registration waits until they are.
+`AutoConfig.register` and its like want the classes themselves, and those take torch and transformers to import: seconds,
+that `import depthscope` (so also `depthscope --help`) is not to cost. Importing the classes later, when the Auto classes
+come to be imported, goes in circles. So DepthLM is entered in the tables in which transformers keeps its own
+architectures: by name, the classes to be imported when a checkpoint first asks for them.
 """
 
 import sys
+import warnings
 from collections.abc import Callable, Sequence
-from functools import partial
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
 from types import ModuleType
 
+import depthscope.models
 
-def _register_config(auto: ModuleType) -> None:
-    from depthscope.models.configuration_depthlm import DepthLMConfig
-
-    auto.AutoConfig.register("depthlm", DepthLMConfig, exist_ok=True)
+_TYPE = "depthlm"
 
 
-def _register_models(auto: ModuleType) -> None:
-    from depthscope.models.modeling_depthlm import DepthLMConfig, DepthLMForCausalLM, DepthLMModel
+def _enter_config(auto: ModuleType) -> None:
+    auto.CONFIG_MAPPING._mapping[_TYPE] = "DepthLMConfig"
+    auto.CONFIG_MAPPING._modules[_TYPE] = depthscope.models
 
-    auto.AutoModel.register(DepthLMConfig, DepthLMModel, exist_ok=True)
-    auto.AutoModelForCausalLM.register(DepthLMConfig, DepthLMForCausalLM, exist_ok=True)
+
+def _enter_models(auto: ModuleType) -> None:
+    for table, name in ((auto.MODEL_MAPPING, "DepthLMModel"), (auto.MODEL_FOR_CAUSAL_LM_MAPPING, "DepthLMForCausalLM")):
+        table._model_mapping[_TYPE] = name
+        table._reverse_config_mapping["DepthLMConfig"] = _TYPE
+        table._modules[_TYPE] = depthscope.models
 
 
 _STEPS: dict[str, Callable[[ModuleType], None]] = {
-    "transformers.models.auto.configuration_auto": _register_config,
-    "transformers.models.auto.modeling_auto": _register_models,
+    "transformers.models.auto.configuration_auto": _enter_config,
+    "transformers.models.auto.modeling_auto": _enter_models,
 }
 
 
-def register_when_imported() -> None:
-    """Register DepthLM with the Auto classes: at once where they are imported, otherwise when they come to be."""
-    queue = _Queue()
-    waiting = {}
-    for name, step in _STEPS.items():
+def register() -> None:
+    """Enter DepthLM with the Auto classes: at once where they are imported, otherwise as soon as they are."""
+    waiting = set()
+    for name in _STEPS:
         if name in sys.modules:
-            queue.take(step, sys.modules[name])
+            _take_step(sys.modules[name])
         else:
-            waiting[name] = step
+            waiting.add(name)
     if waiting:
-        sys.meta_path.insert(0, _AfterImport(waiting, queue))
+        sys.meta_path.insert(0, _AfterImport(waiting))
 
 
-class _Queue:
-    """Takes one step after another. A step imports modules of its own, which may bring the next step's module along:
-    that step then has to wait until the first has finished, or it would meet half-imported modules of ours."""
-
-    def __init__(self) -> None:
-        self._steps: list[tuple[Callable[[ModuleType], None], ModuleType]] = []
-        self._busy = False
-
-    def take(self, step: Callable[[ModuleType], None], module: ModuleType) -> None:
-        self._steps.append((step, module))
-        if self._busy:
-            return
-        self._busy = True
-        try:
-            while self._steps:
-                step, module = self._steps.pop(0)
-                step(module)
-        finally:
-            self._busy = False
+def _take_step(module: ModuleType) -> None:
+    try:
+        _STEPS[module.__name__](module)
+    except AttributeError as problem:
+        # Never break the import of transformers itself.
+        warnings.warn(
+            f"This version of transformers keeps its Auto classes differently ({problem}): load DepthLM checkpoints with "
+            "depthscope.DepthLMForCausalLM.from_pretrained instead of AutoModelForCausalLM.",
+            stacklevel=2,
+        )
 
 
 class _AfterImport(MetaPathFinder):
-    """Finds the modules it waits for by the usual means, and has a step taken once they have run."""
+    """Finds the modules that it waits for by the usual means, and has their step taken once they have run."""
 
-    def __init__(self, waiting: dict[str, Callable[[ModuleType], None]], queue: _Queue) -> None:
-        self.waiting = waiting
-        self.queue = queue
+    def __init__(self, waiting: set[str]) -> None:
+        self._waiting = waiting
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        step = self.waiting.pop(fullname, None)
-        if step is None:
+        if fullname not in self._waiting:
             return None
+        self._waiting.discard(fullname)  # first, so that the search below passes this finder by
         spec = find_spec(fullname)
         if spec is not None and spec.loader is not None:
-            spec.loader = _ThenLoader(spec.loader, partial(self.queue.take, step))
+            spec.loader = _StepLoader(spec.loader)
         return spec
 
 
-class _ThenLoader(Loader):
-    """A loader that does something more with the module once it has run."""
+class _StepLoader(Loader):
+    """A loader that takes the module's step once it has run."""
 
-    def __init__(self, loader: Loader, then: Callable[[ModuleType], None]) -> None:
+    def __init__(self, loader: Loader) -> None:
         self._loader = loader
-        self._then = then
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
         return self._loader.create_module(spec)
@@ -101,4 +94,4 @@ class _ThenLoader(Loader):
         if module.__spec__ is not None:
             module.__spec__.loader = self._loader
         self._loader.exec_module(module)
-        self._then(module)
+        _take_step(module)

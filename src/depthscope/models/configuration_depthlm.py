@@ -174,7 +174,10 @@ def _tensor_parallel_plan(qk_norm: str | None, has_experts: bool) -> dict[str, s
     plan = {f"self_attn.{name}_proj": "colwise_gather_output" if gather else "colwise" for name in ("q", "k", "v")}
     plan["self_attn.o_proj"] = "rowwise_split_input" if gather else "rowwise"
     if qk_norm == "head":
-        plan |= {"self_attn.q_norm": "replicated_with_grad_allreduce", "self_attn.k_norm": "replicated_with_grad_allreduce"}
+        plan |= {
+            "self_attn.q_norm": "replicated_with_grad_allreduce",
+            "self_attn.k_norm": "replicated_with_grad_allreduce",
+        }
     plan |= {"mlp.gate_proj": "colwise", "mlp.up_proj": "colwise", "mlp.down_proj": "rowwise"}
     if has_experts:
         plan |= {
@@ -219,7 +222,9 @@ def _validate_names(config: DepthLMConfig) -> None:
 
 
 def _validate_attention(config: DepthLMConfig) -> None:
-    _require_positive(config, "vocab_size", "num_key_value_heads", "head_dim", "max_position_embeddings", "sliding_window")
+    _require_positive(
+        config, "vocab_size", "num_key_value_heads", "head_dim", "max_position_embeddings", "sliding_window"
+    )
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
     if heads % kv_heads:
         divisors = [n for n in range(1, heads + 1) if heads % n == 0]
@@ -227,7 +232,9 @@ def _validate_attention(config: DepthLMConfig) -> None:
             f"num_key_value_heads must divide num_attention_heads ({heads}): one of {divisors}, got {kv_heads}."
         )
     if config.head_dim % 2:
-        raise ValueError(f"head_dim must be even, because rotary embeddings turn pairs of features; got {config.head_dim}.")
+        raise ValueError(
+            f"head_dim must be even, because rotary embeddings turn pairs of features; got {config.head_dim}."
+        )
     if not 0 <= config.attention_dropout < 1:
         raise ValueError(f"attention_dropout must be at least 0 and below 1, got {config.attention_dropout}.")
     unknown = set(config.layer_types) - set(ATTENTION_TYPES)

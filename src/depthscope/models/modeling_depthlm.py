@@ -206,6 +206,8 @@ def _refuse_misfit(info: dict[str, Any], source: str) -> None:
 class DepthLMModel(DepthLMPreTrainedModel, Qwen3Model):
     """The decoder without a head. Its forward is Qwen3's: masks for full and for sliding layers, then the layers in turn."""
 
+    _keys_to_ignore_on_load_unexpected = [r"^lm_head\."]
+
     def __init__(self, config: DepthLMConfig) -> None:
         PreTrainedModel.__init__(self, config)  # Qwen3Model's would build Qwen3's layers first
         self.padding_idx = config.pad_token_id

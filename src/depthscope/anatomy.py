@@ -184,6 +184,9 @@ class LayerStack:
     def swapped(self, first: int, second: int) -> Iterator[None]:
         """Let two layers of equal kind change places.
 
+        What belongs to a place and not to a layer stays where it is: the attributes that the layer's class names in
+        `positional_attributes` (DepthLM's LayerNorm Scaling factor, for one).
+
         Raises:
             NoLayerStackError: the two are of different kinds, so that the model would give each the other's mask.
         """
@@ -197,9 +200,11 @@ class LayerStack:
         at_first, at_second = self.layers[first], self.layers[second]
         try:
             self.layers[first], self.layers[second] = at_second, at_first
+            _exchange_positional(at_first, at_second)
             yield
         finally:
             self.layers[first], self.layers[second] = at_first, at_second
+            _exchange_positional(at_first, at_second)
 
     @contextmanager
     def resuming_at(self, index: int, hidden: Tensor) -> Iterator[None]:
@@ -315,6 +320,14 @@ class LayerStack:
     def _check(self, index: int) -> None:
         if not 0 <= index < self.num_layers:
             raise IndexError(f"Layer {index} was asked for; this model has layers 0 to {self.num_layers - 1}.")
+
+
+def _exchange_positional(one: nn.Module, other: nn.Module) -> None:
+    """Give each of two layers the other's values of what belongs to the place in the stack."""
+    for name in getattr(one, "positional_attributes", ()):
+        ours, theirs = getattr(one, name), getattr(other, name)
+        setattr(one, name, theirs)
+        setattr(other, name, ours)
 
 
 def _replace_input(hidden: Tensor) -> Callable[..., tuple[tuple[Any, ...], dict[str, Any]]]:

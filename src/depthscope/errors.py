@@ -37,5 +37,9 @@ class OutOfMemoryError(AnalysisError):
     """The device ran out of memory; the message says what to lower."""
 
 
+class ConversionError(DepthscopeError, ValueError):
+    """A model cannot be turned exactly into the architecture or the shape that was asked for; the message says why."""
+
+
 class ReportError(DepthscopeError):
     """A report could not be read or written."""

@@ -1,9 +1,9 @@
 """Make transformers' Auto classes know DepthLM as soon as both they and depthscope are imported, in either order.
 
-`AutoConfig.register` and its like want the classes themselves, and those take torch and transformers to import: seconds,
-that `import depthscope` (so also `depthscope --help`) is not to cost. Importing the classes later, when the Auto classes
-come to be imported, goes in circles. So DepthLM is entered in the tables in which transformers keeps its own
-architectures: by name, the classes to be imported when a checkpoint first asks for them.
+`AutoConfig.register` and its like want the classes themselves, and those take torch and transformers to import:
+seconds, that `import depthscope` (so also `depthscope --help`) is not to cost. Importing the classes later, when the
+Auto classes come to be imported, goes in circles. So DepthLM is entered in the tables in which transformers keeps its
+own architectures: by name, the classes to be imported when a checkpoint first asks for them.
 """
 
 import sys
@@ -55,8 +55,8 @@ def _take_step(module: ModuleType) -> None:
     except AttributeError as problem:
         # Never break the import of transformers itself.
         warnings.warn(
-            f"This version of transformers keeps its Auto classes differently ({problem}): load DepthLM checkpoints with "
-            "depthscope.DepthLMForCausalLM.from_pretrained instead of AutoModelForCausalLM.",
+            f"This version of transformers keeps its Auto classes differently ({problem}): load DepthLM checkpoints "
+            "with depthscope.DepthLMForCausalLM.from_pretrained instead of AutoModelForCausalLM.",
             stacklevel=2,
         )
 

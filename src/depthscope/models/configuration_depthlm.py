@@ -27,11 +27,11 @@ _LEGACY_OPTIONS = ("rope_theta", "rope_scaling", "num_local_experts")
 
 @strict
 class DepthLMConfig(LlamaConfig):
-    r"""Configuration of [`DepthLMModel`] and [`DepthLMForCausalLM`]: a Llama-style decoder with the options that decide
-    how much its deep layers contribute. What is not listed here is as in [`LlamaConfig`].
+    r"""Configuration of [`DepthLMModel`] and [`DepthLMForCausalLM`].
 
-    Layers count from 0. The defaults are the dense 1B model of "When Does Sparsity Mitigate the Curse of Depth in LLMs"
-    (arXiv 2603.15389).
+    A Llama-style decoder with the options that decide how much its deep layers contribute. What is not listed here is
+    as in [`LlamaConfig`]. Layers count from 0. The defaults are the dense 1B model of "When Does Sparsity Mitigate the
+    Curse of Depth in LLMs" (arXiv 2603.15389).
 
     Args:
         num_key_value_heads (`int`, *optional*): heads of keys and values; must divide `num_attention_heads`. As many as
@@ -50,17 +50,19 @@ class DepthLMConfig(LlamaConfig):
         moe_layers (`str`, `int` or `list[int]`, defaults to `"all"`): which layers have experts: "all", a number n for
             every n-th (layers n-1, 2n-1, ...), or their indices. The others have a dense MLP of `intermediate_size`.
         norm_topk_prob (`bool`, defaults to `False`): make the weights of a token's experts sum to 1.
-        router_aux_loss_coef (`float`, defaults to 0.01): weight of the load-balancing loss (Switch Transformer, eq. 4-6,
-            as transformers computes it: `num_experts_per_tok` where the load is even), the mean over layers.
-        router_z_loss_coef (`float`, defaults to 0.001): weight of the router z-loss (ST-MoE, eq. 5), the mean over layers.
+        router_aux_loss_coef (`float`, defaults to 0.01): weight of the load-balancing loss (Switch Transformer,
+            eq. 4-6), the mean over layers. As transformers computes it: `num_experts_per_tok` where the load is even.
+        router_z_loss_coef (`float`, defaults to 0.001): weight of the router z-loss (ST-MoE, eq. 5), the mean over
+            layers.
         output_router_logits (`bool`, defaults to `False`): return the router's logits, and outside of training too the
             two losses. In training both are always part of the loss.
         norm_placement (`str`, defaults to `"pre"`): where the RMSNorms of a sublayer F stand. "pre": `x + F(norm(x))`;
-            "post": `norm(x + F(x))`; "peri": `x + norm(F(norm(x)))`; "output": `x + norm(F(x))` (OLMo 2); "mix": Mix-LN
-            (arXiv 2412.13795), the first `mix_post_layers` layers "post" and the rest "pre". A final norm follows in all.
+            "post": `norm(x + F(x))`; "peri": `x + norm(F(norm(x)))`; "output": `x + norm(F(x))` (OLMo 2); "mix": the
+            first `mix_post_layers` layers "post" and the rest "pre" (Mix-LN, arXiv 2412.13795). A final norm follows in
+            all of them.
         mix_post_layers (`int`, *optional*): number of Post-LN layers of "mix"; a quarter of the layers by default.
-        norm_scaling (`str`, defaults to `"none"`): "depth" multiplies the output of each norm that precedes a sublayer by
-            `1 / sqrt(l + 1)` (LayerNorm Scaling, arXiv 2502.05795); for "pre" and "peri" only.
+        norm_scaling (`str`, defaults to `"none"`): "depth" multiplies the output of each norm that precedes a sublayer
+            by `1 / sqrt(l + 1)` (LayerNorm Scaling, arXiv 2502.05795); for "pre" and "peri" only.
         depth_scaled_init (`bool`, defaults to `False`): initialise the projections that write to the stream with a
             standard deviation of `initializer_range / sqrt(2 * num_hidden_layers)` (GPT-2) instead of
             `initializer_range`.
@@ -107,8 +109,8 @@ class DepthLMConfig(LlamaConfig):
         _require_positive(self, "num_hidden_layers", "hidden_size", "num_attention_heads")
         if self.head_dim is None and self.hidden_size % self.num_attention_heads:
             raise ValueError(
-                f"hidden_size ({self.hidden_size}) is not a multiple of num_attention_heads ({self.num_attention_heads}): "
-                "change one of them, or give head_dim."
+                f"hidden_size ({self.hidden_size}) is not a multiple of num_attention_heads "
+                f"({self.num_attention_heads}): change one of them, or give head_dim."
             )
         if self.num_experts is not None and self.moe_intermediate_size is None:
             self.moe_intermediate_size = self.intermediate_size
@@ -121,8 +123,8 @@ class DepthLMConfig(LlamaConfig):
         self.base_model_tp_plan = _tensor_parallel_plan(self.qk_norm, self.num_experts is not None)
         if self.depth_scaled_init and self.norm_scaling == "depth":
             logger.warning(
-                "norm_scaling='depth' loses its effect beside depth_scaled_init=True, which also shrinks what deep layers "
-                "write (arXiv 2502.05795): use a plain normal initialisation with it."
+                "norm_scaling='depth' loses its effect beside depth_scaled_init=True, which also shrinks what deep "
+                "layers write (arXiv 2502.05795): use a plain normal initialisation with it."
             )
 
     @classmethod
@@ -280,7 +282,8 @@ def _validate_experts(config: DepthLMConfig) -> None:
     )
     if config.num_experts_per_tok > config.num_experts:
         raise ValueError(
-            f"num_experts_per_tok must be from 1 to num_experts ({config.num_experts}), got {config.num_experts_per_tok}."
+            f"num_experts_per_tok must be from 1 to num_experts ({config.num_experts}), "
+            f"got {config.num_experts_per_tok}."
         )
     if config.mlp_bias:
         raise ValueError("mlp_bias=True is for dense models: experts have no biases.")

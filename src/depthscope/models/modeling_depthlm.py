@@ -1,4 +1,4 @@
-"""DepthLM: a Llama-style decoder with grouped-query attention, experts, LayerNorm Scaling and four places for its norms.
+"""DepthLM: a Llama-style decoder with grouped-query attention, experts, LayerNorm Scaling, and norms in several places.
 
 The parts are transformers' own classes; what stands here is only how they are put together. Like its siblings this file
 imports nothing of depthscope, because a saved model carries it along (`trust_remote_code=True`).
@@ -33,13 +33,16 @@ from .configuration_depthlm import DepthLMConfig
 
 logger = logging.get_logger(__name__)
 
-# Checkpoints keep one tensor an expert (as OLMoE's and Qwen's do), the model keeps them fused. This must run wherever this
-# file is imported, also as remote code: without it, experts load as fresh random numbers, and no error says so.
+# Checkpoints keep one tensor an expert (as OLMoE's and Qwen's do), the model keeps them fused. This must run wherever
+# this file is imported, also as remote code: without it, experts load as fresh random numbers, and no error says so.
 register_checkpoint_conversion_mapping("depthlm", get_checkpoint_conversion_mapping("qwen2_moe"), overwrite=True)
 
 
 class DepthLMJointRMSNorm(LlamaRMSNorm):
-    """RMSNorm over all heads of a token together (`qk_norm="full"`, as in OLMo 2): `[..., heads, head_dim]` in and out."""
+    """RMSNorm over all heads of a token together (`qk_norm="full"`, as in OLMo 2).
+
+    `[..., heads, head_dim]` in and out.
+    """
 
     # Not the single RMSNorm kernel of the Hub: that one would normalise each head by itself.
     kernel_layer_name = None
@@ -66,7 +69,7 @@ def _qk_norm(config: DepthLMConfig, heads: int) -> nn.Module:
 
 
 class DepthLMSparseMoeBlock(nn.Module):
-    """The `num_experts_per_tok` experts that the router chooses for each token, and the shared expert if there is one."""
+    """The experts that the router chooses for each token, and the shared expert if there is one."""
 
     def __init__(self, config: DepthLMConfig) -> None:
         super().__init__()
@@ -88,8 +91,8 @@ class DepthLMSparseMoeBlock(nn.Module):
 class DepthLMDecoderLayer(GradientCheckpointingLayer):
     """One layer: attention, then an MLP or experts, each between the norms that `norm_placement` asks for.
 
-    `norm_factor` multiplies the output of the two norms that precede a sublayer (LayerNorm Scaling). It is a property of
-    the layer's place, not of its weights: where two layers change places, each takes the factor of its new place.
+    `norm_factor` multiplies the output of the two norms that precede a sublayer (LayerNorm Scaling). It is a property
+    of the layer's place, not of its weights: where two layers change places, each takes the factor of its new place.
     """
 
     # What stays behind when the layer moves to another place in the stack.
@@ -131,7 +134,7 @@ def _norm(config: DepthLMConfig, present: bool) -> nn.Module:
 
 
 class DepthLMPreTrainedModel(Qwen2MoePreTrainedModel):
-    """What [`DepthLMModel`] and [`DepthLMForCausalLM`] share: initialisation, and loading that refuses half a checkpoint."""
+    """What the two models share: initialisation, and loading that refuses half a checkpoint."""
 
     config: DepthLMConfig
     config_class = DepthLMConfig
@@ -161,7 +164,7 @@ class DepthLMPreTrainedModel(Qwen2MoePreTrainedModel):
         return True
 
     @classmethod
-    def from_pretrained(  # type: ignore[override]
+    def from_pretrained(
         cls, *args: Any, output_loading_info: bool = False, allow_missing_keys: bool = False, **kwargs: Any
     ) -> Any:
         """[`PreTrainedModel.from_pretrained`], except that a checkpoint that does not fit the model is refused.
@@ -198,13 +201,16 @@ def _refuse_misfit(info: dict[str, Any], source: str) -> None:
             problems.append(f"{text} {len(keys)} weights: {shown}")
     if problems:
         raise OSError(
-            f"{source} {'; it '.join(problems)}. The files are incomplete or belong to another configuration: fetch them "
-            "again, or pass allow_missing_keys=True to fill what is missing with random numbers."
+            f"{source} {'; it '.join(problems)}. The files are incomplete or belong to another configuration: fetch "
+            "them again, or pass allow_missing_keys=True to fill what is missing with random numbers."
         )
 
 
 class DepthLMModel(DepthLMPreTrainedModel, Qwen3Model):
-    """The decoder without a head. Its forward is Qwen3's: masks for full and for sliding layers, then the layers in turn."""
+    """The decoder without a head.
+
+    Its forward is Qwen3's: masks for full and for sliding layers, then the layers in turn, then the final norm.
+    """
 
     _keys_to_ignore_on_load_unexpected = [r"^lm_head\."]
 
@@ -304,9 +310,10 @@ class DepthLMForCausalLM(DepthLMPreTrainedModel, GenerationMixin):
     def _router_losses(
         self, router_logits: tuple[torch.Tensor, ...], attention_mask: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Load-balancing loss (Switch Transformer, eq. 4-6) and router z-loss (ST-MoE, eq. 5): one value a layer, averaged.
+        """Load-balancing loss (Switch Transformer, eq. 4-6) and router z-loss (ST-MoE, eq. 5).
 
-        `router_logits` are `[B * T, num_experts]`, one tensor an MoE layer; padding is left out of both.
+        Each is computed for every MoE layer and averaged. `router_logits` are `[B * T, num_experts]`, one tensor an MoE
+        layer; padding is left out.
         """
         if self.training and torch.is_grad_enabled() and not router_logits[0].requires_grad:
             self._refuse_detached_router()
@@ -329,16 +336,16 @@ class DepthLMForCausalLM(DepthLMPreTrainedModel, GenerationMixin):
         # Frozen routers (LoRA, for one) have no gradient to lose; with re-entrant checkpointing they would lose theirs.
         if self.model.layers[self.config.moe_layer_indices[0]].mlp.gate.weight.requires_grad:
             raise RuntimeError(
-                "The router losses would have no gradient, because re-entrant gradient checkpointing hides the routers: "
-                'use gradient_checkpointing_kwargs={"use_reentrant": False}.'
+                "The router losses would have no gradient, because re-entrant gradient checkpointing hides the "
+                'routers: use gradient_checkpointing_kwargs={"use_reentrant": False}.'
             )
 
 
 def _share_of_step(labels: torch.Tensor, loss_kwargs: dict[str, Any]) -> torch.Tensor | float:
     """The share that these labels are of the whole optimiser step.
 
-    With `num_items_in_batch`, the Trainer adds up the losses of a step's microbatches, each divided by the tokens of the
-    whole step; a router loss added in full in each would count once for every microbatch.
+    With `num_items_in_batch`, the Trainer adds up the losses of a step's microbatches, each divided by the tokens of
+    the whole step; a router loss added in full in each would count once for every microbatch.
     """
     items = loss_kwargs.get("num_items_in_batch")
     if items is None:

@@ -1,0 +1,52 @@
+"""A model from a configuration and weights: the last step of every conversion."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
+
+from depthscope.models.configuration_depthlm import DepthLMConfig
+
+__all__ = ["assemble", "changed", "largest_logit_difference"]
+
+
+def assemble(config: PreTrainedConfig, weights: Mapping[str, Tensor], like: PreTrainedModel) -> Any:
+    """The model of `config` with a copy of `weights`, in the dtype, on the device and in the mode of `like`.
+
+    Raises `RuntimeError` where a weight is missing, left over or of another shape: that is a mistake of the caller.
+    """
+    with no_init_weights():
+        model = AutoModelForCausalLM.from_config(config, dtype=like.dtype)
+    model.load_state_dict(dict(weights), strict=True)
+    model.tie_weights()
+    if like.generation_config is not None:
+        model.generation_config = type(like.generation_config).from_dict(like.generation_config.to_dict())
+    return model.to(like.device).train(like.training)
+
+
+def changed(config: DepthLMConfig, **changes: Any) -> DepthLMConfig:
+    """A copy of a configuration with other values, checked like a new one."""
+    kept = {
+        name: value
+        for name, value in config.to_dict().items()
+        if name not in ("architectures", "auto_map", "dtype", "model_type", "transformers_version")
+    }
+    return DepthLMConfig(**{**kept, **changes})
+
+
+def largest_logit_difference(one: PreTrainedModel, other: PreTrainedModel, tokens: int = 64, seed: int = 0) -> float:
+    """The largest difference between the logits of two models, on random token ids, in float32 and evaluation mode."""
+    vocabulary = one.config.get_text_config().vocab_size
+    ids = torch.randint(vocabulary, (2, tokens // 2), generator=torch.Generator().manual_seed(seed))
+    logits = []
+    for model in (one, other):
+        was_training = model.training
+        try:
+            with torch.no_grad():
+                logits.append(model.eval()(ids.to(model.device), use_cache=False).logits.float().cpu())
+        finally:
+            model.train(was_training)
+    return (logits[0] - logits[1]).abs().max().item()

@@ -43,7 +43,12 @@ KINDS: dict[str, Callable[..., DepthLMConfig]] = {
     "sliding": partial(tiny_config, sliding_window=5, layer_types=["sliding_attention", "full_attention"] * 2),
     "moe": partial(tiny_config, **_MOE),
     "moe_shared": partial(
-        tiny_config, **_MOE, shared_expert_intermediate_size=24, moe_layers=2, norm_topk_prob=True, num_key_value_heads=2
+        tiny_config,
+        **_MOE,
+        shared_expert_intermediate_size=24,
+        moe_layers=2,
+        norm_topk_prob=True,
+        num_key_value_heads=2,
     ),
     "peri": partial(tiny_config, norm_placement="peri"),
     "post": partial(tiny_config, norm_placement="post"),
@@ -84,7 +89,9 @@ def naive_logits(model: DepthLMForCausalLM, ids: Tensor) -> Tensor:
     stream = weights["model.embed_tokens.weight"][ids]
     for index in range(config.num_hidden_layers):
         layer = {
-            name.split(".", 3)[3]: weight for name, weight in weights.items() if name.startswith(f"model.layers.{index}.")
+            name.split(".", 3)[3]: weight
+            for name, weight in weights.items()
+            if name.startswith(f"model.layers.{index}.")
         }
         stream = _naive_layer(config, layer, index, stream)
     return _rms_norm(config, stream, weights["model.norm.weight"]) @ weights["lm_head.weight"].T

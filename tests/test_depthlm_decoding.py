@@ -16,11 +16,9 @@ from depthlm import (
     KINDS,
     LAYERS,
     MOE_KINDS,
-    VOCABULARY,
     expert_layers,
     naive_logits,
     random_ids,
-    tiny_config,
     tiny_depthlm,
 )
 from depthscope.models import DepthLMForCausalLM, DepthLMModel
@@ -197,8 +195,7 @@ def test_every_attention_implementation_gives_the_same_logits(kind: str, impleme
 
 @pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile needs a C++ compiler")
 def test_compiled_flex_attention_gives_the_same_logits() -> None:
-    changes = {"sliding_window": 5, "layer_types": ["sliding_attention", "full_attention"] * 2, "num_key_value_heads": 2}
-    model, ids = tiny_depthlm("qk_norm_head", **changes), random_ids(2, 12)
+    model, ids = tiny_depthlm("gqa", sliding_window=5), random_ids(2, 12)
     model.set_attn_implementation("eager")
     expected = logits_of(model, ids)
     model.set_attn_implementation("flex_attention")
@@ -414,7 +411,7 @@ def test_layers_left_on_the_disk_are_fetched_when_they_are_needed(kind: str, sav
     # No room for all: accelerate decides, by _no_split_modules, what stays on the disk.
     size = sum(weight.numel() * 4 for weight in model.parameters())
     device_map = infer_auto_device_map(
-        model, max_memory={"cpu": int(size * 0.6)}, no_split_module_classes=model._no_split_modules
+        model, max_memory={"cpu": int(size * 0.6)}, no_split_module_classes=list(model._no_split_modules)
     )
     on_disk = [name for name, place in device_map.items() if place == "disk"]
     assert "model.layers.3" in on_disk

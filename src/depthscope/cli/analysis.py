@@ -1,59 +1,19 @@
-"""The command line: `depthscope analyze`, `show`, `compare` and `scores`.
+"""`depthscope analyze`, `show`, `compare` and `scores`."""
 
-torch and transformers are imported inside the commands, so that `--help` answers at once. Bad input ends with one
-message and exit code 2, Ctrl-C with 130.
-"""
-
-import sys
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
-from rich.text import Text
 
-from depthscope.errors import DepthscopeError, ReportError, SettingsError
+from depthscope.cli.shared import app, errors_for_people, say
+from depthscope.errors import ReportError, SettingsError
 
 if TYPE_CHECKING:
     from depthscope.report import LayerReport
 
-app = typer.Typer(
-    name="depthscope",
-    help="Show how much every layer of a language model contributes.",
-    no_args_is_help=True,
-    rich_markup_mode="rich",
-    pretty_exceptions_enable=False,
-)
-
-INTERRUPTED = 130
-BAD_INPUT = 2
-
 TEXT, DEPTH, HOW, OUTPUT = "Text", "What to measure", "Model and device", "Output"
-
-
-def main() -> None:
-    """Run the command line."""
-    app()
-
-
-def _print_version(wanted: bool) -> None:
-    if wanted:
-        from importlib.metadata import version
-
-        typer.echo(f"depthscope {version('depthscope')}")
-        raise typer.Exit
-
-
-@app.callback()
-def _root(
-    version: Annotated[
-        bool, typer.Option("--version", help="Print the version and stop.", callback=_print_version, is_eager=True)
-    ] = False,
-) -> None:
-    """Show how much every layer of a language model contributes. Layers count from 0."""
 
 
 @app.command()
@@ -135,7 +95,7 @@ def analyze(
 
     Several processes share the work under torchrun: torchrun --nproc-per-node 2 -m depthscope analyze MODEL ...
     """
-    with _errors_for_people():
+    with errors_for_people():
         if text and dataset:
             raise SettingsError("Both --text and --dataset were given; choose one.")
         _require_places(out, html)
@@ -180,7 +140,7 @@ def show(
     html: Annotated[Path | None, typer.Option(help="Write a page with interactive plots.")] = None,
 ) -> None:
     """Show a report that was saved earlier."""
-    with _errors_for_people():
+    with errors_for_people():
         from depthscope.report import LayerReport
 
         _require_places(html)
@@ -193,7 +153,7 @@ def compare(
     html: Annotated[Path | None, typer.Option(help="Write a page that lays the layers side by side.")] = None,
 ) -> None:
     """Hold reports side by side: what differs, and whether by more than the noise."""
-    with _errors_for_people():
+    with errors_for_people():
         from depthscope.comparison import compare as hold
         from depthscope.page import write_page
         from depthscope.render import print_comparison
@@ -206,13 +166,13 @@ def compare(
         print_comparison(hold(loaded), Console())
         if html is not None:
             write_page(html, loaded)
-            _say(f"Page: {html}")
+            say(f"Page: {html}")
 
 
 @app.command()
 def scores() -> None:
     """Explain every score in a sentence or two."""
-    with _errors_for_people():
+    with errors_for_people():
         from depthscope.render import print_explanations
         from depthscope.scores import EXPLANATIONS
 
@@ -229,10 +189,10 @@ def _deliver(report: "LayerReport", out: Path | None, html: Path | None, quiet: 
     try:
         if out is not None:
             report.save(out)
-            _say(f"Report: {out}")
+            say(f"Report: {out}")
         if html is not None:
             write_page(html, report)
-            _say(f"Page:   {html}")
+            say(f"Page:   {html}")
     except ReportError as error:
         raise ReportError(f"{error}{_rescued(report)}") from error
 
@@ -268,24 +228,3 @@ def _share_or_word(pairs: str) -> "float | str":
 
 def _count_or_word(probes: str) -> "int | str":
     return int(probes) if probes.lstrip("-").isdigit() else probes
-
-
-def _say(line: str) -> None:
-    Console().print(Text(line))
-
-
-@contextmanager
-def _errors_for_people() -> Iterator[None]:
-    """One message instead of a traceback: exit code 2 for bad input, 130 for Ctrl-C."""
-    try:
-        yield
-    except DepthscopeError as error:
-        Console(stderr=True).print(Text("Error: ", style="bold red") + Text(str(error)), soft_wrap=True)
-        raise typer.Exit(BAD_INPUT) from None
-    except KeyboardInterrupt as interrupt:
-        said = str(interrupt) or "Interrupted."
-        Console(stderr=True).print(Text(f"{said} Nothing was written."), soft_wrap=True)
-        raise typer.Exit(INTERRUPTED) from None
-    except BrokenPipeError:
-        sys.stderr.close()
-        raise typer.Exit(1) from None

@@ -1,0 +1,89 @@
+"""`depthscope convert` and `presets`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from depthscope.cli.shared import app, errors_for_people, say
+
+SHAPE, HOW = "Another shape", "How"
+
+
+@app.command()
+def convert(
+    model: Annotated[
+        str, typer.Argument(help="A Hub id, a folder, a [bold].gguf[/] file or a PEFT adapter folder.", metavar="MODEL")
+    ],
+    out: Annotated[Path, typer.Argument(help="The folder to write; it must not exist yet.", metavar="OUT")],
+    to: Annotated[
+        str,
+        typer.Option(help="depthlm; native (the architecture that expresses it); or one by name: llama, olmoe, ..."),
+    ] = "native",
+    kv_heads: Annotated[
+        int | None,
+        typer.Option(help="Key and value heads: fewer are pooled by their mean, more repeated.", rich_help_panel=SHAPE),
+    ] = None,
+    experts: Annotated[
+        int | None, typer.Option(help="Make a dense model one with this many experts.", rich_help_panel=SHAPE)
+    ] = None,
+    top_k: Annotated[
+        int | None, typer.Option(help="Experts that see each token, with --experts.", rich_help_panel=SHAPE)
+    ] = None,
+    layers: Annotated[
+        int | None, typer.Option(help="Grow to this many layers by stacking copies.", rich_help_panel=SHAPE)
+    ] = None,
+    preserve_function: Annotated[
+        bool,
+        typer.Option("--preserve-function", help="Let added layers start as the identity.", rich_help_panel=SHAPE),
+    ] = False,
+    dtype: Annotated[
+        str,
+        typer.Option(
+            help="float32, bfloat16, float16, or auto: the checkpoint's own where nothing is lost by it.",
+            rich_help_panel=HOW,
+        ),
+    ] = "auto",
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.", rich_help_panel=HOW)] = None,
+    trust_remote_code: Annotated[
+        bool,
+        typer.Option("--trust-remote-code", help="Run the code in the model's repository.", rich_help_panel=HOW),
+    ] = False,
+) -> None:
+    """Turn MODEL into a DepthLM or into a native architecture, exactly, or give it another shape.
+
+    Exact means that the logits differ by rounding at most, which is measured before anything is written; what cannot be
+    converted exactly is refused with the reason. Pooled heads and stacked layers are meant to be trained on.
+    """
+    with errors_for_people():
+        from depthscope.conversion import Shape, convert_checkpoint
+
+        shape = Shape(kv_heads, experts, top_k, layers, preserve_function)
+        with Console(stderr=True).status("Starting") as status:
+            lines = convert_checkpoint(
+                model,
+                out,
+                to=to,
+                shape=shape,
+                dtype=dtype,
+                revision=revision,
+                trust_remote_code=trust_remote_code,
+                stage=status.update,
+            )
+        for line in lines:
+            say(line)
+
+
+@app.command()
+def presets(
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print a Markdown table.")] = False,
+) -> None:
+    """List the named shapes of DepthLM, with their parameters and training FLOPs."""
+    with errors_for_people():
+        from depthscope.models.preset_table import preset_markdown, preset_table
+
+        if markdown:
+            typer.echo(preset_markdown())
+        else:
+            Console().print(preset_table())

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from depthscope.corpus import Blocks, load_blocks
     from depthscope.errors import (
         AnalysisError,
+        ConversionError,
         CorpusError,
         DepthscopeError,
         ModelLoadError,
@@ -44,6 +45,7 @@ _PLACES = {
     "corpus": ("Blocks", "load_blocks"),
     "errors": (
         "AnalysisError",
+        "ConversionError",
         "CorpusError",
         "DepthscopeError",
         "ModelLoadError",
@@ -69,6 +71,7 @@ __all__ = [
     "Blocks",
     "Capture",
     "Comparison",
+    "ConversionError",
     "CorpusError",
     "DepthLMConfig",
     "DepthLMForCausalLM",

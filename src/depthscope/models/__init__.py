@@ -6,17 +6,39 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from depthscope.models.configuration_depthlm import DepthLMConfig
     from depthscope.models.modeling_depthlm import DepthLMForCausalLM, DepthLMModel
+    from depthscope.models.native import to_depthlm, to_native
     from depthscope.models.presets_depthlm import PRESETS
+    from depthscope.models.reshape import deepen, to_gqa, upcycle
+    from depthscope.models.sizes import ModelSize, model_size
 
 # Where each name lives, imported when first used: torch and transformers take seconds.
 _HOME = {
     "DepthLMConfig": "configuration_depthlm",
     "DepthLMForCausalLM": "modeling_depthlm",
     "DepthLMModel": "modeling_depthlm",
+    "ModelSize": "sizes",
     "PRESETS": "presets_depthlm",
+    "deepen": "reshape",
+    "model_size": "sizes",
+    "to_depthlm": "native",
+    "to_gqa": "reshape",
+    "to_native": "native",
+    "upcycle": "reshape",
 }
 
-__all__ = ["PRESETS", "DepthLMConfig", "DepthLMForCausalLM", "DepthLMModel"]
+__all__ = [
+    "PRESETS",
+    "DepthLMConfig",
+    "DepthLMForCausalLM",
+    "DepthLMModel",
+    "ModelSize",
+    "deepen",
+    "model_size",
+    "to_depthlm",
+    "to_gqa",
+    "to_native",
+    "upcycle",
+]
 
 
 def __getattr__(name: str) -> Any:

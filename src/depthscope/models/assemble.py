@@ -32,7 +32,7 @@ def changed(config: DepthLMConfig, **changes: Any) -> DepthLMConfig:
     kept = {
         name: value
         for name, value in config.to_dict().items()
-        if name not in ("architectures", "auto_map", "dtype", "model_type", "transformers_version")
+        if name not in ("_name_or_path", "architectures", "auto_map", "dtype", "model_type", "transformers_version")
     }
     return DepthLMConfig(**{**kept, **changes})
 

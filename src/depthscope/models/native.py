@@ -67,6 +67,8 @@ def _choose(config: DepthLMConfig, state: State, architecture: str | None) -> Fo
         raise ConversionError(
             f"{architecture!r} is not an architecture that DepthLM is exported to; those are: {known}."
         )
+    if architecture is None:
+        forms = [form for form in forms if (form.experts != "none") == (config.num_experts is not None)]
     lacking = {form: form.lacks(config, state) for form in forms}
     for form, traits in lacking.items():
         if not traits:

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 
-from rich import box
 from rich.table import Table
 
 from depthscope.models.configuration_depthlm import DepthLMConfig
@@ -31,8 +30,9 @@ COLUMNS: dict[str, str | None] = {
 def preset_table() -> Table:
     """For a terminal of 80 columns."""
     table = Table(
-        box=box.SIMPLE_HEAD,
-        pad_edge=False,
+        box=None,
+        padding=(0, 2, 0, 0),
+        header_style="bold",
         caption="active: parameters that one token meets\nFLOPs: of training, a token, at the longest sequence",
         caption_justify="left",
     )
@@ -70,7 +70,7 @@ def _row(name: str, config: DepthLMConfig) -> list[str]:
         experts,
         _millions(size.total),
         _millions(size.active),
-        f"{size.training_flops_per_token / 1e9:.3g} G",
+        _flops(size.training_flops_per_token),
         str(size.sequence_length),
     ]
 
@@ -79,3 +79,7 @@ def _millions(number: int) -> str:
     if number >= 1e9:
         return f"{number / 1e9:.2f} B"
     return f"{number / 1e6:.0f} M" if number >= 1e8 else f"{number / 1e6:.1f} M"
+
+
+def _flops(number: int) -> str:
+    return f"{number / 1e9:.3g} G" if number >= 1e9 else f"{number / 1e6:.3g} M"

@@ -43,6 +43,7 @@ demo: $(SMOLLM2_READY)  ## Analyse SmolLM2-135M on Python's own source: a table,
 
 test: $(READY)  ## Run the tests
 	@$(MAKE) --no-print-directory $(SMOLLM2_READY) || echo "Tests on SmolLM2-135M will be skipped."
+	@$(BIN)/python tests/generic_suite.py || echo "transformers' generic model tests will be skipped."
 	$(BIN)/python -m pytest -n 2 --dist worksteal $(TESTS)
 
 # The last versions that this one must still work with; a second environment, so that the first stays as it is.

@@ -4,12 +4,16 @@
 They are no part of this project, and no wheel carries them.
 """
 
+import functools
 import importlib
 import subprocess
 import sys
 import tarfile
 import tempfile
+import time
 import unittest
+from collections.abc import Callable
+from datetime import timedelta
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path, PurePosixPath
@@ -23,7 +27,8 @@ VERSION = version("transformers")
 HOME = Path(sys.prefix, ".transformers-tests", VERSION)
 # The name under which the folder of tests is imported: "tests" would be anyone's.
 PACKAGE = "transformers_tests"
-TIMEOUT_SECONDS = 300
+FETCH_SECONDS = 300
+RANKS_SECONDS = 120
 
 
 def fetch() -> None:
@@ -47,7 +52,10 @@ def _download(folder: Path) -> Path:
     command += ["--retries", "1", "--no-deps", "--no-binary", "transformers", "--dest", str(folder)]
     if find_spec("setuptools") is not None:
         command.append("--no-build-isolation")  # which spares pip a fresh environment, only to read the metadata
-    subprocess.run([*command, f"transformers=={VERSION}"], check=True, timeout=TIMEOUT_SECONDS)
+    try:
+        subprocess.run([*command, f"transformers=={VERSION}"], check=True, timeout=FETCH_SECONDS)
+    except subprocess.SubprocessError as problem:
+        raise OSError("pip could not download its source distribution") from problem
     return folder / f"transformers-{VERSION}.tar.gz"
 
 
@@ -76,11 +84,44 @@ class NoTests:
     """Stands for a class of further tests that the distribution lacks."""
 
 
+def run_distributed(world_size: int) -> Callable[[Callable], Callable]:
+    """Stands for a decorator that the distribution lacks: `world_size` processes run the function, given their rank."""
+    return lambda function: functools.partial(_run_ranks, function, world_size)
+
+
+def _run_ranks(function: Callable, world_size: int, *args: Any) -> None:
+    from torch.multiprocessing import start_processes  # here, because fetching is to take no torch
+
+    if sys.platform != "linux":
+        raise unittest.SkipTest("forks the processes of a group: fresh ones would import torch for seconds each")
+    with tempfile.TemporaryDirectory() as folder:
+        given = (function, world_size, Path(folder, "rendezvous").as_uri(), args)
+        ranks = start_processes(_run_rank, given, nprocs=world_size, join=False, start_method="fork")
+        deadline = time.monotonic() + RANKS_SECONDS
+        try:
+            while not ranks.join(timeout=1):  # raises what a rank has raised
+                if time.monotonic() > deadline:
+                    raise TimeoutError(f"the processes of {function.__name__} have not ended")
+        finally:
+            for process in ranks.processes:
+                process.kill()
+
+
+def _run_rank(rank: int, function: Callable, world_size: int, rendezvous: str, args: tuple) -> None:
+    import torch.distributed as dist
+
+    timeout = timedelta(seconds=RANKS_SECONDS)
+    dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=world_size, timeout=timeout)
+    function(rank, *args)
+    dist.destroy_process_group()
+
+
 # What the files import of neighbours that the distribution lacks.
 LEFT_OUT: dict[str, dict[str, Any]] = {
     "exporters.test_export": {"ExportTesterMixin": NoTests},
     "generation.test_utils": {"GenerationTesterMixin": NoTests},
     "utils.test_configuration_utils": {"config_common_kwargs": LeftOut()},
+    "distributed_testing_utils": {"run_distributed": run_distributed},
 }
 
 
@@ -102,16 +143,17 @@ def load(name: str) -> ModuleType:
 
 
 def _stand_in(neighbour: str, names: dict[str, Any]) -> None:
-    folder, file = neighbour.split(".")
-    if Path(HOME, PACKAGE, folder, f"{file}.py").is_file():
+    if Path(HOME, PACKAGE, *neighbour.split(".")).with_suffix(".py").is_file():
         return
-    for path in (folder, neighbour):
-        sys.modules.setdefault(f"{PACKAGE}.{path}", ModuleType(f"{PACKAGE}.{path}"))
-    vars(sys.modules[f"{PACKAGE}.{neighbour}"]).update(names)
+    name = PACKAGE
+    for part in neighbour.split("."):
+        name = f"{name}.{part}"
+        module = sys.modules.setdefault(name, ModuleType(name))
+    vars(module).update(names)
 
 
 if __name__ == "__main__":
     try:
         fetch()
-    except (OSError, subprocess.SubprocessError, tarfile.TarError) as problem:
-        sys.exit(f"The tests of transformers {VERSION} could not be fetched: {problem}")
+    except (OSError, tarfile.TarError) as problem:
+        sys.exit(f"No tests of transformers {VERSION}: {problem}.")

@@ -14,10 +14,16 @@ from depthscope.models import DepthLMConfig, DepthLMForCausalLM, DepthLMModel
 common = generic_suite.load("test_modeling_common")
 config_common = generic_suite.load("test_configuration_common")
 training = generic_suite.load("test_training_mixin")
+tensor_parallel = generic_suite.load("test_tensor_parallel_mixin")
+expert_parallel = generic_suite.load("test_expert_parallel_mixin")
+
+# These run for a choice of architectures only.
+tensor_parallel.TP_DISTRIBUTED_TEST_MODEL_TYPES.add("depthlm")
+expert_parallel.EP_DISTRIBUTED_TEST_MODEL_TYPES.add("depthlm")
 
 # Tests of other kinds of models. They are skipped for DepthLM or, most of them, pass without building a model.
 OTHER_KINDS = re.compile(
-    "composite|subconfig|encoder_decoder|_get_(text|image|audio|video)_features|vision|mismatched_shapes|problem_types"
+    "(?<!non_)composite|subconfig|encoder_decoder|_get_(text|image|audio|video)_features|vision|mismatched_shapes|problem_types"
     "|position_vector|feed_forward_chunking|partial_rotation|keep_in_fp32"
 )
 
@@ -66,7 +72,7 @@ def _filling(model_class: type[PreTrainedModel]) -> type[PreTrainedModel]:
     return Filling
 
 
-class GenericTests(common.ModelTesterMixin, training.TrainingTesterMixin):
+class GenericTests(common.ModelTesterMixin, training.TrainingTesterMixin, tensor_parallel.TensorParallelTesterMixin):
     all_model_classes = (DepthLMModel, DepthLMForCausalLM)
     # The test goes by the year of the file's copyright line; DepthLM's files have none.
     test_can_init_all_missing_weights_before_2023 = True
@@ -99,18 +105,26 @@ class GenericTests(common.ModelTesterMixin, training.TrainingTesterMixin):
         self.skipTest("transformers' source distribution lacks its generic tests of generation")
 
     def test_sliding_window_mask(self):
-        self.skipTest("DepthLM has no use_sliding_window, which this turns on and off: its layer_types say which slide")
+        self.skipTest(
+            "turns use_sliding_window on and off, which DepthLM lacks: its layer_types say which layers slide"
+        )
 
 
-for _name in dir(GenericTests):
-    if not _name.startswith("test_"):
-        continue
-    # Skipped for what the machine lacks (an accelerator, FlashAttention, DeepSpeed): dozens of lines in every summary.
-    if OTHER_KINDS.search(_name) or getattr(getattr(GenericTests, _name), "__unittest_skip__", False):
-        setattr(GenericTests, _name, None)
+def _drop_tests_that_cannot_apply(tests: type) -> None:
+    for name in dir(tests):
+        test = getattr(tests, name)
+        if not name.startswith("test_") or not callable(test):
+            continue
+        # Those skipped want an accelerator, FlashAttention or DeepSpeed: dozens of lines in the summary of every run.
+        if OTHER_KINDS.search(name) or getattr(test, "__unittest_skip__", False):
+            setattr(tests, name, None)
+
+
+_drop_tests_that_cannot_apply(GenericTests)
 
 DENSE = {
     "test_eager_matches_batched_and_grouped_inference": "a dense model has no experts",
+    "test_moe_parallel_plans_shard_experts": "a dense model has no experts",
     "test_moe_models_record_router_logits": "a dense model has no routers",
     "test_output_router_logits_from_config": "a dense model has no routers",
     "test_reverse_loading_mapping": "only experts are saved under other names",
@@ -128,11 +142,12 @@ class PeriTest(GenericTests, unittest.TestCase):
         "norm_scaling": "depth",
         "sliding_window": 3,
         "layer_types": ["sliding_attention", "full_attention"],
+        "qk_norm": "full",
     }
     not_applicable = DENSE
 
 
-class MoeTest(GenericTests, unittest.TestCase):
+class MoeTest(GenericTests, expert_parallel.ExpertParallelTesterMixin, unittest.TestCase):
     options: ClassVar = {
         "num_experts": 8,
         "num_experts_per_tok": 2,
@@ -142,7 +157,7 @@ class MoeTest(GenericTests, unittest.TestCase):
         "qk_norm": "head",
     }
     not_applicable: ClassVar = {
-        "test_training_gradient_checkpointing_use_reentrant_true": "the router losses would have no gradient: refused",
+        "test_training_gradient_checkpointing_use_reentrant_true": "refused: the router losses would have no gradient",
     }
 
     def test_moe_models_record_router_logits(self):

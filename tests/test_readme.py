@@ -16,7 +16,7 @@ SNIPPETS = re.findall(r"<!-- tested -->\n```python\n(.*?)```", README, flags=re.
 
 
 def test_all_python_in_the_readme_is_tested() -> None:
-    assert len(SNIPPETS) == README.count("```python") == 3
+    assert len(SNIPPETS) == README.count("```python") == 4
 
 
 def test_the_code_in_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -46,4 +46,4 @@ def test_the_commands_that_the_readme_names_exist() -> None:
         assert f"\n{target}:" in makefile
     blocks = re.findall(r"```\n(.*?)```", README, flags=re.DOTALL)
     for command in re.findall(r"^depthscope (\w+)", "\n".join(blocks), flags=re.MULTILINE):
-        assert command in {"analyze", "show", "compare", "scores"}
+        assert command in {"analyze", "show", "compare", "scores", "presets", "convert"}

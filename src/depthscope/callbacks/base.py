@@ -1,0 +1,212 @@
+"""What the callbacks that measure training passes share: windows, logs, the history, and going on from a checkpoint.
+
+Between two logs lies a window. Sums are kept on the device while steps run; at the end of a window they are added up
+over processes and fetched in one transfer, turned into values, put into the log and appended to the history. Before a
+checkpoint is written, what has been summed so far is fetched too and goes into its `trainer_state.json`, so that a run
+that goes on from there ends its window as if nothing had happened.
+"""
+
+from abc import abstractmethod
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from torch import nn
+from transformers import TrainerCallback
+from transformers.trainer_callback import ExportableState
+
+from depthscope.anatomy import LayerStack
+from depthscope.callbacks.history import History
+from depthscope.callbacks.placing import PREFIX, call_on_failure, place
+from depthscope.errors import SettingsError
+
+__all__ = ["LAYERS", "LOGGED", "Measured", "WindowCallback", "flat_names"]
+
+LOGGED = ("layers", "summary", "none")
+LAYERS = "layers"
+
+
+@dataclass
+class Measured:
+    """What a window came to: single numbers, numbers by layer [L], and what else the history keeps."""
+
+    values: dict[str, float] = field(default_factory=dict)
+    layers: dict[str, list[float]] = field(default_factory=dict)
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+def flat_names(measured: Measured, logged: str) -> dict[str, float]:
+    """The names and values that go into a log; undefined values are left out.
+
+    "layers": `layers/<metric>/<layer>` for every layer. "summary": the first and the last layer, and the quartiles over
+    layers. "none": nothing by layer. Single numbers, `layers/<name>`, in all of them.
+    """
+    named = {PREFIX + name: value for name, value in measured.values.items()}
+    for metric, column in measured.layers.items():
+        if logged == "layers":
+            named |= {f"{PREFIX}{metric}/{layer}": value for layer, value in enumerate(column)}
+        elif logged == "summary":
+            low, middle, high = _quartiles(column)
+            picked = {"first": column[0], "q1": low, "median": middle, "q3": high, "last": column[-1]}
+            named |= {f"{PREFIX}{metric}/{place}": value for place, value in picked.items()}
+    return {name: float(value) for name, value in named.items() if np.isfinite(value)}
+
+
+def _quartiles(column: list[float]) -> tuple[float, float, float]:
+    defined = [value for value in column if np.isfinite(value)]
+    if not defined:
+        return (float("nan"),) * 3
+    low, middle, high = np.quantile(defined, (0.25, 0.5, 0.75))
+    return float(low), float(middle), float(high)
+
+
+class WindowCallback(TrainerCallback, ExportableState):
+    """Base of the callbacks that measure training passes."""
+
+    kind: str  # what the history calls its rows
+
+    def __init__(self, every: int = 1, log: str = "layers", history: bool = True) -> None:
+        if not isinstance(every, int) or every < 1:
+            raise SettingsError(f"every is {every!r}; give a number of steps, at least 1.")
+        if log not in LOGGED:
+            raise SettingsError(f"log is {log!r}; choose one of {', '.join(LOGGED)}.")
+        self.every = every
+        self.log = log
+        self.history = history
+        self.window: dict[str, Any] | None = None  # what the current window has come to, as far as it is fetched
+        self._stack: LayerStack | None = None
+        self._file: History | None = None
+        self._guarded = False
+
+    # What a callback is made of.
+
+    @abstractmethod
+    def attach(self, stack: LayerStack) -> None:
+        """Begin to watch a model."""
+
+    @abstractmethod
+    def detach(self) -> None:
+        """Leave nothing behind on the model; may be called twice."""
+
+    @abstractmethod
+    def measure(self, on: bool) -> None:
+        """Switch measuring on or off for the passes to come."""
+
+    @abstractmethod
+    def fetch(self) -> None:
+        """Add what lies on the device to `window`, on every process alike, and begin anew there."""
+
+    @abstractmethod
+    def finish(self, window: dict[str, Any]) -> Measured:
+        """Turn a window into values."""
+
+    def options(self) -> dict[str, Any]:
+        """The arguments that make another callback like this one; JSON-like."""
+        return {"every": self.every, "log": self.log, "history": self.history}
+
+    # Transformers' events, in the order in which they come.
+
+    def on_init_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        """Take the place, and find the layers while the model is still whole."""
+        place(self)
+        self._guard()
+        if model is not None and not _is_empty(model):
+            self._stack = LayerStack(model)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        """Begin to watch, and go on where a checkpoint left off."""
+        place(self)
+        self._guard()
+        self.detach()
+        if self._stack is None or self._stack.model is not model:
+            self._stack = LayerStack(model)
+        self.attach(self._stack)
+        if args.torch_compile:
+            _forget_compiled()
+        self.window = _saved_window(state, type(self).__name__) if state.global_step else None
+        self._file = History(args.output_dir) if self.history and state.is_world_process_zero else None
+        if self._file is not None:
+            self._file.begin(state.global_step, run=state)
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Measure every n-th step."""
+        self.measure(state.global_step % self.every == 0)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Fetch before a checkpoint; the default flow, which comes before this callback, has decided on it by now."""
+        if control.should_save or control.should_training_stop:
+            self.fetch()
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Fetch before a checkpoint at the end of an epoch."""
+        if control.should_save:
+            self.fetch()
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Fetch before a checkpoint that the evaluation may bring about."""
+        self.fetch()
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        """End the window at a log of training."""
+        if logs is None or "loss" not in logs or self._stack is None:
+            return
+        self.fetch()
+        measured = self._end_window(state)
+        if measured is not None:
+            named = flat_names(measured, self.log)
+            logs.update(named)
+            if state.log_history:
+                state.log_history[-1].update(named)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Keep what the last, unlogged steps came to, and leave the model as it was."""
+        self.fetch()
+        self._end_window(state)
+        self.detach()
+        self._file = None
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps of this callback."""
+        return {"args": self.options(), "attributes": {"window": self.window}}
+
+    def _guard(self) -> None:
+        if not self._guarded:
+            call_on_failure(self.detach)
+            self._guarded = True
+
+    def _end_window(self, state: Any) -> Measured | None:
+        if self.window is None:
+            return None
+        measured = self.finish(self.window)
+        self.window = None
+        if self._file is not None:
+            self._file.append(
+                {
+                    "step": state.global_step,
+                    "epoch": state.epoch,
+                    "kind": self.kind,
+                    **measured.extra,
+                    "values": measured.values,
+                    "layers": measured.layers,
+                }
+            )
+        return measured
+
+
+def _is_empty(model: nn.Module) -> bool:
+    """Whether the weights are not there yet: large models get theirs when training begins."""
+    return any(weight.device.type == "meta" for weight in model.parameters())
+
+
+def _saved_window(state: Any, name: str) -> dict[str, Any] | None:
+    saved = (state.stateful_callbacks or {}).get(name)
+    if isinstance(saved, list):
+        saved = saved[0] if saved else None
+    return (saved or {}).get("attributes", {}).get("window")
+
+
+def _forget_compiled() -> None:
+    # What was compiled before knows nothing of hooks that came later, and is not checked for them.
+    import torch
+
+    torch.compiler.reset()

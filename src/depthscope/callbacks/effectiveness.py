@@ -1,0 +1,281 @@
+"""`EffectivenessCallback`: the layer-effectiveness scores, now and then while a model trains.
+
+Every n-th step the chosen scores are computed on the same few blocks of tokens, as `depthscope.analyze` does it: in
+evaluation mode, without autocast, on the weights as they are. What comes out is a `LayerReport`, saved as
+`layer_reports/step-<step>.json` in the output directory; its single numbers and its columns by layer go into the next
+log of training (as `layers/<score>` and `layers/<score>/<layer>`) and into `layer_stats.jsonl`. `depthscope scores`
+explains each score. Those that `VarianceCallback` measures on the training text are called `blocks_<name>` here.
+
+The training itself does not notice: random states, modes and gradients are as they were before.
+"""
+
+import logging
+import random
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from transformers import TrainerCallback
+from transformers.trainer_callback import ExportableState
+
+from depthscope.analysis import analyze_blocks
+from depthscope.anatomy import LayerStack
+from depthscope.callbacks.base import LOGGED, Measured, flat_names
+from depthscope.callbacks.history import History
+from depthscope.callbacks.placing import place
+from depthscope.corpus import Blocks
+from depthscope.errors import AnalysisError, SettingsError
+from depthscope.facts import model_facts
+from depthscope.measurement import total_work
+from depthscope.modes import evaluating
+from depthscope.processes import Processes
+from depthscope.report import LayerReport
+from depthscope.scores import SCORES
+from depthscope.scores.base import head_work
+from depthscope.settings import Settings
+
+__all__ = ["REPORTS", "EffectivenessCallback"]
+
+logger = logging.getLogger(__name__)
+
+REPORTS = "layer_reports"
+# The names under which `VarianceCallback` logs something else: the same measure on the training text.
+ON_BLOCKS = ("variance", "variance_growth", "attention_variance", "mlp_variance", "update_norm")
+DEFAULT_SCORES = ("skip", "causal", "block_influence")
+
+
+class EffectivenessCallback(TrainerCallback, ExportableState):
+    """Computes layer-effectiveness scores while a model trains.
+
+        Trainer(..., callbacks=[EffectivenessCallback(blocks, scores="skip,usefulness", every=500)])
+
+    Args:
+        blocks: token ids [N, T], of text that the model is not trained on.
+        scores: as for `depthscope.analyze`.
+        every: compute them every n-th optimiser step, where the time allows it.
+        max_overhead: share of the training time (0.05 is 5%) that all analyses together may take; one that would take
+            more, as estimated from a forward pass and from the last analysis, waits for a later step. None: no limit.
+        fit_blocks: of the blocks, how many fit the linear maps of the usefulness score; half of them by default where
+            that is among the scores, none otherwise. The others measure.
+        log: "layers" logs every layer, "summary" the first, the last and the quartiles over layers, "none" only single
+            numbers.
+        history: append to `layer_stats.jsonl`.
+        **options: further fields of `depthscope.Settings`.
+
+    Raises:
+        NoLayerStackError: (when training begins) the model has no plain stack of decoder layers.
+        SettingsError: an argument is not allowed.
+    """
+
+    def __init__(
+        self,
+        blocks: Tensor | Blocks | list[list[int]],
+        scores: str | Iterable[str] = DEFAULT_SCORES,
+        every: int = 500,
+        max_overhead: float | None = 0.05,
+        fit_blocks: int | None = None,
+        log: str = "layers",
+        history: bool = True,
+        **options: Any,
+    ) -> None:
+        if not isinstance(every, int) or every < 1:
+            raise SettingsError(f"every is {every!r}; give a number of steps, at least 1.")
+        if max_overhead is not None and not max_overhead > 0:
+            raise SettingsError(f"max_overhead is {max_overhead!r}; give a share of the time above 0, or None.")
+        if log not in LOGGED:
+            raise SettingsError(f"log is {log!r}; choose one of {', '.join(LOGGED)}.")
+        self.blocks = blocks if isinstance(blocks, Blocks) else Blocks.from_ids(torch.as_tensor(blocks))
+        self.settings = _settings(self.blocks, scores, fit_blocks, options)
+        self.every = every
+        self.max_overhead = max_overhead
+        self.log = log
+        self.history = history
+        self.spent = 0.0  # seconds in analyses
+        self.trained = 0.0  # seconds in everything else
+        self.waiting: dict[str, float] = {}  # what the next log will bring
+        self.cost: float | None = None  # seconds that an analysis takes
+        self._since = time.perf_counter()
+        self._file: History | None = None
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps of this callback."""
+        options = self.settings.to_dict()
+        for name in ("scores", "eval_blocks", "block_size", "fit_blocks"):
+            del options[name]
+        args = {
+            "blocks": self.blocks.input_ids.tolist(),
+            "scores": list(self.settings.scores),
+            "every": self.every,
+            "max_overhead": self.max_overhead,
+            "fit_blocks": self.settings.fit_blocks,
+            "log": self.log,
+            "history": self.history,
+            **options,
+        }
+        kept = {"spent": self.spent, "trained": self.trained, "waiting": self.waiting, "cost": self.cost}
+        return {"args": args, "attributes": kept}
+
+    def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Take the place before the reporters."""
+        place(self)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        """Refuse a model without layers now and not after hours, and go on where a checkpoint left off."""
+        place(self)
+        LayerStack(model)
+        if state.global_step:
+            saved = (state.stateful_callbacks or {}).get(type(self).__name__)
+            saved = (saved[0] if saved else None) if isinstance(saved, list) else saved
+            for name, value in (saved or {}).get("attributes", {}).items():
+                setattr(self, name, value)
+        if state.is_world_process_zero:
+            _drop_later_reports(Path(args.output_dir, REPORTS), state.global_step)
+            if self.history:
+                self._file = History(args.output_dir)
+                self._file.begin(state.global_step, run=state)
+        self._since = time.perf_counter()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        """Analyse every n-th step that the budget allows."""
+        now = time.perf_counter()
+        self.trained += now - self._since
+        self._since = now
+        if state.global_step % self.every == 0:
+            with _unnoticed(model):
+                if self._affordable(model):
+                    self._analyse(model, Path(args.output_dir), state)
+            self._since = time.perf_counter()
+            self.spent += self._since - now
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        """Put what was measured since the last log into this one."""
+        if logs is None or "loss" not in logs or not self.waiting:
+            return
+        logs.update(self.waiting)
+        if state.log_history:
+            state.log_history[-1].update(self.waiting)
+        self.waiting = {}
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Let go of the file."""
+        self._file = None
+
+    def _affordable(self, model: nn.Module) -> bool:
+        """Whether an analysis now stays within the budget; the main process decides for all."""
+        if self.max_overhead is None:
+            return True
+        if self.cost is None:
+            self.cost = _estimate(model, self.blocks, self.settings)
+        fits = self.spent + self.cost <= self.max_overhead * self.trained
+        return _agreed(fits, next(model.parameters()).device)
+
+    def _analyse(self, model: nn.Module, folder: Path, state: Any) -> None:
+        begun = time.perf_counter()
+        processes = Processes.here() if not _is_sharded(model) else Processes(0, 1, next(model.parameters()).device)
+        try:
+            report = analyze_blocks(
+                model, self.blocks, self.settings, facts=model_facts(model), processes=processes, progress=False
+            )
+        except AnalysisError as error:  # a model that diverges must not end its training here
+            logger.warning("Step %d was not analysed: %s", state.global_step, error)
+            return
+        finally:
+            self.cost = time.perf_counter() - begun
+        measured = _measured(report)
+        self.waiting = flat_names(measured, self.log)
+        if state.is_world_process_zero:
+            place_of_reports = folder / REPORTS
+            place_of_reports.mkdir(parents=True, exist_ok=True)
+            report.save(place_of_reports / f"step-{state.global_step}.json")
+        if self._file is not None:
+            row = {"step": state.global_step, "epoch": state.epoch, "kind": "effectiveness"}
+            self._file.append({**row, "values": measured.values, "layers": measured.layers})
+
+
+def _settings(blocks: Blocks, scores: Any, fit_blocks: int | None, options: dict[str, Any]) -> Settings:
+    names = scores if isinstance(scores, str) else tuple(scores)
+    wanted = Settings(scores=names).scores
+    if fit_blocks is None:
+        fit_blocks = len(blocks) // 2 if "usefulness" in wanted else 0
+    length = blocks.input_ids.shape[1]
+    try:
+        return Settings(
+            scores=wanted, fit_blocks=fit_blocks, eval_blocks=len(blocks) - fit_blocks, block_size=length, **options
+        )
+    except TypeError as error:
+        raise SettingsError(f"{', '.join(options)}: not all of these are options of an analysis.") from error
+
+
+def _measured(report: LayerReport) -> Measured:
+    """The numbers of a report, without its standard errors."""
+
+    def named(name: str) -> str:
+        return f"blocks_{name}" if name in ON_BLOCKS or name.startswith("variance_") else name
+
+    def number(value: Any) -> float:
+        return float("nan") if value is None else float(value)
+
+    values = {named(name): number(value) for name, value in report.scores.items() if not name.endswith("_se")}
+    columns = [name for name in report.layers[0] if name not in ("layer", "kind") and not name.endswith("_se")]
+    return Measured(values, {named(name): [number(row.get(name)) for row in report.layers] for name in columns})
+
+
+def _estimate(model: nn.Module, blocks: Blocks, settings: Settings) -> float:
+    """Seconds that an analysis will take, from the time of a forward pass over one block."""
+    with evaluating(model), torch.no_grad():
+        stack = LayerStack(model)
+        scores = {name: SCORES[name](stack, settings, settings.eval_blocks) for name in settings.scores}
+        work = total_work(stack, scores, settings)
+        times = []
+        for _ in range(2):  # the first one warms up
+            begun = time.perf_counter()
+            stack.logits(blocks.input_ids[:1]).sum().item()
+            times.append(time.perf_counter() - begun)
+    return times[-1] * work / (stack.num_layers + head_work(stack))
+
+
+def _agreed(fits: bool, device: torch.device) -> bool:
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        return fits
+    answer = torch.tensor(float(fits), device=device)
+    dist.broadcast(answer, 0)
+    return bool(answer.item())
+
+
+def _is_sharded(model: nn.Module) -> bool:
+    """Whether a pass through the model takes all processes together, so that they cannot share the blocks."""
+    return any(
+        hasattr(weight, "device_mesh") or type(module).__name__.startswith(("FSDP", "FullySharded"))
+        for module in model.modules()
+        for weight in module.parameters(recurse=False)
+    )
+
+
+def _drop_later_reports(folder: Path, step: int) -> None:
+    """Remove the reports of steps that a run which goes on from a checkpoint will take again."""
+    for path in folder.glob("step-*.json"):
+        number = path.stem.removeprefix("step-")
+        if number.isdigit() and int(number) > step:
+            path.unlink()
+
+
+@contextmanager
+def _unnoticed(model: nn.Module) -> Iterator[None]:
+    """Leave random states as they were; modes and gradients are left alone by the analysis itself."""
+    states = random.getstate(), np.random.get_state()
+    devices = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
+    try:
+        with (
+            torch.random.fork_rng(devices=devices),
+            torch.autocast(next(model.parameters()).device.type, enabled=False),
+        ):
+            yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])

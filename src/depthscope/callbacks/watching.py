@@ -1,0 +1,100 @@
+"""Hooks on a model in training that see each layer's input and output once, in training passes only."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from depthscope.anatomy import LayerStack
+from depthscope.standins import hidden_among, hidden_of
+
+__all__ = ["Watch"]
+
+
+class Watch:
+    """Calls back for every decoder layer, and if asked its attention and MLP, in each training pass.
+
+    A training pass is one through the decoder in training mode with gradients: evaluation, generation and reference
+    passes do not count, and neither does what activation checkpointing computes again during the backward pass.
+
+    Args:
+        stack: the layers.
+        on_layer: gets a layer's index, the stream before it and after it, and the mask of real tokens.
+        on_part: gets a layer's index, "attention" or "mlp", what that returned, and the mask; None: not watched.
+        others: further modules to watch, each with a function that gets what it returned and the mask.
+    """
+
+    def __init__(
+        self,
+        stack: LayerStack,
+        on_layer: Callable[[int, Tensor, Tensor, Tensor | None], None],
+        on_part: Callable[[int, str, Tensor, Tensor | None], None] | None = None,
+        others: dict[nn.Module, Callable[[Any, Tensor | None], None]] | None = None,
+    ) -> None:
+        self.measuring = False  # whether passes are to be measured now
+        self._inside = False
+        self._mask: Tensor | None = None
+        self._handles: list[RemovableHandle] = []
+        decoder = stack.model.get_submodule(stack.path.rpartition(".")[0])
+        for owner in {stack.model, decoder}:
+            self._add(owner.register_forward_pre_hook(self._keep_mask, with_kwargs=True))
+        self._add(decoder.register_forward_pre_hook(self._enter))
+        # Also when the pass fails: what comes next must not be taken for a part of it.
+        self._add(decoder.register_forward_hook(self._leave, always_call=True))
+        for index, layer in enumerate(stack.layers):
+            self._add(layer.register_forward_hook(self._layer_hook(index, on_layer), with_kwargs=True))
+            for part in ("attention", "mlp") if on_part is not None else ():
+                module = stack.sublayer(index, part)
+                if module is not None and on_part is not None:
+                    self._add(module.register_forward_hook(self._part_hook(index, part, on_part)))
+        for module, function in (others or {}).items():
+            self._add(module.register_forward_hook(self._other_hook(function)))
+
+    def remove(self) -> None:
+        """Take all hooks off."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._mask = None
+
+    def _add(self, handle: RemovableHandle) -> None:
+        self._handles.append(handle)
+
+    def _keep_mask(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        mask = kwargs.get("attention_mask")
+        if isinstance(mask, Tensor) and mask.dim() == 2:
+            self._mask = mask
+
+    def _enter(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        self._inside = self.measuring and module.training and torch.is_grad_enabled()
+
+    def _leave(self, module: nn.Module, args: tuple[Any, ...], result: Any) -> None:
+        self._inside = False
+        self._mask = None
+
+    def _layer_hook(self, index: int, function: Callable[..., None]) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+            if self._inside:
+                with torch.no_grad():
+                    before, after = hidden_among(args, kwargs).detach(), hidden_of(result).detach()
+                    function(index, before, after, self._mask)
+
+        return hook
+
+    def _part_hook(self, index: int, part: str, function: Callable[..., None]) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], result: Any) -> None:
+            if self._inside:
+                with torch.no_grad():
+                    function(index, part, hidden_of(result).detach(), self._mask)
+
+        return hook
+
+    def _other_hook(self, function: Callable[[Any, Tensor | None], None]) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], result: Any) -> None:
+            if self._inside:
+                with torch.no_grad():
+                    function(result, self._mask)
+
+        return hook

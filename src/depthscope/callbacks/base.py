@@ -127,6 +127,9 @@ class WindowCallback(TrainerCallback, ExportableState):
         self._file = History(args.output_dir) if self.history and state.is_world_process_zero else None
         if self._file is not None:
             self._file.begin(state.global_step, run=state)
+            if self.window is not None:
+                # A row of this step ended the window at the end of an earlier run; it has not ended yet.
+                self._file.drop(state.global_step, self.kind)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Measure every n-th step."""

@@ -11,6 +11,7 @@ import json
 import math
 import os
 import weakref
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -48,8 +49,11 @@ class History:
         if step == 0:
             self.path.replace(self.path.with_name(FILE.replace(".", ".previous.")))
             return
-        kept = [line for line, row in _lines(self.path) if row["step"] <= step]
-        write_atomically(self.path, "".join(line + "\n" for line in kept))
+        self._keep(lambda row: row["step"] <= step)
+
+    def drop(self, step: int, kind: str) -> None:
+        """Drop what was measured of one kind at one step."""
+        self._keep(lambda row: row["step"] != step or row.get("kind") != kind)
 
     def append(self, row: dict[str, Any]) -> None:
         """Add a row, and have it on the disk on return."""
@@ -58,6 +62,11 @@ class History:
             file.write(line + "\n")
             file.flush()
             os.fsync(file.fileno())
+
+    def _keep(self, wanted: Callable[[dict[str, Any]], bool]) -> None:
+        if self.path.exists():
+            kept = [line for line, row in _lines(self.path) if wanted(row)]
+            write_atomically(self.path, "".join(line + "\n" for line in kept))
 
 
 def read_history(path: str | os.PathLike[str]) -> list[dict[str, Any]]:

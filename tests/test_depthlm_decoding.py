@@ -297,6 +297,17 @@ def test_router_logits_come_one_tensor_an_expert_layer(moe_kind: str) -> None:
         torch.testing.assert_close(logits, expected)
 
 
+def test_a_step_of_decoding_has_router_logits_but_no_router_losses(moe_kind: str) -> None:
+    # The mask of a cache is longer than the step, so losses over it would be wrong.
+    model, ids = tiny_depthlm(moe_kind, output_router_logits=True), random_ids(2, 7)
+    with torch.no_grad():
+        prompt = model(ids, use_cache=True)
+        step = model(ids[:, -1:], attention_mask=torch.ones(2, 8).long(), past_key_values=prompt.past_key_values)
+    assert prompt.aux_loss is not None
+    assert step.aux_loss is step.z_loss is None
+    assert [logits.shape for logits in step.router_logits] == [(2, 8)] * len(expert_layers(model))
+
+
 def test_a_dense_model_has_no_router_outputs() -> None:
     with torch.no_grad():
         outputs = model_of("dense")(random_ids(2, 5), output_router_logits=True)

@@ -1,0 +1,68 @@
+"""A training in two processes, started by torchrun: `distributed_run.py ddp|fsdp FOLDER`."""
+
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.distributed.fsdp import fully_shard
+from transformers import TrainerControl, TrainerState
+from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback
+
+from depthscope.callbacks import EffectivenessCallback, VarianceCallback
+from models import random_blocks, tiny_llama
+from runs import Sentences, arguments, trainer
+
+RHYTHM = {"max_steps": 6, "logging_steps": 3, "learning_rate": 1e-2}
+
+
+def callbacks() -> list[VarianceCallback | EffectivenessCallback]:
+    blocks = random_blocks(3, 12)
+    return [
+        VarianceCallback(moments_every=2),
+        EffectivenessCallback(blocks, scores="skip,causal,block_influence", every=3, max_overhead=None),
+    ]
+
+
+def ddp(folder: Path) -> None:
+    trainer(tiny_llama(), folder, callbacks(), per_device_train_batch_size=2, ddp_backend="gloo", **RHYTHM).train()
+
+
+def fsdp(folder: Path) -> None:
+    """The Trainer does not shard on a CPU, so its loop is written out, with its own callback handler."""
+    dist.init_process_group("gloo")
+    model = tiny_llama()
+    args, state, control = arguments(folder, **RHYTHM), TrainerState(), TrainerControl()
+    state.is_world_process_zero = dist.get_rank() == 0
+    state.max_steps, state.logging_steps, state.eval_steps, state.save_steps = 6, 3, 3, 3
+    handler = CallbackHandler([DefaultFlowCallback(), *callbacks()], model, None, None, None)
+    control = handler.on_init_end(args, state, control)
+    for layer in model.model.layers:
+        fully_shard(layer)
+    fully_shard(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    data = Sentences()
+    control = handler.on_train_begin(args, state, control)
+    model.train()
+    while state.global_step < state.max_steps:
+        control = handler.on_step_begin(args, state, control)
+        first = 4 * state.global_step + 2 * dist.get_rank()
+        rows = [data[row] for row in range(first, first + 2)]
+        batch = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+        model(**batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        state.global_step += 1
+        control = handler.on_step_end(args, state, control)
+        if control.should_log:
+            logs = {"loss": 0.0}
+            state.log_history.append(dict(logs))
+            control = handler.on_log(args, state, control, logs)
+    handler.on_train_end(args, state, control)
+    assert not any(module._forward_hooks for module in model.model.layers[0].self_attn.modules())
+
+
+if __name__ == "__main__":
+    {"ddp": ddp, "fsdp": fsdp}[sys.argv[1]](Path(sys.argv[2]))
+    if dist.is_initialized():
+        dist.destroy_process_group()

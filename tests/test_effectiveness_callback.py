@@ -1,0 +1,128 @@
+"""EffectivenessCallback: the scores of an analysis, at the right steps, within its time, unnoticed by the training."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from depthlm import tiny_depthlm
+from depthscope import LayerReport, SettingsError, analyze
+from depthscope.callbacks import EffectivenessCallback, VarianceCallback, read_history
+from depthscope.callbacks import effectiveness as module
+from models import random_blocks, tiny_llama
+from runs import trainer
+
+BLOCKS = random_blocks(4, 12)
+
+
+def test_scores_are_those_of_an_analysis_of_the_weights_at_that_step(tmp_path: Path) -> None:
+    model = tiny_llama()
+    callback = EffectivenessCallback(BLOCKS, scores="skip,causal,usefulness", every=4, max_overhead=None)
+    run = trainer(model, tmp_path, [callback], save_strategy="steps", save_steps=4)
+    run.train()
+    saved = type(model).from_pretrained(tmp_path / "checkpoint-4")
+    expected = analyze(saved, blocks=BLOCKS, fit_blocks=2, eval_blocks=2, scores="skip,causal,usefulness")
+    report = LayerReport.load(tmp_path / "layer_reports" / "step-4.json")
+    for row, other in zip(report.layers, expected.layers, strict=True):
+        for name in ("skip_ratio", "causal", "usefulness_ratio"):
+            assert row[name] == (None if other[name] is None else pytest.approx(other[name], rel=1e-5))
+    row = next(row for row in read_history(tmp_path) if row["step"] == 4)
+    assert row["layers"]["skip_ratio"] == [layer["skip_ratio"] for layer in report.layers]
+    assert row["values"]["causal"] == report.scores["causal"]
+    logged = run.state.log_history[0]
+    assert logged["layers/skip_ratio/2"] == row["layers"]["skip_ratio"][2]
+    assert logged["layers/causal"] == row["values"]["causal"]
+    assert not any(name.endswith("_se") for name in logged)
+
+
+@pytest.mark.parametrize("kind", ["llama", "moe"])
+@pytest.mark.parametrize(
+    "settings", [{}, {"gradient_checkpointing": True, "bf16": True, "gradient_accumulation_steps": 2}], ids=str
+)
+def test_training_does_not_notice(kind: str, settings: dict[str, Any], tmp_path: Path) -> None:
+    weights = []
+    for callbacks in ([], [EffectivenessCallback(BLOCKS, scores="all", every=1, max_overhead=None, probes=2)]):
+        model = tiny_llama() if kind == "llama" else tiny_depthlm("moe", initializer_range=0.3)
+        model.config.attention_dropout = 0.1  # so that random states matter
+        trainer(model, tmp_path, callbacks, **{"max_steps": 3, "logging_steps": 1, **settings}).train()
+        assert model.training
+        weights.append(model.state_dict())
+    assert all(torch.equal(weight, weights[1][name]) for name, weight in weights[0].items())
+
+
+def test_it_spaces_itself_out_to_stay_within_its_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The clock is ours: a step takes 1 second, an analysis 3."""
+    now = 0.0
+    monkeypatch.setattr(module.time, "perf_counter", lambda: now)
+    monkeypatch.setattr(module, "_estimate", lambda *_: 3.0)
+    callback = EffectivenessCallback(BLOCKS, scores="block_influence", every=5, max_overhead=0.1)
+    analyse = callback._analyse
+
+    def slow(*args: Any) -> None:
+        nonlocal now
+        analyse(*args)
+        now += 3.0
+        callback.cost = 3.0
+
+    monkeypatch.setattr(callback, "_analyse", slow)
+
+    class Clock(torch.utils.data.Dataset):
+        def __len__(self) -> int:
+            return 10**4
+
+        def __getitem__(self, row: int) -> dict[str, torch.Tensor]:
+            nonlocal now
+            now += 0.25  # four rows a step
+            return {"input_ids": BLOCKS[0], "labels": BLOCKS[0]}
+
+    trainer(tiny_llama(), tmp_path, [callback], Clock(), max_steps=100, logging_steps=50).train()
+    steps = [row["step"] for row in read_history(tmp_path) if row["kind"] == "effectiveness"]
+    assert steps == [30, 60, 90]
+    assert callback.spent <= 0.1 * callback.trained
+
+
+def test_the_first_analysis_is_not_begun_where_its_estimate_is_over_the_budget(tmp_path: Path) -> None:
+    callback = EffectivenessCallback(BLOCKS, scores="all", every=1, max_overhead=1e-6, probes=2)
+    trainer(tiny_llama(), tmp_path, [callback]).train()
+    assert not (tmp_path / "layer_reports").exists()
+
+
+def test_both_callbacks_share_one_history_without_sharing_names(tmp_path: Path) -> None:
+    effectiveness = EffectivenessCallback(BLOCKS, scores="variance,update,skip", every=4, max_overhead=None)
+    run = trainer(tiny_llama(), tmp_path, [effectiveness, VarianceCallback()])
+    run.train()
+    assert [row["kind"] for row in read_history(tmp_path)] == ["effectiveness", "variance"] * 2
+    logged = run.state.log_history[0]
+    assert logged["layers/variance/1"] != logged["layers/blocks_variance/1"]
+
+
+def test_a_model_that_diverges_goes_on_training(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model = tiny_llama()
+    callback = EffectivenessCallback(BLOCKS, every=2, max_overhead=None)
+    run = trainer(model, tmp_path, [callback])
+
+    def poison(layer: Any, args: Any, output: torch.Tensor) -> torch.Tensor:
+        return output * float("nan") if run.state.global_step >= 4 else output
+
+    model.model.layers[1].register_forward_hook(poison)
+    run.train()
+    assert [row["step"] for row in read_history(tmp_path)] == [2]
+    assert "Step 4 was not analysed" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"every": 0}, "every is 0"),
+        ({"max_overhead": 0}, "max_overhead is 0"),
+        ({"log": "all"}, "log is 'all'"),
+        ({"scores": "luck"}, "unknown score 'luck'"),
+        ({"probe": 3}, "probe: not all of these"),
+        ({"fit_blocks": 4}, "eval_blocks is 0"),
+    ],
+    ids=str,
+)
+def test_arguments_that_are_not_allowed(options: dict[str, Any], said: str) -> None:
+    with pytest.raises(SettingsError, match=said):
+        EffectivenessCallback(BLOCKS, **options)

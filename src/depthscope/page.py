@@ -37,7 +37,16 @@ from depthscope.plots import EXPLANATIONS, TITLE_HEIGHT, compare_layers, figures
 from depthscope.report import LayerReport
 from depthscope.summary import summarize
 
-__all__ = ["render_page", "reproduce", "write_page"]
+__all__ = [
+    "embedded",
+    "environment",
+    "plotly_script",
+    "render_page",
+    "reproduce",
+    "script_hash",
+    "source",
+    "write_page",
+]
 
 # Figures that stand side by side where the page is wide.
 NARROW_FIGURES = frozenset({"causal_map", "permutation_map"})
@@ -89,18 +98,18 @@ def render_page(reports: LayerReport | Sequence[LayerReport]) -> str:
         _section(report, label, f"report{index}", drawn)
         for index, (report, label) in enumerate(zip(listed, labels, strict=True))
     ]
-    plotly_js, script = _plotly_script(), _source("report.js")
-    page = _environment().get_template("report.html.j2")
+    plotly_js, script = plotly_script(), source("report.js")
+    page = environment().get_template("report.html.j2")
     return page.render(
         title=" and ".join(labels) if len(labels) < 3 else f"{len(labels)} models",
         sections=sections,
         comparison=comparison,
         compared=compared,
-        style=Markup(_source("report.css")),
+        style=Markup(source("report.css")),
         plotly_js=Markup(plotly_js),
         script=Markup(script),
-        script_hashes=[_hash(plotly_js), _hash(script)],
-        figures=_embedded(drawn),
+        script_hashes=[script_hash(plotly_js), script_hash(script)],
+        figures=embedded(drawn),
     )
 
 
@@ -207,31 +216,32 @@ def _plots(available: Mapping[str, go.Figure], element: str, drawn: dict[str, An
     return plots
 
 
-def _embedded(content: Any) -> Markup:
+def embedded(content: Any) -> Markup:
     """Encode JSON so that it can stand in a script element: nothing in it can close the element or break a line."""
     text = json.dumps(content, sort_keys=True, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
     return Markup(text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026"))
 
 
 @cache
-def _plotly_script() -> str:
+def plotly_script() -> str:
     """Plotly's own script, made safe to stand in an HTML page."""
     return re.sub(r"</(script)", r"<\\/\1", get_plotlyjs(), flags=re.IGNORECASE)
 
 
-def _source(name: str) -> str:
+def source(name: str) -> str:
     """Read a file beside the template that goes into the page as it is."""
     return (files("depthscope") / "templates" / name).read_text(encoding="utf-8")
 
 
-def _hash(script: str) -> str:
+def script_hash(script: str) -> str:
     """Give a script's hash as a content security policy wants it."""
     return f"sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}"
 
 
 @cache
-def _environment() -> Environment:
-    environment = Environment(
+def environment() -> Environment:
+    """The templates, with the filters that they use."""
+    made = Environment(
         loader=PackageLoader("depthscope", "templates"),
         autoescape=True,
         undefined=StrictUndefined,
@@ -239,13 +249,13 @@ def _environment() -> Environment:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters["number"] = format_number
-    environment.filters["value"] = _as_text
-    environment.globals["score_rows"] = _score_rows
-    environment.globals["compared_rows"] = _compared_rows
-    environment.globals["format_score"] = format_score
-    environment.globals["format_with_error"] = format_with_error
-    return environment
+    made.filters["number"] = format_number
+    made.filters["value"] = _as_text
+    made.globals["score_rows"] = _score_rows
+    made.globals["compared_rows"] = _compared_rows
+    made.globals["format_score"] = format_score
+    made.globals["format_with_error"] = format_with_error
+    return made
 
 
 def _score_rows(report: LayerReport) -> list[tuple[Term, str]]:

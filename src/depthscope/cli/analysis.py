@@ -136,15 +136,35 @@ def analyze(
 
 @app.command()
 def show(
-    report: Annotated[Path, typer.Argument(help="A report written by analyze --out.", metavar="REPORT")],
+    report: Annotated[
+        Path,
+        typer.Argument(
+            help="A report written by analyze --out, or the output folder of a training with a depthscope callback.",
+            metavar="REPORT|RUN",
+        ),
+    ],
     html: Annotated[Path | None, typer.Option(help="Write a page with interactive plots.")] = None,
 ) -> None:
-    """Show a report that was saved earlier."""
+    """Show a report that was saved earlier, or what the layers did in a training run."""
     with errors_for_people():
+        _require_places(html)
+        if report.is_dir() or report.suffix == ".jsonl":
+            _show_run(report, html)
+            return
         from depthscope.report import LayerReport
 
-        _require_places(html)
         _deliver(LayerReport.load(report), None, html, quiet=False)
+
+
+def _show_run(run: Path, html: Path | None) -> None:
+    from depthscope.run_page import write_run_page
+    from depthscope.run_view import RunHistory, print_run
+
+    history = RunHistory.load(run)
+    print_run(history, Console())
+    if html is not None:
+        write_run_page(html, history)
+        say(f"Page: {html}")
 
 
 @app.command()

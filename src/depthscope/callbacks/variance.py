@@ -29,7 +29,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from depthscope.anatomy import LayerStack
 from depthscope.callbacks.base import Measured, WindowCallback
@@ -85,9 +85,10 @@ class VarianceCallback(WindowCallback):
         self.sublayers = sublayers
         self.moments_every = moments_every
         self._watch: Watch | None = None
-        self._steps: dict[torch.device, Tensor] = {}
-        self._sums: list[_LayerSums] = []
-        self._previous: tuple[Tensor, Tensor, Tensor] | None = None
+        self._sums: _Sums | None = None
+        self._seen: dict[str, list[_Spreads]] = {}  # of the pass that is running: by "stream", "attention", "mlp"
+        self._seen_moments: list[tuple[int, Tensor]] = []
+        self._previous: tuple[Tensor, _Spread] | None = None
         self._moments = False
         self._told = False
 
@@ -97,24 +98,23 @@ class VarianceCallback(WindowCallback):
 
     def attach(self, stack: LayerStack) -> None:
         """Put the hooks on."""
-        devices = [_device_of(layer, stack.device) for layer in stack.layers]
-        exact = {device: torch.float32 if device.type == "mps" else torch.float64 for device in devices}
-        self._steps = {device: torch.zeros((), dtype=dtype, device=device) for device, dtype in exact.items()}
-        self._sums = [_LayerSums(device, self._steps[device]) for device in devices]
-        self._watch = Watch(stack, self._on_layer, self._on_part if self.sublayers else None)
+        self._sums = _Sums(stack.num_layers, _device_of(stack))
+        on_part = self._on_part if self.sublayers else None
+        self._watch = Watch(stack, self._on_layer, on_part, begin=self._begin_pass, end=self._end_pass)
 
     def detach(self) -> None:
         """Take the hooks off."""
         if self._watch is not None:
             self._watch.remove()
-        self._watch, self._sums, self._previous = None, [], None
+        self._watch, self._sums = None, None
+        self._begin_pass()
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Measure every n-th step."""
         super().on_step_begin(args, state, control, **kwargs)
         self._moments = self.moments_every is not None and state.global_step % self.moments_every == 0
-        for step in self._steps.values():
-            step.fill_(state.global_step + 1)
+        if self._sums is not None:
+            self._sums.step.fill_(state.global_step + 1)
 
     def measure(self, on: bool) -> None:
         """Switch measuring on or off."""
@@ -123,21 +123,9 @@ class VarianceCallback(WindowCallback):
 
     def fetch(self) -> None:
         """One transfer of [L, metrics]."""
-        if not self._sums:
+        if self._sums is None:
             return
-        device = self._sums[0].sums.device
-        table = torch.stack([sums.table().to(device) for sums in self._sums])
-        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-            count = len(SUMMED)
-            added, largest, earliest = table[:, :count], table[:, count].contiguous(), table[:, count + 1].contiguous()
-            added = added.contiguous()
-            dist.all_reduce(added)
-            dist.all_reduce(largest, op=dist.ReduceOp.MAX)
-            dist.all_reduce(earliest, op=dist.ReduceOp.MIN)
-            table = torch.cat([added, largest[:, None], earliest[:, None]], 1)
-        fetched = table.cpu().double().numpy()
-        for sums in self._sums:
-            sums.clear()
+        fetched = self._sums.fetch()
         if fetched[:, : len(SUMMED)].any() or np.isfinite(fetched[:, -1]).any():
             self.window = _merged(self.window, fetched)
 
@@ -176,89 +164,170 @@ class VarianceCallback(WindowCallback):
             self._told = True
         return {"not_finite": {"step": int(step), "layer": layer}}
 
-    def _on_layer(self, index: int, before: Tensor, after: Tensor, mask: Tensor | None) -> None:
+    def _begin_pass(self) -> None:
+        self._seen = {"stream": [], "attention": [], "mlp": []}
+        self._seen_moments, self._previous = [], None
+
+    def _on_layer(self, index: int, before: Tensor, after: Tensor) -> None:
         assert self._stack is not None
-        before_view, after_view = self._stack.features(before), self._stack.features(after)  # [B, T, S, d]
+        # A layer's input is the output of the one before it, which has been measured already.
         if self._previous is not None and self._previous[0] is before:
-            _, variance_input, length_input = self._previous
+            into = self._previous[1]
         else:
-            variance_input, length_input = _spread(before_view)
-        variance, length = _spread(after_view)
-        variance_update, length_update = _spread(after_view.float() - before_view.float())
-        self._previous = (after, variance, length) if index + 1 < len(self._sums) else None
-        values = [variance, variance_input, variance_update, length_update, length_input]
-        self._sums[index].add(STREAM, values, mask)
+            into = _Spread.of(self._stack.features(before))  # [B, T, S, d]
+        view = self._stack.features(after)
+        out = _Spread.of(view)
+        self._seen["stream"].append(
+            _Spreads(index, out, into, torch.linalg.vector_norm(out.centred - into.centred, dim=-1))
+        )
+        self._previous = (after, out)
         if self._moments:
-            self._sums[index].add(MOMENTS, _moments(after_view), mask)
-            self._sums[index].raise_largest(after_view.abs().amax((-2, -1)), mask)
+            self._seen_moments.append((index, _moments(view)))
 
-    def _on_part(self, index: int, part: str, output: Tensor, mask: Tensor | None) -> None:
-        if output.dim() == 2:  # some mixtures of experts return their tokens in one row
-            output = output.view(*(mask.shape if mask is not None else (1, output.shape[0])), output.shape[-1])
-        names = (f"{part}_tokens", f"{part}_variance", f"{part}_norm")
-        self._sums[index].add(names, list(_spread(output[..., None, :])), mask)
+    def _on_part(self, index: int, part: str, output: Tensor) -> None:
+        # All tokens in one row, as some mixtures of experts return them.
+        spread = _Spread.of(output.reshape(1, -1, 1, output.shape[-1]))
+        self._seen[part].append(_Spreads(index, spread, spread, spread.length))
+
+    def _end_pass(self, mask: Tensor | None) -> None:
+        """Turn what was kept of a pass into sums, all layers at once: as many operations as one layer would take."""
+        if self._sums is None or not self._seen["stream"]:
+            return
+        shape = self._seen["stream"][0].length.shape[:2]
+        real = mask if mask is not None and mask.shape == shape else None
+        for kind, names in (("stream", STREAM), ("attention", PARTS[:3]), ("mlp", PARTS[3:])):
+            if self._seen[kind]:
+                values = _stream_values(self._seen[kind]) if kind == "stream" else _part_values(self._seen[kind])
+                self._sums.add(names, [seen.index for seen in self._seen[kind]], values, real)
+        if self._seen_moments:
+            layers, moments = zip(*self._seen_moments, strict=True)
+            device = moments[0].device
+            values = torch.stack([moment.to(device) for moment in moments], 1)  # [moments, L, B, T]
+            self._sums.add(MOMENTS, list(layers), values[:-1], real)
+            self._sums.raise_largest(list(layers), values[-1], real)
+        self._begin_pass()
 
 
-class _LayerSums:
-    """The sums of one layer, on its device, and what cannot be summed: a maximum, and a first step.
+class _Spread:
+    """The features of a stream less their mean, and that mean and length, by token and parallel stream.
+
+    From these come variance and norm: not by `torch.var`, which takes twenty times as long on a CPU.
+    """
+
+    def __init__(self, centred: Tensor, mean: Tensor) -> None:
+        self.centred = centred  # [B, T, S, d]
+        self.mean = mean  # [B, T, S, 1]
+        self.length = torch.linalg.vector_norm(centred, dim=-1)  # [B, T, S]
+
+    @classmethod
+    def of(cls, view: Tensor) -> "_Spread":
+        """The spread of a stream [B, T, S, d]."""
+        values = view.float()
+        mean = values.mean(-1, keepdim=True)
+        return cls(values - mean, mean)
+
+
+class _Spreads:
+    """What is kept of one layer until its pass ends: no features, only numbers by token [B, T, S]."""
+
+    def __init__(self, index: int, out: _Spread, into: _Spread, update: Tensor) -> None:
+        self.index = index
+        self.width = out.centred.shape[-1]
+        self.length, self.mean = out.length, out.mean[..., 0]
+        self.into_length, self.into_mean = into.length, into.mean[..., 0]
+        self.update_length = update
+
+
+def _stream_values(seen: list[_Spreads]) -> Tensor:
+    """The values of `STREAM`, less the tokens: [values, L, B, T]."""
+    width = seen[0].width
+    out, into, update = (_stacked(seen, name).square() for name in ("length", "into_length", "update_length"))
+    mean, into_mean = _stacked(seen, "mean"), _stacked(seen, "into_mean")
+    return torch.stack(
+        [
+            (out / (width - 1)).mean(-1),
+            (into / (width - 1)).mean(-1),
+            (update / (width - 1)).mean(-1),
+            (update + width * (mean - into_mean).square()).sum(-1).sqrt(),
+            (into + width * into_mean.square()).sum(-1).sqrt(),
+        ]
+    )
+
+
+def _part_values(seen: list[_Spreads]) -> Tensor:
+    """Variance and norm of what attention or MLP returned, all tokens in one row: [2, L, 1, B * T]."""
+    width, squares = seen[0].width, _stacked(seen, "length").square()
+    lengths = (squares + width * _stacked(seen, "mean").square()).sum(-1).sqrt()
+    return torch.stack([(squares / (width - 1)).mean(-1), lengths])
+
+
+def _stacked(seen: list[_Spreads], name: str) -> Tensor:
+    """One quantity of all layers on the first one's device: [L, B, T, S]."""
+    values = [getattr(one, name) for one in seen]
+    return torch.stack([value.to(values[0].device) for value in values])
+
+
+class _Sums:
+    """Sums by layer on the device, and what cannot be summed: a maximum, and a first step.
 
     Nothing here looks at a value: that would wait for the device in every pass.
     """
 
-    def __init__(self, device: torch.device, step: Tensor) -> None:
-        self.step = step  # the step that runs now
-        self.sums = torch.zeros(len(SUMMED), dtype=step.dtype, device=device)
-        self.largest = torch.zeros((), dtype=step.dtype, device=device)
-        self.not_finite = torch.full((), NEVER, dtype=step.dtype, device=device)
+    def __init__(self, num_layers: int, device: torch.device) -> None:
+        exact = torch.float32 if device.type == "mps" else torch.float64
+        self.step = torch.zeros((), dtype=exact, device=device)  # the one that runs now
+        self.sums = torch.zeros(num_layers, len(SUMMED), dtype=exact, device=device)
+        self.largest = torch.zeros(num_layers, dtype=exact, device=device)
+        self.not_finite = torch.full((num_layers,), NEVER, dtype=exact, device=device)
 
-    def add(self, names: tuple[str, ...], values: list[Tensor], mask: Tensor | None) -> None:
-        """Add values [B, T] each to the sums called `names[1:]`, and the number of tokens to `names[0]`."""
-        stacked = _masked(torch.stack([torch.ones_like(values[0]), *values]), mask)
-        total = stacked.sum((1, 2), dtype=self.sums.dtype)
-        # A pass with NaN or infinity in it is left out of the layer's sums, and noted.
-        finite = torch.isfinite(total).all()
+    def add(self, names: tuple[str, ...], layers: list[int], values: Tensor, mask: Tensor | None) -> None:
+        """Add values [names - 1, L, B, T] to the sums called `names[1:]`, and the number of tokens to `names[0]`."""
+        counted = torch.cat([torch.ones_like(values[:1]), values]).flatten(2)  # [names, L, B * T]
+        if mask is not None:
+            counted = torch.where(mask.to(counted.device, torch.bool).flatten(), counted, 0)
+        total = counted.sum(-1, dtype=self.sums.dtype).T.to(self.sums.device)  # [L, names]
+        # A pass with NaN or infinity after a layer is left out of that layer's sums, and noted.
+        finite = torch.isfinite(total).all(-1)
         start = SUMMED.index(names[0])
-        self.sums[start : start + len(names)] += torch.where(finite, total, 0)
-        self.not_finite.copy_(torch.where(finite, self.not_finite, torch.minimum(self.not_finite, self.step)))
+        self.sums[layers, start : start + len(names)] += torch.where(finite[:, None], total, 0)
+        earliest = torch.minimum(self.not_finite[layers], self.step)
+        self.not_finite[layers] = torch.where(finite, self.not_finite[layers], earliest)
 
-    def raise_largest(self, values: Tensor, mask: Tensor | None) -> None:
-        """Keep the largest of values [B, T]."""
-        highest = torch.nan_to_num(_masked(values[None], mask), nan=0.0, posinf=0.0).max()
-        self.largest.copy_(torch.maximum(self.largest, highest.to(self.largest.dtype)))
+    def raise_largest(self, layers: list[int], values: Tensor, mask: Tensor | None) -> None:
+        """Keep the largest of values [L, B, T] for each layer."""
+        if mask is not None:
+            values = torch.where(mask.to(values.device, torch.bool), values, 0)
+        highest = torch.nan_to_num(values, nan=0.0, posinf=0.0).flatten(1).amax(1)
+        self.largest[layers] = torch.maximum(self.largest[layers], highest.to(self.largest))
 
-    def table(self) -> Tensor:
-        """All of it in one tensor: the sums, the maximum, the step."""
-        return torch.cat([self.sums, self.largest[None], self.not_finite[None]])
-
-    def clear(self) -> None:
-        """Begin anew."""
+    def fetch(self) -> np.ndarray:
+        """All of it, of all processes, in one transfer [L, sums, largest, first step]; begins anew."""
+        sums, largest, earliest = self.sums.clone(), self.largest.clone(), self.not_finite.clone()
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            dist.all_reduce(sums)
+            dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+            dist.all_reduce(earliest, op=dist.ReduceOp.MIN)
         self.sums.zero_()
         self.largest.zero_()
         self.not_finite.fill_(NEVER)
+        return torch.cat([sums, largest[:, None], earliest[:, None]], 1).cpu().double().numpy()
 
 
-def _masked(values: Tensor, mask: Tensor | None) -> Tensor:
-    """Values [K, B, T] with zeros where there is no real token."""
-    if mask is None or mask.shape != values.shape[1:]:
-        return values
-    return torch.where(mask.to(values.device, torch.bool), values, 0)
-
-
-def _spread(view: Tensor) -> tuple[Tensor, Tensor]:
-    """Variance over the features (the mean over streams) and length of each token: [B, T, S, d] -> [B, T] twice."""
-    width = view.shape[-1]
-    variance, mean = torch.var_mean(view.float(), -1)
-    squares = (width - 1) * variance + width * mean.square()
-    return variance.mean(-1), squares.sum(-1).sqrt()
-
-
-def _moments(view: Tensor) -> list[Tensor]:
-    """Skewness, kurtosis and share of outliers of each token: [B, T, S, d] -> [B, T] each."""
+def _moments(view: Tensor) -> Tensor:
+    """Skewness, kurtosis, share of outliers and largest feature of each token: [B, T, S, d] -> [4, B, T]."""
     values = view.float()
-    variance, mean = torch.var_mean(values, -1, keepdim=True, correction=0)
-    z = (values - mean) * torch.where(variance == 0, 1.0, variance).rsqrt()
+    centred = values - values.mean(-1, keepdim=True)
+    variance = centred.square().mean(-1, keepdim=True)
+    z = centred * torch.where(variance == 0, 1.0, variance).rsqrt()
     squares = z.square()
-    return [(squares * z).mean((-2, -1)), squares.square().mean((-2, -1)), (z.abs() > OUTLIER).float().mean((-2, -1))]
+    return torch.stack(
+        [
+            (squares * z).mean((-2, -1)),
+            squares.square().mean((-2, -1)),
+            (squares > OUTLIER**2).float().mean((-2, -1)),
+            values.abs().amax((-2, -1)),
+        ]
+    )
 
 
 def _merged(window: dict[str, Any] | None, fetched: np.ndarray) -> dict[str, Any]:
@@ -281,6 +350,6 @@ def _ratio(above: np.ndarray, below: np.ndarray) -> np.ndarray:
         return np.where(below != 0, above / np.where(below != 0, below, 1), np.nan)
 
 
-def _device_of(layer: nn.Module, otherwise: torch.device) -> torch.device:
-    weight = next(layer.parameters(), None)
-    return otherwise if weight is None or weight.device.type == "meta" else weight.device
+def _device_of(stack: LayerStack) -> torch.device:
+    weight = next(stack.layers[0].parameters(), None)
+    return stack.device if weight is None or weight.device.type == "meta" else weight.device

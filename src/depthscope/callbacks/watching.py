@@ -21,21 +21,26 @@ class Watch:
 
     Args:
         stack: the layers.
-        on_layer: gets a layer's index, the stream before it and after it, and the mask of real tokens.
-        on_part: gets a layer's index, "attention" or "mlp", what that returned, and the mask; None: not watched.
-        others: further modules to watch, each with a function that gets what it returned and the mask.
+        on_layer: gets a layer's index, and the stream before it and after it.
+        on_part: gets a layer's index, "attention" or "mlp", and what that returned; None: not watched.
+        others: further modules to watch, each with a function that gets what it returned.
+        begin: called when a training pass begins.
+        end: called when it ends, with the mask of real tokens [B, T] if the pass was given one.
     """
 
     def __init__(
         self,
         stack: LayerStack,
-        on_layer: Callable[[int, Tensor, Tensor, Tensor | None], None],
-        on_part: Callable[[int, str, Tensor, Tensor | None], None] | None = None,
-        others: dict[nn.Module, Callable[[Any, Tensor | None], None]] | None = None,
+        on_layer: Callable[[int, Tensor, Tensor], None] | None = None,
+        on_part: Callable[[int, str, Tensor], None] | None = None,
+        others: dict[nn.Module, Callable[[Any], None]] | None = None,
+        begin: Callable[[], None] = lambda: None,
+        end: Callable[[Tensor | None], None] = lambda mask: None,
     ) -> None:
         self.measuring = False  # whether passes are to be measured now
         self._inside = False
         self._mask: Tensor | None = None
+        self._begin, self._end = begin, end
         self._handles: list[RemovableHandle] = []
         decoder = stack.model.get_submodule(stack.path.rpartition(".")[0])
         for owner in {stack.model, decoder}:
@@ -44,7 +49,8 @@ class Watch:
         # Also when the pass fails: what comes next must not be taken for a part of it.
         self._add(decoder.register_forward_hook(self._leave, always_call=True))
         for index, layer in enumerate(stack.layers):
-            self._add(layer.register_forward_hook(self._layer_hook(index, on_layer), with_kwargs=True))
+            if on_layer is not None:
+                self._add(layer.register_forward_hook(self._layer_hook(index, on_layer), with_kwargs=True))
             for part in ("attention", "mlp") if on_part is not None else ():
                 module = stack.sublayer(index, part)
                 if module is not None and on_part is not None:
@@ -69,32 +75,36 @@ class Watch:
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         self._inside = self.measuring and module.training and torch.is_grad_enabled()
+        if self._inside:
+            self._begin()
 
     def _leave(self, module: nn.Module, args: tuple[Any, ...], result: Any) -> None:
-        self._inside = False
+        if self._inside:
+            self._inside = False
+            with torch.no_grad():
+                self._end(self._mask)
         self._mask = None
 
-    def _layer_hook(self, index: int, function: Callable[..., None]) -> Callable[..., None]:
+    def _layer_hook(self, index: int, function: Callable[[int, Tensor, Tensor], None]) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
             if self._inside:
                 with torch.no_grad():
-                    before, after = hidden_among(args, kwargs).detach(), hidden_of(result).detach()
-                    function(index, before, after, self._mask)
+                    function(index, hidden_among(args, kwargs).detach(), hidden_of(result).detach())
 
         return hook
 
-    def _part_hook(self, index: int, part: str, function: Callable[..., None]) -> Callable[..., None]:
+    def _part_hook(self, index: int, part: str, function: Callable[[int, str, Tensor], None]) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], result: Any) -> None:
             if self._inside:
                 with torch.no_grad():
-                    function(index, part, hidden_of(result).detach(), self._mask)
+                    function(index, part, hidden_of(result).detach())
 
         return hook
 
-    def _other_hook(self, function: Callable[[Any, Tensor | None], None]) -> Callable[..., None]:
+    def _other_hook(self, function: Callable[[Any], None]) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], result: Any) -> None:
             if self._inside:
                 with torch.no_grad():
-                    function(result, self._mask)
+                    function(result)
 
         return hook

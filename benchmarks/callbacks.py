@@ -1,0 +1,148 @@
+"""Times what the callbacks add to a training step, and what collecting the same in the paper's way adds.
+
+    python benchmarks/callbacks.py            # about ten minutes on one core
+    python benchmarks/callbacks.py --quick    # a small model, one minute
+
+A step is forward, backward and AdamW, in float32 on a CPU (bf16 autocast on a GPU), in one process. Every side trains
+the same model on the same batch, in short alternating rounds. `VarianceCallback` measures every step and is fetched
+once a round, as at a log. The paper's way, re-implemented from a description of its code: variances of the streams and
+of what attention and MLP return by `torch.var`, norms by `torch.norm`, each of the five fetched by `.item()` in every
+layer and pass.
+"""
+
+import argparse
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, TrainerControl, TrainerState
+
+from depthscope import LayerStack
+from depthscope.callbacks import VarianceCallback
+from paired import ratio, rounds
+
+# name -> (hidden, MLP, heads, vocabulary, rows, tokens a row), 30 layers each
+SHAPES = {
+    "10M": (160, 432, 5, 4096, 8, 256),
+    "134M": (576, 1536, 9, 49152, 2, 256),
+    "quick": (64, 172, 4, 1024, 2, 64),
+}
+TARGETS = {"variance": 0.02, "variance, sublayers": 0.04}
+
+
+def build(shape: tuple[int, ...], device: torch.device) -> tuple[PreTrainedModel, Tensor]:
+    hidden, mlp, heads, vocabulary, rows, length = shape
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=hidden,
+        intermediate_size=mlp,
+        num_attention_heads=heads,
+        num_hidden_layers=30,
+        vocab_size=vocabulary,
+        max_position_embeddings=length,
+    )
+    return LlamaForCausalLM(config).to(device).train(), torch.randint(vocabulary, (rows, length), device=device)
+
+
+class Steps:
+    """Some training steps of one model, with or without something that watches them."""
+
+    def __init__(self, model: PreTrainedModel, ids: Tensor, count: int) -> None:
+        self.model, self.ids, self.count = model, ids, count
+        self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
+
+    def _autocast(self) -> AbstractContextManager[None]:
+        on_gpu = self.ids.device.type == "cuda"
+        return torch.autocast("cuda", torch.bfloat16) if on_gpu else nullcontext()  # type: ignore[return-value]
+
+    def plain(self, before: Callable[[], object] = lambda: None) -> None:
+        """Steps that nothing watches; `before` is called before each."""
+        for _ in range(self.count):
+            before()
+            with self._autocast():
+                loss = self.model(self.ids, labels=self.ids, use_cache=False).loss
+            loss.backward()
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+
+    def watched(self, stack: LayerStack, **options: bool) -> None:
+        """Steps that `VarianceCallback` measures, fetched once."""
+        callback = VarianceCallback(**options)
+        state = TrainerState()
+        callback._stack = stack
+        callback.attach(stack)
+        try:
+            self.plain(partial(callback.on_step_begin, None, state, TrainerControl()))
+            callback.fetch()
+            callback.finish(callback.window or {})
+            callback.window = None
+        finally:
+            callback.detach()
+
+    def the_papers_way(self, stack: LayerStack) -> None:
+        """Steps in which every value is fetched at once."""
+        found: dict[tuple[int, str], float] = {}
+        handles = []
+        for index, layer in enumerate(stack.layers):
+            parts: dict[str, nn.Module | None] = {"out": layer}
+            parts |= {part: stack.sublayer(index, part) for part in ("attention", "mlp")}
+            for name, module in parts.items():
+                if module is not None:
+                    handles.append(module.register_forward_hook(partial(_fetch_each, found, index, name)))
+        try:
+            self.plain()
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+@torch.no_grad()
+def _fetch_each(
+    found: dict[tuple[int, str], float], index: int, name: str, module: nn.Module, args: Any, out: Any
+) -> None:
+    values = (out[0] if isinstance(out, tuple) else out).detach().float()
+    found[index, f"{name}_var"] = values.var(dim=-1).mean().item()
+    if name != "out":
+        found[index, f"{name}_norm"] = values.norm(dim=-1).mean().item()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="a small model only")
+    parser.add_argument("--rounds", type=int, default=25)
+    parser.add_argument("--threads", type=int, default=1)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    table = Table("model", "side", "ms a step", "time / plain (95%)", "overhead", "target")
+    for name in ["quick"] if options.quick else ["10M", "134M"]:
+        model, ids = build(SHAPES[name], device)
+        count = 1 if name == "134M" else 2
+        steps, stack = Steps(model, ids, count), LayerStack(model)
+        sides: dict[str, Callable[[], None]] = {
+            "plain": steps.plain,
+            "plain again": steps.plain,
+            "variance": partial(steps.watched, stack, sublayers=False),
+            "variance, sublayers": partial(steps.watched, stack),
+            "the paper's way": partial(steps.the_papers_way, stack),
+        }
+        taken = rounds(sides, options.rounds)
+        overheads = {}
+        for side in sides:
+            against = ratio(taken[side], taken["plain"])
+            overheads[side] = against.middle - 1
+            shown = f"{1000 * sorted(taken[side])[len(taken[side]) // 2] / count:.1f}"
+            target = f"{TARGETS[side]:.0%}" if side in TARGETS else ""
+            table.add_row(name, side, shown, str(against), f"{overheads[side]:+.1%}", target)
+        times = overheads["the paper's way"] / max(overheads["variance, sublayers"], 1e-4)
+        table.add_row(name, "the paper's overhead / ours with sublayers", "", f"{times:.1f}", "", "5")
+    Console(width=120).print(table)
+
+
+if __name__ == "__main__":
+    main()

@@ -117,20 +117,27 @@ class DepthLMDecoderLayer(GradientCheckpointingLayer):
     def forward(self, hidden_states: torch.Tensor, **kwargs: Unpack[TransformersKwargs]) -> torch.Tensor:
         """`[B, T, hidden_size]` in and out; the keyword arguments are the attention's."""
         residual = hidden_states
-        hidden_states, _ = self.self_attn(self._scaled(self.input_layernorm(hidden_states)), **kwargs)
-        hidden_states = self.attention_sum_layernorm(residual + self.attention_output_layernorm(hidden_states))
+        hidden_states, _ = self.self_attn(self._before(self.input_layernorm, hidden_states), **kwargs)
+        hidden_states = residual + _normed(self.attention_output_layernorm, hidden_states)
+        hidden_states = _normed(self.attention_sum_layernorm, hidden_states)
 
         residual = hidden_states
-        hidden_states = self.mlp(self._scaled(self.post_attention_layernorm(hidden_states)))
-        return self.mlp_sum_layernorm(residual + self.mlp_output_layernorm(hidden_states))
+        hidden_states = self.mlp(self._before(self.post_attention_layernorm, hidden_states))
+        hidden_states = residual + _normed(self.mlp_output_layernorm, hidden_states)
+        return _normed(self.mlp_sum_layernorm, hidden_states)
 
-    def _scaled(self, hidden_states: torch.Tensor) -> torch.Tensor:
+    def _before(self, norm: nn.Module | None, hidden_states: torch.Tensor) -> torch.Tensor:
+        hidden_states = _normed(norm, hidden_states)
         # Here and not in a norm of our own: kernels that replace RMSNorms would drop the factor without a word.
         return hidden_states if self.norm_factor == 1.0 else hidden_states * self.norm_factor
 
 
-def _norm(config: DepthLMConfig, present: bool) -> nn.Module:
-    return LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps) if present else nn.Identity()
+def _norm(config: DepthLMConfig, present: bool) -> nn.Module | None:
+    return LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps) if present else None
+
+
+def _normed(norm: nn.Module | None, hidden_states: torch.Tensor) -> torch.Tensor:
+    return hidden_states if norm is None else norm(hidden_states)
 
 
 class DepthLMPreTrainedModel(Qwen2MoePreTrainedModel):

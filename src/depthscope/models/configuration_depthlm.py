@@ -120,7 +120,7 @@ class DepthLMConfig(LlamaConfig):
             attention = "full_attention" if self.sliding_window is None else "sliding_attention"
             self.layer_types = [attention] * self.num_hidden_layers
         super().__post_init__(**kwargs)
-        self.base_model_tp_plan = _tensor_parallel_plan(self.qk_norm, self.num_experts is not None)
+        self.base_model_tp_plan = _tensor_parallel_plan(self)
         if self.depth_scaled_init and self.norm_scaling == "depth":
             logger.warning(
                 "norm_scaling='depth' loses its effect beside depth_scaled_init=True, which also shrinks what deep "
@@ -169,27 +169,28 @@ class DepthLMConfig(LlamaConfig):
             _validate_experts(self)
 
 
-def _tensor_parallel_plan(qk_norm: str | None, has_experts: bool) -> dict[str, str]:
-    """How `tp_plan="auto"` splits the weights of a layer, by the name of the weight."""
+def _tensor_parallel_plan(config: DepthLMConfig) -> dict[str, str]:
+    """How `tp_plan="auto"` splits the weights of a layer, by the name of the weight; no more than the model has."""
     # A norm over all heads together needs them all in one place.
-    gather = qk_norm == "full"
+    gather = config.qk_norm == "full"
     plan = {f"self_attn.{name}_proj": "colwise_gather_output" if gather else "colwise" for name in ("q", "k", "v")}
     plan["self_attn.o_proj"] = "rowwise_split_input" if gather else "rowwise"
-    if qk_norm == "head":
+    if config.qk_norm == "head":
         plan |= {
             "self_attn.q_norm": "replicated_with_grad_allreduce",
             "self_attn.k_norm": "replicated_with_grad_allreduce",
         }
-    plan |= {"mlp.gate_proj": "colwise", "mlp.up_proj": "colwise", "mlp.down_proj": "rowwise"}
-    if has_experts:
+    mlp = {"gate_proj": "colwise", "up_proj": "colwise", "down_proj": "rowwise"}
+    if config.num_experts is None or config.moe_layers not in ("all", 1):
+        plan |= {f"mlp.{name}": style for name, style in mlp.items()}
+    if config.num_experts is not None:
         plan |= {
             "mlp.experts.gate_up_proj": "packed_colwise",
             "mlp.experts.down_proj": "rowwise",
             "mlp.experts": "moe_tp_experts",
-            "mlp.shared_expert.gate_proj": "colwise",
-            "mlp.shared_expert.up_proj": "colwise",
-            "mlp.shared_expert.down_proj": "rowwise",
         }
+        if config.shared_expert_intermediate_size is not None:
+            plan |= {f"mlp.shared_expert.{name}": style for name, style in mlp.items()}
     return {f"layers.*.{name}": style for name, style in plan.items()}
 
 

@@ -5,9 +5,11 @@ imports nothing of depthscope, because a saved model carries it along (`trust_re
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import initialization as init
 from transformers.cache_utils import Cache
@@ -27,7 +29,7 @@ from transformers.models.qwen2_moe.modeling_qwen2_moe import (
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention, Qwen3Model
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple, logging
-from transformers.utils.output_capturing import OutputRecorder
+from transformers.utils.output_capturing import OutputRecorder, install_all_output_capturing_hooks
 
 from .configuration_depthlm import DepthLMConfig
 
@@ -114,6 +116,10 @@ class DepthLMDecoderLayer(GradientCheckpointingLayer):
         self.attention_sum_layernorm = _norm(config, placement == "post")
         self.mlp_sum_layernorm = _norm(config, placement == "post")
 
+        for name, module in self.named_modules():
+            if name.endswith((".o_proj", ".down_proj")):
+                module.writes_to_stream = True  # what depth_scaled_init is about
+
     def forward(self, hidden_states: torch.Tensor, **kwargs: Unpack[TransformersKwargs]) -> torch.Tensor:
         """`[B, T, hidden_size]` in and out; the keyword arguments are the attention's."""
         residual = hidden_states
@@ -158,12 +164,12 @@ class DepthLMPreTrainedModel(Qwen2MoePreTrainedModel):
         if not self.config.depth_scaled_init:
             return
         std = self.config.initializer_range / (2 * self.config.num_hidden_layers) ** 0.5
+        # Not by the module that holds a projection: for custom code transformers calls this only for modules that have
+        # weights of their own.
         if isinstance(module, Qwen2MoeExperts):
             init.normal_(module.down_proj, std=std)
-        elif isinstance(module, DepthLMAttention):
-            init.normal_(module.o_proj.weight, std=std)
-        elif isinstance(module, LlamaMLP | Qwen2MoeMLP):
-            init.normal_(module.down_proj.weight, std=std)
+        elif getattr(module, "writes_to_stream", False):
+            init.normal_(module.weight, std=std)
 
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:
@@ -180,14 +186,30 @@ class DepthLMPreTrainedModel(Qwen2MoePreTrainedModel):
         language model that is random in parts is of no use to anyone. `allow_missing_keys=True` loads it all the same.
         With `output_loading_info=True` nothing is refused either: the second value returned says what did not fit.
 
-        Raises `OSError` naming the weights that are missing from the checkpoint or have no place in the model.
+        Raises `OSError` naming the weights that are missing from the checkpoint, have no place in the model or do not
+        fit theirs, or the file that is damaged.
         """
-        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        source = str(args[0] if args else kwargs.get("pretrained_model_name_or_path", "The checkpoint"))
+        try:
+            model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        except SafetensorError as error:
+            raise OSError(f"{_damaged_file(source)} is damaged or incomplete ({error}): fetch it again.") from error
         if output_loading_info:
             return model, info
         if not allow_missing_keys:
-            _refuse_misfit(info, str(args[0]) if args else "The checkpoint")
+            _refuse_misfit(info, source)
         return model
+
+    @staticmethod
+    def _finalize_model_loading(*args: Any, **kwargs: Any) -> Any:
+        # transformers too refuses weights that do not fit, but leaves their names to the log. Where it stops calling
+        # this, its own RuntimeError is what comes.
+        given = [*args, *kwargs.values()]
+        info = next((value for value in given if hasattr(value, "conversion_errors")), None)
+        ignored = any(getattr(value, "ignore_mismatched_sizes", False) for value in given)
+        if info is not None:
+            _refuse_misshapen(info, ignored)
+        return PreTrainedModel._finalize_model_loading(*args, **kwargs)
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
         """[`PreTrainedModel.save_pretrained`]; the saved code serves every Auto class, not only that of this model."""
@@ -199,13 +221,37 @@ class DepthLMPreTrainedModel(Qwen2MoePreTrainedModel):
         super().save_pretrained(*args, **kwargs)
 
 
+def _damaged_file(source: str) -> str:
+    for file in sorted(Path(source).glob("*.safetensors")) if Path(source).is_dir() else []:
+        try:
+            with safe_open(file, framework="pt"):
+                pass
+        except SafetensorError:
+            return str(file)
+    return f"A file with weights of {source}"
+
+
+def _refuse_misshapen(info: Any, ignored: bool) -> None:
+    problems = [f"{name} (some of its experts are missing, or of another shape)" for name in info.conversion_errors]
+    if not ignored:
+        problems += [
+            f"{name} has the shape {tuple(found)}, not {tuple(wanted)}" for name, found, wanted in info.mismatched_keys
+        ]
+    if problems:
+        shown = ", ".join(sorted(problems)[:4]) + (f" and {len(problems) - 4} more" if len(problems) > 4 else "")
+        raise OSError(
+            f"The checkpoint does not fit the model: {shown}. The files are incomplete or belong to another "
+            "configuration."
+        )
+
+
 def _refuse_misfit(info: dict[str, Any], source: str) -> None:
     problems = []
     for kind, text in (("missing_keys", "lacks"), ("unexpected_keys", "has, without a place in the model,")):
         keys = sorted(info.get(kind) or [])
         if keys:
             shown = ", ".join(keys[:4]) + (f" and {len(keys) - 4} more" if len(keys) > 4 else "")
-            problems.append(f"{text} {len(keys)} weights: {shown}")
+            problems.append(f"{text} {len(keys)} weight{'s' if len(keys) > 1 else ''}: {shown}")
     if problems:
         raise OSError(
             f"{source} {'; it '.join(problems)}. The files are incomplete or belong to another configuration: fetch "
@@ -232,6 +278,10 @@ class DepthLMModel(DepthLMPreTrainedModel, Qwen3Model):
         self.gradient_checkpointing = False
         self.has_sliding_layers = "sliding_attention" in config.layer_types
         self.post_init()
+        if config.num_experts is not None:
+            # Training always records what the routers say. Left to the first forward, hooking them takes a lock, which
+            # torch.compile(fullgraph=True) cannot trace.
+            install_all_output_capturing_hooks(self)
 
 
 @dataclass
@@ -299,7 +349,7 @@ class DepthLMForCausalLM(DepthLMPreTrainedModel, GenerationMixin):
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         if with_router_losses:
-            aux_loss, z_loss = self._router_losses(outputs.router_logits, attention_mask)
+            aux_loss, z_loss = self._router_losses(getattr(outputs, "router_logits", None), attention_mask)
             if loss is not None:
                 router_loss = self.config.router_aux_loss_coef * aux_loss + self.config.router_z_loss_coef * z_loss
                 loss = loss + _share_of_step(labels, kwargs) * router_loss.to(loss.device)
@@ -315,13 +365,18 @@ class DepthLMForCausalLM(DepthLMPreTrainedModel, GenerationMixin):
         )
 
     def _router_losses(
-        self, router_logits: tuple[torch.Tensor, ...], attention_mask: Any
+        self, router_logits: tuple[torch.Tensor, ...] | None, attention_mask: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Load-balancing loss (Switch Transformer, eq. 4-6) and router z-loss (ST-MoE, eq. 5).
 
         Each is computed for every MoE layer and averaged. `router_logits` are `[B * T, num_experts]`, one tensor an MoE
         layer; padding is left out.
         """
+        if not router_logits:
+            raise RuntimeError(
+                "The routers' logits were not recorded, so that there are no router losses: something has replaced the "
+                "class of model.model. Shard or wrap its layers and the whole model, not model.model."
+            )
         if self.training and torch.is_grad_enabled() and not router_logits[0].requires_grad:
             self._refuse_detached_router()
         mask = attention_mask if isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2 else None
@@ -341,7 +396,8 @@ class DepthLMForCausalLM(DepthLMPreTrainedModel, GenerationMixin):
 
     def _refuse_detached_router(self) -> None:
         # Frozen routers (LoRA, for one) have no gradient to lose; with re-entrant checkpointing they would lose theirs.
-        if self.model.layers[self.config.moe_layer_indices[0]].mlp.gate.weight.requires_grad:
+        gate = self.model.layers[self.config.moe_layer_indices[0]].mlp.gate
+        if any(weight.requires_grad for weight in gate.parameters()):
             raise RuntimeError(
                 "The router losses would have no gradient, because re-entrant gradient checkpointing hides the "
                 'routers: use gradient_checkpointing_kwargs={"use_reentrant": False}.'

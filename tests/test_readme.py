@@ -8,6 +8,7 @@ import torch
 from transformers import AutoTokenizer
 
 from models import WIDTH, random_blocks, tiny_llama
+from runs import Sentences
 from tiny_tokenizer import save_tokenizer
 
 ROOT = Path(__file__).parents[1]
@@ -16,7 +17,7 @@ SNIPPETS = re.findall(r"<!-- tested -->\n```python\n(.*?)```", README, flags=re.
 
 
 def test_all_python_in_the_readme_is_tested() -> None:
-    assert len(SNIPPETS) == README.count("```python") == 4
+    assert len(SNIPPETS) == README.count("```python") == 5
 
 
 def test_the_code_in_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -28,6 +29,8 @@ def test_the_code_in_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyP
         "ids": random_blocks(2, 12),
         "weight": torch.eye(WIDTH),
         "bias": torch.zeros(WIDTH),
+        "dataset": Sentences(),
+        "blocks": random_blocks(4, 12),
     }
     for snippet in SNIPPETS:
         exec(compile(snippet, "README.md", "exec"), names)

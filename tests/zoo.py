@@ -158,6 +158,7 @@ def decoder_only_types() -> list[str]:
         *modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
         "bert-generation",
         "trocr",
+        "depthlm",  # ours, which importing depthscope enters there
     }
     candidates = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.keys() - others
     return sorted(name for name in candidates if not has_encoder(CONFIG_MAPPING[name]))

@@ -7,7 +7,16 @@ called by one name everywhere. The order of both tables is the order in which a 
 import math
 from dataclasses import dataclass
 
-__all__ = ["GLOBAL_SCORES", "LAYER_SCORES", "Term", "format_number", "format_score", "format_with_error", "in_order"]
+__all__ = [
+    "GLOBAL_SCORES",
+    "LAYER_SCORES",
+    "SPARSITY_SCORES",
+    "Term",
+    "format_number",
+    "format_score",
+    "format_with_error",
+    "in_order",
+]
 
 MISSING = "–"
 
@@ -49,6 +58,26 @@ LAYER_SCORES: dict[str, Term] = {
     "angular_distance": Term("angular distance", "× π", "angle between the layer's input and output", "angle"),
     "update_norm": Term("update norm", "", "norm of what the layer adds, over the norm of the stream", "norm"),
     "update_cosine": Term("update cosine", "", "cosine of what the layer adds with the stream", "cosine"),
+    "weights_below_1pct": Term("weights below 1%", "", "share of weights below 1% of their matrix's RMS", "w<1%"),
+    "weights_below_10pct": Term("weights below 10%", "", "share of weights below 10% of their matrix's RMS", "w<10%"),
+    "weights_below_50pct": Term("weights below 50%", "", "share of weights below 50% of their matrix's RMS", "w<50%"),
+    "weight_hoyer": Term("Hoyer sparsity", "", "0: all weights of equal size, 1: all but one are zero", "Hoyer"),
+    "attention_below_fair": Term(
+        "attention below 1/n", "", "share of visible positions with less than an even share of attention", "a<1/n"
+    ),
+    "attention_below_tenth": Term(
+        "attention below 0.1/n", "", "share of visible positions with less than a tenth of an even share", "a<.1/n"
+    ),
+    "attention_context": Term("context", "positions", "how many positions a token attends to, in effect", "context"),
+    "attention_context_share": Term("context share", "", "the same, over the positions that it sees", "of n"),
+    "attention_first": Term("attention to the first", "", "attention that goes to the first visible position", "first"),
+    "expert_load_max": Term("largest expert load", "× fair", "load of the busiest expert, over the fair share", "max"),
+    "expert_load_min": Term("smallest expert load", "× fair", "load of the idlest expert, over the fair share", "min"),
+    "expert_load_entropy": Term("load entropy", "", "entropy of the load over that of an even one", "even"),
+    "experts_dead": Term("dead experts", "", "share of experts with less than 1% of the fair share", "dead"),
+    "router_confidence": Term("router confidence", "", "probability of the chosen experts together", "sure"),
+    "router_top1": Term("router top-1", "", "largest probability that the router gives", "top-1"),
+    "router_entropy": Term("router entropy", "", "entropy of the router's choice, over log E", "entropy"),
 }
 
 GLOBAL_SCORES: dict[str, Term] = {
@@ -71,6 +100,14 @@ GLOBAL_SCORES: dict[str, Term] = {
     "update_norm": Term("mean update norm", "", "norm of an update over that of the stream"),
     "update_cosine": Term("mean update cosine", "", "cosine of an update with the stream"),
 }
+
+
+# In the order in which a report lists them; the single numbers are means over layers.
+SPARSITY_SCORES = tuple(name for name in LAYER_SCORES if name.startswith(("weight", "attention_below", "attention_c")))
+SPARSITY_SCORES += ("attention_first", *(name for name in LAYER_SCORES if name.startswith(("expert", "router"))))
+for _name in SPARSITY_SCORES:
+    _term = LAYER_SCORES[_name]
+    GLOBAL_SCORES[_name] = Term(f"mean {_term.label}", _term.unit, f"mean over layers: {_term.phrase}")
 
 
 def in_order(names: set[str], known: dict[str, Term]) -> list[str]:

@@ -17,7 +17,15 @@ from rich.table import Table
 from rich.text import Text
 
 from depthscope.comparison import Comparison
-from depthscope.glossary import GLOBAL_SCORES, LAYER_SCORES, Term, format_number, format_score, format_with_error
+from depthscope.glossary import (
+    GLOBAL_SCORES,
+    LAYER_SCORES,
+    SPARSITY_SCORES,
+    Term,
+    format_number,
+    format_score,
+    format_with_error,
+)
 from depthscope.report import LayerReport
 from depthscope.summary import summarize
 
@@ -49,8 +57,18 @@ SHOWN = (
     "update_cosine",
     "attention_variance",
     "mlp_variance",
+    *SPARSITY_SCORES,
 )
 DROPPED_FIRST = (
+    "weights_below_1pct",
+    "router_entropy",
+    "router_top1",
+    "attention_context_share",
+    "expert_load_entropy",
+    "attention_below_fair",
+    "weights_below_50pct",
+    "router_confidence",
+    "expert_load_min",
     "mlp_variance",
     "attention_variance",
     "update_cosine",

@@ -16,6 +16,8 @@ SCORE_NAMES = (
     "permutation",
     "jacobian",
 )
+# What "all" leaves out: not effectiveness, but what is at work behind it. `depthscope sparsity` measures them.
+SPARSITY_NAMES = ("weight_sparsity", "attention_sparsity", "expert_load")
 
 
 @dataclass(frozen=True)
@@ -23,7 +25,8 @@ class Settings:
     """How to analyse a model.
 
     Attributes:
-        scores: which scores to compute, of `SCORE_NAMES`; also as one string with commas, or "all".
+        scores: which scores to compute, of `SCORE_NAMES` and `SPARSITY_NAMES`; also as one string with commas, or
+            "all", which means all of the former.
         fit_blocks: how many blocks, from the start of the text, fit the linear maps of the usefulness score.
         eval_blocks: how many blocks, after those, measure everything.
         block_size: tokens in a block, T.
@@ -90,12 +93,13 @@ def _checked_scores(scores: Any) -> tuple[str, ...]:
     # The effective depths are derived from two scores and have no measurement of their own.
     wanted = {name for item in chosen for name in (("skip", "usefulness") if item == "effective_depth" else (item,))}
     if "all" in wanted:
-        wanted = set(SCORE_NAMES)
-    unknown = sorted(wanted - set(SCORE_NAMES))
+        wanted = wanted - {"all"} | set(SCORE_NAMES)
+    known = (*SCORE_NAMES, *SPARSITY_NAMES)
+    unknown = sorted(wanted - set(known))
     if unknown or not wanted:
         what = f"unknown score {', '.join(map(repr, unknown))}" if unknown else "no score was chosen"
-        raise SettingsError(f"{what}; choose from {', '.join(SCORE_NAMES)}, effective_depth, all.")
-    return tuple(name for name in SCORE_NAMES if name in wanted)
+        raise SettingsError(f"{what}; choose from {', '.join(known)}, effective_depth, all.")
+    return tuple(name for name in known if name in wanted)
 
 
 def _whole(name: str, value: Any, least: int, what: str) -> None:

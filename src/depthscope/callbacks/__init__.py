@@ -2,6 +2,7 @@
 
 from depthscope.callbacks.effectiveness import EffectivenessCallback
 from depthscope.callbacks.history import read_history
+from depthscope.callbacks.sparsity import SparsityCallback
 from depthscope.callbacks.variance import VarianceCallback
 
-__all__ = ["EffectivenessCallback", "VarianceCallback", "read_history"]
+__all__ = ["EffectivenessCallback", "SparsityCallback", "VarianceCallback", "read_history"]

@@ -1,6 +1,6 @@
 """Hooks on a model in training that see each layer's input and output once, in training passes only."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -33,7 +33,7 @@ class Watch:
         stack: LayerStack,
         on_layer: Callable[[int, Tensor, Tensor], None] | None = None,
         on_part: Callable[[int, str, Tensor], None] | None = None,
-        others: dict[nn.Module, Callable[[Any], None]] | None = None,
+        others: Mapping[nn.Module, Callable[[Any], None]] | None = None,
         begin: Callable[[], None] = lambda: None,
         end: Callable[[Tensor | None], None] = lambda mask: None,
     ) -> None:

@@ -98,7 +98,7 @@ def analyze(
     with errors_for_people():
         if text and dataset:
             raise SettingsError("Both --text and --dataset were given; choose one.")
-        _require_places(out, html)
+        require_places(out, html)
         from depthscope.analysis import analyze as measure
         from depthscope.processes import Processes
         from depthscope.settings import Settings
@@ -131,7 +131,7 @@ def analyze(
             progress=not quiet,
         )
         if Processes.here().is_main:
-            _deliver(report, out, html, quiet)
+            deliver(report, out, html, quiet)
 
 
 @app.command()
@@ -147,13 +147,13 @@ def show(
 ) -> None:
     """Show a report that was saved earlier, or what the layers did in a training run."""
     with errors_for_people():
-        _require_places(html)
+        require_places(html)
         if report.is_dir() or report.suffix == ".jsonl":
             _show_run(report, html)
             return
         from depthscope.report import LayerReport
 
-        _deliver(LayerReport.load(report), None, html, quiet=False)
+        deliver(LayerReport.load(report), None, html, quiet=False)
 
 
 def _show_run(run: Path, html: Path | None) -> None:
@@ -181,7 +181,7 @@ def compare(
 
         if len(reports) < 2:
             raise SettingsError(f"{len(reports)} report was given; compare needs at least two.")
-        _require_places(html)
+        require_places(html)
         loaded = [LayerReport.load(path) for path in reports]
         print_comparison(hold(loaded), Console())
         if html is not None:
@@ -199,7 +199,7 @@ def scores() -> None:
         print_explanations(EXPLANATIONS.values(), Console())
 
 
-def _deliver(report: "LayerReport", out: Path | None, html: Path | None, quiet: bool) -> None:
+def deliver(report: "LayerReport", out: Path | None, html: Path | None, quiet: bool) -> None:
     """Print a report, and write what was asked for; the measurements survive a disk that is full."""
     from depthscope.page import write_page
     from depthscope.render import print_report
@@ -228,7 +228,7 @@ def _rescued(report: "LayerReport") -> str:
     return f" The measurements are safe in {folder / 'report.json'}."
 
 
-def _require_places(*places: Path | None) -> None:
+def require_places(*places: Path | None) -> None:
     """Refuse outputs that cannot be written before hours are spent on them."""
     for place in places:
         if place is None:

@@ -9,6 +9,7 @@ from depthscope.scores.geometry import AngularDistance, BlockInfluence, Update
 from depthscope.scores.jacobian import Jacobian
 from depthscope.scores.permutation import Permutation
 from depthscope.scores.skip import Skip
+from depthscope.scores.sparsity import AttentionSparsity, ExpertLoad, WeightSparsity
 from depthscope.scores.usefulness import Usefulness
 from depthscope.scores.variance import Variance
 
@@ -26,6 +27,9 @@ SCORES: dict[str, type[Score]] = {
         Usefulness,
         Permutation,
         Jacobian,
+        WeightSparsity,
+        AttentionSparsity,
+        ExpertLoad,
     )
 }
 

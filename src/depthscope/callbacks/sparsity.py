@@ -1,0 +1,238 @@
+"""`SparsityCallback`: the sparsity at work in each layer while a model trains.
+
+Where the model has experts, their load and the routers' confidence, over the real tokens of all training passes since
+the last log (`depthscope.sparsity.experts` says what each metric is); and at the first log after every `every` steps,
+of the weights as they are then:
+
+    weights_below_<p>pct, weight_hoyer              see `depthscope.sparsity.weights`
+    attention_below_fair, attention_below_tenth,    see `depthscope.sparsity.attention`; on the first `sequences` of the
+    attention_context, attention_context_share,     last batch, in one more pass without gradients; left out of the log
+    attention_first                                 where the attention cannot be read
+
+and the single numbers `kv_sharing` (query heads a key and value head) and, of the losses that the model adds to its own
+where it returns them, `aux_loss` and `z_loss`.
+"""
+
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from depthscope.anatomy import LayerStack
+from depthscope.callbacks.base import Measured, WindowCallback
+from depthscope.callbacks.watching import Watch
+from depthscope.errors import SettingsError
+from depthscope.modes import evaluating
+from depthscope.sparsity.attention import ATTENTION_METRICS, AttentionProbe, probing_attention
+from depthscope.sparsity.experts import EXPERT_METRICS, chosen_per_token, find_routers, router_sums, router_values
+from depthscope.sparsity.weights import WEIGHT_METRICS, weight_sparsity
+from depthscope.tracing import text_config
+
+__all__ = ["SparsityCallback"]
+
+LOSSES = ("aux_loss", "z_loss")
+
+
+class SparsityCallback(WindowCallback):
+    """Tracks weight, attention and expert sparsity in any Trainer script: `callbacks=[SparsityCallback()]`.
+
+    Values are logged with the training loss, as `layers/<metric>/<layer>`, and appended to `layer_stats.jsonl`. The
+    file of this class says what each metric is.
+
+    Args:
+        every: optimiser steps between two measurements of weights and attention; expert load is counted in every step.
+        sequences: sequences of the last batch that attention is measured on; 0 leaves it out.
+        weights: measure the weights.
+        log: "layers" logs every layer, "summary" the first, the last and the quartiles over layers, "none" only single
+            numbers; the history has every layer in any case.
+        history: keep `layer_stats.jsonl`.
+
+    Raises:
+        NoLayerStackError: (when the Trainer is built) the model has no plain stack of decoder layers.
+        SettingsError: an argument is not allowed.
+    """
+
+    kind = "sparsity"
+
+    def __init__(
+        self, every: int = 100, sequences: int = 2, weights: bool = True, log: str = "layers", history: bool = True
+    ) -> None:
+        super().__init__(every, log, history)
+        if not isinstance(sequences, int) or sequences < 0:
+            raise SettingsError(f"sequences is {sequences!r}; give a number of sequences, 0 for no attention.")
+        self.sequences = sequences
+        self.weights = weights
+        self._watch: Watch | None = None
+        self._handles: list[Any] = []
+        self._seen: dict[int, Any] = {}  # what the routers returned in the pass that is running
+        self._sums: dict[int, Tensor] = {}
+        self._losses: Tensor | None = None
+        self._sample: tuple[Tensor, Tensor | None] | None = None
+        self._measured_at = 0
+        self._step = 0
+
+    def options(self) -> dict[str, Any]:
+        """The arguments of this callback."""
+        return {**super().options(), "sequences": self.sequences, "weights": self.weights}
+
+    def attach(self, stack: LayerStack) -> None:
+        """Watch the routers, and keep the last batch at hand."""
+        self._top_k = chosen_per_token(stack.model)
+        routers = {router: partial(self._seen.__setitem__, layer) for layer, router in find_routers(stack).items()}
+        self._watch = Watch(stack, others=routers, begin=self._seen.clear, end=self._end_pass)
+        self._handles = [
+            stack.model.register_forward_pre_hook(self._keep_sample, with_kwargs=True),
+            stack.model.register_forward_hook(self._keep_losses),
+        ]
+
+    def detach(self) -> None:
+        """Take the hooks off."""
+        if self._watch is not None:
+            self._watch.remove()
+        for handle in self._handles:
+            handle.remove()
+        self._watch, self._handles, self._sample = None, [], None
+        self._seen, self._sums, self._losses = {}, {}, None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        """Begin to watch; the first log brings a measurement of weights and attention."""
+        super().on_train_begin(args, state, control, model=model, **kwargs)
+        saved = _saved_step(state, type(self).__name__) if state.global_step else None
+        self._measured_at = -self.every if saved is None else saved
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Count expert load in every step."""
+        self.measure(True)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        """End the window at a log of training."""
+        self._step = state.global_step
+        super().on_log(args, state, control, logs, **kwargs)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Keep what the last, unlogged steps came to."""
+        self._step = state.global_step
+        super().on_train_end(args, state, control, **kwargs)
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps of this callback."""
+        kept = super().state()
+        kept["attributes"]["_measured_at"] = self._measured_at
+        return kept
+
+    def measure(self, on: bool) -> None:
+        """Switch measuring on or off."""
+        if self._watch is not None:
+            self._watch.measuring = on
+
+    def fetch(self) -> None:
+        """One transfer for each layer with experts."""
+        if self._watch is None:
+            return
+        window = self.window or {"steps": 0, "experts": {}, "losses": [0.0] * (len(LOSSES) + 1)}
+        for layer, sums in self._sums.items():
+            total = _added_up(sums).cpu().double().numpy()
+            before = window["experts"].get(str(layer))
+            window["experts"][str(layer)] = (total if before is None else total + np.array(before)).tolist()
+        if self._losses is not None:
+            window["losses"] = (np.array(window["losses"]) + self._losses.cpu().double().numpy()).tolist()
+        self._sums, self._losses = {}, None
+        self.window = window
+
+    def finish(self, window: dict[str, Any]) -> Measured:
+        """Expert load of the window, and if it is time weights and attention as they are now."""
+        assert self._stack is not None
+        columns: dict[str, list[float]] = {}
+        count = self._stack.num_layers
+        if window["experts"]:
+            rows = {int(layer): router_values(np.array(sums)) for layer, sums in window["experts"].items()}
+            for name in EXPERT_METRICS:
+                columns[name] = [rows[layer][name] if layer in rows else float("nan") for layer in range(count)]
+        if self._step - self._measured_at >= self.every:
+            self._measured_at = self._step
+            if self.weights:
+                found = [weight_sparsity(layer) for layer in self._stack.layers]
+                columns |= {name: [row[name] for row in found] for name in WEIGHT_METRICS}
+            columns |= self._attention()
+        values = {name: _mean(column) for name, column in columns.items()}
+        values |= _kv_sharing(self._stack.model)
+        passes = window["losses"][-1]
+        if passes:
+            values |= {name: window["losses"][index] / passes for index, name in enumerate(LOSSES)}
+        return Measured(values, columns)
+
+    def _attention(self) -> dict[str, list[float]]:
+        """Attention sparsity on the sample, in a pass of its own; nothing where there is no sample of token ids."""
+        if self._sample is None or self._stack is None or not self.sequences:
+            return {}
+        ids, mask = self._sample
+        real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
+        probe = AttentionProbe(self._stack, real)
+        devices = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
+        with (
+            evaluating(self._stack.model),
+            torch.no_grad(),
+            torch.random.fork_rng(devices=devices),
+            probing_attention(self._stack, probe),
+        ):
+            self._stack.run_through(self._stack.num_layers - 1, ids, mask)
+        sums, counts = probe.sums.sum(1), probe.counts.sum(1)
+        table = torch.cat([sums, counts[:, None]], 1).to(next(self._stack.layers.parameters()).device)
+        table = _added_up(table.float() if table.device.type == "mps" else table).cpu().double()
+        values = torch.where(table[:, -1:] > 0, table[:, :-1] / table[:, -1:].clamp(min=1), float("nan"))
+        return {name: values[:, index].tolist() for index, name in enumerate(ATTENTION_METRICS)}
+
+    def _end_pass(self, mask: Tensor | None) -> None:
+        for layer, output in self._seen.items():
+            sums = router_sums(output, self._top_k, mask)
+            if sums is not None:
+                exact = sums.float() if sums.device.type == "mps" else sums.double()
+                self._sums[layer] = self._sums[layer] + exact if layer in self._sums else exact
+        self._seen.clear()
+
+    def _keep_sample(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not (module.training and torch.is_grad_enabled()):
+            return
+        ids, mask = kwargs.get("input_ids", args[0] if args else None), kwargs.get("attention_mask")
+        if isinstance(ids, Tensor) and ids.dim() == 2:
+            rows = slice(0, self.sequences)
+            real = mask[rows].detach() if isinstance(mask, Tensor) and mask.shape == ids.shape else None
+            self._sample = ids[rows].detach(), real
+
+    def _keep_losses(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """The router losses of a training pass, where the model returns them; the last entry counts the passes."""
+        if not (module.training and torch.is_grad_enabled()):
+            return
+        found = [getattr(output, name, None) for name in LOSSES]
+        if isinstance(found[0], Tensor):
+            kept = [loss.detach().float() if isinstance(loss, Tensor) else torch.zeros_like(found[0]) for loss in found]
+            losses = torch.stack([*kept, torch.ones_like(kept[0])])
+            self._losses = losses if self._losses is None else self._losses + losses
+
+
+def _added_up(sums: Tensor) -> Tensor:
+    """Sums over all processes."""
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        sums = sums.clone()
+        dist.all_reduce(sums)
+    return sums
+
+
+def _kv_sharing(model: nn.Module) -> dict[str, float]:
+    config = text_config(model)
+    heads, shared = getattr(config, "num_attention_heads", None), getattr(config, "num_key_value_heads", None)
+    return {"kv_sharing": heads / shared} if isinstance(heads, int) and isinstance(shared, int) and shared else {}
+
+
+def _mean(column: list[float]) -> float:
+    defined = [value for value in column if np.isfinite(value)]
+    return float(np.mean(defined)) if defined else float("nan")
+
+
+def _saved_step(state: Any, name: str) -> int | None:
+    saved = (state.stateful_callbacks or {}).get(name)
+    saved = (saved[0] if saved else None) if isinstance(saved, list) else saved
+    return (saved or {}).get("attributes", {}).get("_measured_at")

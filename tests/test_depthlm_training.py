@@ -669,3 +669,36 @@ def test_one_layer_of_experts_equals_its_stock_twin_with_load_balancing(
     torch.testing.assert_close(loss, stock_loss, rtol=0, atol=1e-6)
     for name, grad in stock_grads.items():
         torch.testing.assert_close(grads[name], grad, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+@pytest.mark.parametrize("kind", ["dense", "moe", "moe_shared"])
+def test_a_training_goes_on_from_a_checkpoint_with_all_its_weights(kind: str, sharded: bool, tmp_path: Path) -> None:
+    """The Trainer hands a checkpoint's tensors to load_state_dict, where experts come one by one."""
+    from runs import trainer
+
+    def train(resume: str | None = None) -> dict[str, Tensor]:
+        model = tiny_depthlm(kind)
+        if sharded:
+            save = model.save_pretrained
+            model.save_pretrained = lambda *args, **kwargs: save(*args, **{**kwargs, "max_shard_size": "10KB"})
+        run = trainer(model, tmp_path, max_steps=4, logging_steps=4, save_strategy="steps", save_steps=2)
+        run.train(resume_from_checkpoint=resume)
+        return model.state_dict()
+
+    whole, again = train(), train(str(tmp_path / "checkpoint-2"))
+    assert all(torch.equal(weight, again[name]) for name, weight in whole.items())
+
+
+def test_an_expert_that_is_missing_is_missed() -> None:
+    model = tiny_depthlm("moe")
+    state = model.state_dict()
+    prefix = "model.layers.1.mlp.experts."
+    fused = state.pop(prefix + "down_proj")
+    for index, expert in enumerate(fused[:-1]):
+        state[f"{prefix}{index}.down_proj.weight"] = expert
+    assert model.load_state_dict(state, strict=False).missing_keys == [prefix + "down_proj"]
+    with pytest.raises(RuntimeError, match="down_proj"):
+        model.load_state_dict(state)
+    state[f"{prefix}{len(fused) - 1}.down_proj.weight"] = fused[-1]
+    assert not model.load_state_dict(state).missing_keys

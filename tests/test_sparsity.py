@@ -228,7 +228,7 @@ def test_padding_does_not_count() -> None:
     from depthscope import Blocks
 
     mask = torch.tensor([[1] * 8 + [0] * 4])
-    padded = Blocks(input_ids=ids, attention_mask=mask, token_mask=mask.bool(), name="padded")
+    padded = Blocks(ids, attention_mask=mask.bool())
     long = analyze(tiny_depthlm("moe"), blocks=padded, fit_blocks=0, eval_blocks=1, scores="expert_load")
     for one, other in zip(short.layers, long.layers, strict=True):
         assert [one[name] for name in EXPERT_METRICS] == pytest.approx([other[name] for name in EXPERT_METRICS])

@@ -24,6 +24,9 @@ PREFIX = "layers/"
 _PRINTERS = (PrinterCallback, ProgressCallback, DEFAULT_PROGRESS_CALLBACK)
 
 
+_PLACED = "_placed_by_depthscope"
+
+
 class KeepPrintedLogsShort(TrainerCallback):
     """Takes the values of single layers out of a log once all reporters have it, before it is printed."""
 
@@ -34,14 +37,23 @@ class KeepPrintedLogsShort(TrainerCallback):
 
 
 def place(callback: TrainerCallback) -> bool:
-    """Put `callback` right after the default flow of the handler that is calling it; False where none is calling."""
+    """Put `callback` right after the default flow of the handler that is calling it, and after others so placed.
+
+    Returns False where no handler is calling.
+    """
     handler = _caller(CallbackHandler)
     if handler is None:
         return False
     # A new list: the handler is in the middle of its old one.
     others = [other for other in handler.callbacks if other is not callback]
-    after = 1 + max((i for i, other in enumerate(others) if isinstance(other, DefaultFlowCallback)), default=-1)
-    others.insert(after, callback)
+    first = 1 + max((i for i, other in enumerate(others) if isinstance(other, DefaultFlowCallback)), default=-1)
+    last = first
+    while last < len(others) and getattr(others[last], _PLACED, False):
+        last += 1
+    setattr(callback, _PLACED, True)
+    # The order among those that are placed stays as it is.
+    here = next((i for i, other in enumerate(handler.callbacks) if other is callback), last)
+    others.insert(max(first, min(last, here)), callback)
     if not any(isinstance(other, KeepPrintedLogsShort) for other in others):
         printers = [i for i, other in enumerate(others) if isinstance(other, _PRINTERS)]
         others.insert(min(printers, default=len(others)), KeepPrintedLogsShort())

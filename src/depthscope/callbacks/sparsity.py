@@ -71,6 +71,7 @@ class SparsityCallback(WindowCallback):
         self._sums: dict[int, Tensor] = {}
         self._losses: Tensor | None = None
         self._sample: tuple[Tensor, Tensor | None] | None = None
+        self._passes = 0  # training passes since the last fetch
         self._measured_at = 0
         self._step = 0
 
@@ -95,7 +96,7 @@ class SparsityCallback(WindowCallback):
         for handle in self._handles:
             handle.remove()
         self._watch, self._handles, self._sample = None, [], None
-        self._seen, self._sums, self._losses = {}, {}, None
+        self._seen, self._sums, self._losses, self._passes = {}, {}, None, 0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """Begin to watch; the first log brings a measurement of weights and attention."""
@@ -130,16 +131,16 @@ class SparsityCallback(WindowCallback):
 
     def fetch(self) -> None:
         """One transfer for each layer with experts."""
-        if self._watch is None:
+        if self._watch is None or not self._passes:
             return
-        window = self.window or {"steps": 0, "experts": {}, "losses": [0.0] * (len(LOSSES) + 1)}
+        window = self.window or {"experts": {}, "losses": [0.0] * (len(LOSSES) + 1)}
         for layer, sums in self._sums.items():
             total = _added_up(sums).cpu().double().numpy()
             before = window["experts"].get(str(layer))
             window["experts"][str(layer)] = (total if before is None else total + np.array(before)).tolist()
         if self._losses is not None:
             window["losses"] = (np.array(window["losses"]) + self._losses.cpu().double().numpy()).tolist()
-        self._sums, self._losses = {}, None
+        self._sums, self._losses, self._passes = {}, None, 0
         self.window = window
 
     def finish(self, window: dict[str, Any]) -> Measured:
@@ -186,6 +187,7 @@ class SparsityCallback(WindowCallback):
         return {name: values[:, index].tolist() for index, name in enumerate(ATTENTION_METRICS)}
 
     def _end_pass(self, mask: Tensor | None) -> None:
+        self._passes += 1
         for layer, output in self._seen.items():
             sums = router_sums(output, self._top_k, mask)
             if sums is not None:

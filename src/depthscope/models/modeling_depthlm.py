@@ -4,6 +4,9 @@ The parts are transformers' own classes; what stands here is only how they are p
 imports nothing of depthscope, because a saved model carries it along (`trust_remote_code=True`).
 """
 
+import re
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +37,9 @@ from transformers.utils.output_capturing import OutputRecorder, install_all_outp
 from .configuration_depthlm import DepthLMConfig
 
 logger = logging.get_logger(__name__)
+
+# The name of one expert's weight in a checkpoint.
+_ONE_EXPERT = re.compile(r"(?P<experts>.*\.experts\.)(?P<index>\d+)\.(?P<part>gate|up|down)_proj\.weight")
 
 # Checkpoints keep one tensor an expert (as OLMoE's and Qwen's do), the model keeps them fused. This must run wherever
 # this file is imported, also as remote code: without it, experts load as fresh random numbers, and no error says so.
@@ -210,6 +216,36 @@ class DepthLMPreTrainedModel(Qwen2MoePreTrainedModel):
         if info is not None:
             _refuse_misshapen(info, ignored)
         return PreTrainedModel._finalize_model_loading(*args, **kwargs)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """[`torch.nn.Module.load_state_dict`], which takes experts one by one too, as checkpoints keep them.
+
+        The Trainer goes on from a checkpoint, and takes the best one at the end, by handing its tensors to this method:
+        without this, the experts would stay as they are, and only a warning would say so.
+        """
+        return super().load_state_dict(self._with_fused_experts(state_dict), strict=strict, assign=assign)
+
+    @torch.no_grad()
+    def _with_fused_experts(self, state_dict: Mapping[str, Any]) -> dict[str, Any]:
+        """Tensors by the names that the model has: those of single experts are put into their place at once."""
+        parameters = dict(self.named_parameters())
+        others, parts = {}, Counter[str]()
+        for name, tensor in state_dict.items():
+            found = _ONE_EXPERT.fullmatch(name)
+            fused = found and found["experts"] + ("down_proj" if found["part"] == "down" else "gate_up_proj")
+            if found is None or fused not in parameters:
+                others[name] = tensor
+                continue
+            place = parameters[fused][int(found["index"])]
+            if found["part"] != "down":
+                place = place.chunk(2)[found["part"] == "up"]
+            place.copy_(tensor)
+            parts[fused] += 1
+        for fused, count in parts.items():
+            whole = parameters[fused]
+            if count == len(whole) * (1 if fused.endswith("down_proj") else 2):
+                others[fused] = whole.detach()  # not one too few: it is not missing
+        return others
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
         """[`PreTrainedModel.save_pretrained`]; the saved code serves every Auto class, not only that of this model."""

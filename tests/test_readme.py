@@ -49,4 +49,4 @@ def test_the_commands_that_the_readme_names_exist() -> None:
         assert f"\n{target}:" in makefile
     blocks = re.findall(r"```\n(.*?)```", README, flags=re.DOTALL)
     for command in re.findall(r"^depthscope (\w+)", "\n".join(blocks), flags=re.MULTILINE):
-        assert command in {"analyze", "show", "compare", "scores", "presets", "convert"}
+        assert command in {"analyze", "show", "compare", "scores", "presets", "convert", "sparsity"}

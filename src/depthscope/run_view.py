@@ -36,6 +36,13 @@ SHOWN = (
     "causal",
     "block_influence",
     "max_activation",
+    "weight_hoyer",
+    "weights_below_10pct",
+    "attention_context",
+    "attention_first",
+    "expert_load_max",
+    "experts_dead",
+    "router_confidence",
 )
 TERMS = {
     "max_activation": Term("largest activation", "", "largest absolute activation after the layer", "largest"),

@@ -11,6 +11,7 @@ layer and pass.
 """
 
 import argparse
+import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, TrainerControl, TrainerState
 
 from depthscope import LayerStack
-from depthscope.callbacks import VarianceCallback
+from depthscope.callbacks import SparsityCallback, VarianceCallback
 from paired import ratio, rounds
 
 # name -> (hidden, MLP, heads, vocabulary, rows, tokens a row), 30 layers each
@@ -32,7 +33,7 @@ SHAPES = {
     "134M": (576, 1536, 9, 49152, 2, 256),
     "quick": (64, 172, 4, 1024, 2, 64),
 }
-TARGETS = {"variance": 0.02, "variance, sublayers": 0.04}
+TARGETS = {"variance": 0.02, "variance, sublayers": 0.04, "sparsity, measured every 100th step": 0.05}
 
 
 def build(shape: tuple[int, ...], device: torch.device) -> tuple[PreTrainedModel, Tensor]:
@@ -81,6 +82,22 @@ class Steps:
             callback.fetch()
             callback.finish(callback.window or {})
             callback.window = None
+        finally:
+            callback.detach()
+
+    def sparsity(self, stack: LayerStack) -> float:
+        """Seconds of one measurement of weights and attention."""
+        callback = SparsityCallback()
+        callback._stack = stack
+        callback.attach(stack)
+        try:
+            callback.measure(True)
+            self.plain()
+            callback._step = callback.every
+            callback.fetch()
+            begun = time.perf_counter()
+            callback.finish(callback.window or {})
+            return time.perf_counter() - begun
         finally:
             callback.detach()
 
@@ -139,6 +156,10 @@ def main() -> None:
             shown = f"{1000 * sorted(taken[side])[len(taken[side]) // 2] / count:.1f}"
             target = f"{TARGETS[side]:.0%}" if side in TARGETS else ""
             table.add_row(name, side, shown, str(against), f"{overheads[side]:+.1%}", target)
+        once, rate = steps.sparsity(stack), SparsityCallback().every
+        share = once * count / rate / sorted(taken["plain"])[len(taken["plain"]) // 2]
+        name_of = f"sparsity, measured every {rate}th step"
+        table.add_row(name, name_of, f"{1000 * once:.0f} once", "", f"{share:+.1%}", f"{TARGETS[name_of]:.0%}")
         times = overheads["the paper's way"] / max(overheads["variance, sublayers"], 1e-4)
         table.add_row(name, "the paper's overhead / ours with sublayers", "", f"{times:.1f}", "", "5")
     Console(width=120).print(table)

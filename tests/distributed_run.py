@@ -6,20 +6,21 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import fully_shard
-from transformers import TrainerControl, TrainerState
+from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback
 
-from depthscope.callbacks import EffectivenessCallback, VarianceCallback
+from depthscope.callbacks import EffectivenessCallback, SparsityCallback, VarianceCallback
 from models import random_blocks, tiny_llama
 from runs import Sentences, arguments, trainer
 
 RHYTHM = {"max_steps": 6, "logging_steps": 3, "learning_rate": 1e-2}
 
 
-def callbacks() -> list[VarianceCallback | EffectivenessCallback]:
+def callbacks() -> list[TrainerCallback]:
     blocks = random_blocks(3, 12)
     return [
         VarianceCallback(moments_every=2),
+        SparsityCallback(every=3),
         EffectivenessCallback(blocks, scores="skip,causal,block_influence", every=3, max_overhead=None),
     ]
 

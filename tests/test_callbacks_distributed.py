@@ -34,7 +34,7 @@ def test_ddp_equals_one_process_on_the_same_data(tmp_path: Path) -> None:
     assert [(row["step"], row["kind"], row.get("tokens")) for row in one] == [
         (row["step"], row["kind"], row.get("tokens")) for row in two
     ]
-    assert len(one) == 4
+    assert len(one) == 6
     for alone, shared in zip(one, two, strict=True):
         for metric, column in alone["layers"].items():
             np.testing.assert_allclose(np.array(shared["layers"][metric], float), np.array(column, float), 1e-5, 1e-5)
@@ -48,8 +48,10 @@ def test_fsdp_measures_the_shares_of_both_processes(tmp_path: Path) -> None:
     assert [(row["step"], row["kind"]) for row in rows] == [
         (3, "effectiveness"),
         (3, "variance"),
+        (3, "sparsity"),
         (6, "effectiveness"),
         (6, "variance"),
+        (6, "sparsity"),
     ]
     # The first step runs on the weights as they are at the start, where nothing has been averaged yet.
     model, data, seen = tiny_llama(), Sentences(), []

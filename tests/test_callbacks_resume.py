@@ -99,6 +99,7 @@ def test_restored_callbacks_go_on_too(uninterrupted: list[dict[str, Any]], tmp_p
 
 def test_checkpoints_that_an_evaluation_brings_about(tmp_path: Path) -> None:
     settings = {"eval_strategy": "steps", "eval_steps": 4, "save_strategy": "best", "metric_for_best_model": "loss"}
+    settings["load_best_model_at_end"] = True
 
     def run(folder: Path, resume: str | None = None) -> None:
         from transformers import Trainer

@@ -90,6 +90,15 @@ def test_the_source_stays_as_it_is_and_shares_nothing_with_the_result() -> None:
     assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
 
 
+def test_a_copy_has_its_own_configuration() -> None:
+    model = tiny_depthlm(**MOE)
+    copy = to_depthlm(model)
+    copy.set_experts_implementation("eager")
+    copy.config.router_aux_loss_coef = 5.0
+    assert model.config._experts_implementation == "grouped_mm"
+    assert model.config.router_aux_loss_coef == 0.01
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [

@@ -1,6 +1,7 @@
 """A model from a configuration and weights: the last step of every conversion."""
 
 from collections.abc import Mapping
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -19,7 +20,8 @@ def assemble(config: PreTrainedConfig, weights: Mapping[str, Tensor], like: PreT
     Raises `RuntimeError` where a weight is missing, left over or of another shape: that is a mistake of the caller.
     """
     with no_init_weights():
-        model = AutoModelForCausalLM.from_config(config, dtype=like.dtype)
+        # A copy: a configuration holds choices (of attention, of experts) that are made on the model.
+        model = AutoModelForCausalLM.from_config(deepcopy(config), dtype=like.dtype)
     model.load_state_dict(dict(weights), strict=True)
     model.tie_weights()
     if like.generation_config is not None:

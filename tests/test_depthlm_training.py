@@ -702,3 +702,21 @@ def test_an_expert_that_is_missing_is_missed() -> None:
         model.load_state_dict(state)
     state[f"{prefix}{len(fused) - 1}.down_proj.weight"] = fused[-1]
     assert not model.load_state_dict(state).missing_keys
+
+
+def test_router_losses_that_are_in_no_loss_are_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    from depthscope.models.modeling_depthlm import logger
+
+    ids = random_ids(2, 8)
+    logger.warning_once.cache_clear()
+    logger.addHandler(caplog.handler)
+    try:
+        tiny_depthlm("moe").train()(ids, labels=ids)
+        tiny_depthlm("moe").eval()(ids, output_router_logits=True)
+        tiny_depthlm("dense").train()(ids)
+        assert "router losses" not in caplog.text
+        outputs = tiny_depthlm("moe").train()(ids)
+        assert "router losses are in no loss" in caplog.text
+        assert outputs.aux_loss.requires_grad
+    finally:
+        logger.removeHandler(caplog.handler)

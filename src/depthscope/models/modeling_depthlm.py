@@ -400,7 +400,9 @@ class DepthLMForCausalLM(DepthLMPreTrainedModel, GenerationMixin):
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         if with_router_losses:
             aux_loss, z_loss = self._router_losses(getattr(outputs, "router_logits", None), attention_mask)
-            if loss is not None:
+            if loss is None:
+                self._warn_of_lone_router_losses()
+            else:
                 router_loss = self.config.router_aux_loss_coef * aux_loss + self.config.router_z_loss_coef * z_loss
                 loss = loss + _share_of_step(labels, kwargs) * router_loss.to(loss.device)
         return DepthLMCausalLMOutputWithPast(
@@ -443,6 +445,15 @@ class DepthLMForCausalLM(DepthLMPreTrainedModel, GenerationMixin):
             real = mask.reshape(-1).to(logits[0])
             z = [(square * real).sum() / real.sum() for square in squares]
         return torch.stack(balance).mean(), torch.stack(z).mean()
+
+    def _warn_of_lone_router_losses(self) -> None:
+        """A training that computes its loss from the logits has to add the router losses itself: say so once."""
+        weighed = self.config.router_aux_loss_coef or self.config.router_z_loss_coef
+        if self.training and weighed and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            logger.warning_once(
+                "This training pass has no labels, so the router losses are in no loss yet. Add them to yours: "
+                "router_aux_loss_coef * outputs.aux_loss + router_z_loss_coef * outputs.z_loss."
+            )
 
     def _refuse_detached_router(self) -> None:
         # Frozen routers (LoRA, for one) have no gradient to lose; with re-entrant checkpointing they would lose theirs.

@@ -20,7 +20,7 @@ def callbacks() -> list[TrainerCallback]:
     blocks = random_blocks(3, 12)
     return [
         VarianceCallback(moments_every=2),
-        SparsityCallback(every=3),
+        SparsityCallback(every=3, sequences=4),  # all of a batch, however it is shared out
         EffectivenessCallback(blocks, scores="skip,causal,block_influence", every=3, max_overhead=None),
     ]
 

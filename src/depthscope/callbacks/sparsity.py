@@ -44,7 +44,7 @@ class SparsityCallback(WindowCallback):
 
     Args:
         every: optimiser steps between two measurements of weights and attention; expert load is counted in every step.
-        sequences: sequences of the last batch that attention is measured on; 0 leaves it out.
+        sequences: sequences of the last batch, in each process, that attention is measured on; 0 leaves it out.
         weights: measure the weights.
         log: "layers" logs every layer, "summary" the first, the last and the quartiles over layers, "none" only single
             numbers; the history has every layer in any case.

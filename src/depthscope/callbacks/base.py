@@ -20,7 +20,7 @@ from depthscope.callbacks.history import History
 from depthscope.callbacks.placing import PREFIX, call_on_failure, place
 from depthscope.errors import SettingsError
 
-__all__ = ["LAYERS", "LOGGED", "Measured", "WindowCallback", "flat_names"]
+__all__ = ["LAYERS", "LOGGED", "Measured", "WindowCallback", "flat_names", "is_over"]
 
 LOGGED = ("layers", "summary", "none")
 LAYERS = "layers"
@@ -120,9 +120,6 @@ class WindowCallback(TrainerCallback, ExportableState):
         self.detach()
         if self._stack is None or self._stack.model is not model:
             self._stack = LayerStack(model)
-        self.attach(self._stack)
-        if args.torch_compile:
-            _forget_compiled()
         self.window = _saved_window(state, type(self).__name__) if state.global_step else None
         self._file = History(args.output_dir) if self.history and state.is_world_process_zero else None
         if self._file is not None:
@@ -130,6 +127,13 @@ class WindowCallback(TrainerCallback, ExportableState):
             if self.window is not None:
                 # A row of this step ended the window at the end of an earlier run; it has not ended yet.
                 self._file.drop(state.global_step, self.kind)
+        if is_over(state):
+            self._end_window(state)
+            self._file = None
+            return
+        self.attach(self._stack)
+        if args.torch_compile:
+            _forget_compiled()
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Measure every n-th step."""
@@ -194,6 +198,15 @@ class WindowCallback(TrainerCallback, ExportableState):
                 }
             )
         return measured
+
+
+def is_over(state: Any) -> bool:
+    """Whether all steps of the run are done.
+
+    Gone on from its last checkpoint in the middle of an epoch, the Trainer takes one step more, which is no part of the
+    run and of its history.
+    """
+    return 0 < state.max_steps <= state.global_step
 
 
 def _is_empty(model: nn.Module) -> bool:

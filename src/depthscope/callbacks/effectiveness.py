@@ -26,7 +26,7 @@ from transformers.trainer_callback import ExportableState
 
 from depthscope.analysis import analyze_blocks
 from depthscope.anatomy import LayerStack
-from depthscope.callbacks.base import LOGGED, Measured, flat_names
+from depthscope.callbacks.base import LOGGED, Measured, flat_names, is_over
 from depthscope.callbacks.history import History
 from depthscope.callbacks.placing import place
 from depthscope.corpus import Blocks
@@ -102,6 +102,7 @@ class EffectivenessCallback(TrainerCallback, ExportableState):
         self.cost: float | None = None  # seconds that an analysis takes
         self._since = time.perf_counter()
         self._file: History | None = None
+        self._over = False
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps of this callback."""
@@ -129,6 +130,7 @@ class EffectivenessCallback(TrainerCallback, ExportableState):
         """Refuse a model without layers now and not after hours, and go on where a checkpoint left off."""
         place(self)
         LayerStack(model)
+        self._over = is_over(state)
         if state.global_step:
             saved = (state.stateful_callbacks or {}).get(type(self).__name__)
             saved = (saved[0] if saved else None) if isinstance(saved, list) else saved
@@ -146,7 +148,7 @@ class EffectivenessCallback(TrainerCallback, ExportableState):
         now = time.perf_counter()
         self.trained += now - self._since
         self._since = now
-        if state.global_step % self.every == 0:
+        if state.global_step % self.every == 0 and not self._over:
             with _unnoticed(model):
                 if self._affordable(model):
                     self._analyse(model, Path(args.output_dir), state)

@@ -100,9 +100,10 @@ class SparsityCallback(WindowCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """Begin to watch; the first log brings a measurement of weights and attention."""
-        super().on_train_begin(args, state, control, model=model, **kwargs)
         saved = _saved_step(state, type(self).__name__) if state.global_step else None
         self._measured_at = -self.every if saved is None else saved
+        self._step = state.global_step
+        super().on_train_begin(args, state, control, model=model, **kwargs)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Count expert load in every step."""

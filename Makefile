@@ -1,5 +1,5 @@
-# `make demo` and `make test` work from a bare clone: they need Python (3.10 or later), make and pip, and set up the rest
-# in .venv, once.
+# `make demo`, `make sweep-demo` and `make test` work from a bare clone: they need Python (3.10 or later), make and pip,
+# and set up the rest in .venv, once.
 
 PYTHON ?= $(firstword $(foreach name,python3.11 python3.12 python3.13 python3.10 python3,$(if $(shell $(name) --version 2>/dev/null),$(name))))
 VENV := .venv
@@ -12,7 +12,7 @@ UNREACHABLE := could not install. Is the Python package index reachable? Behind 
 # Within three minutes on two cores: half the default text, and a sample of the pairs of layers.
 DEMO_OPTIONS := --fit-blocks 16 --eval-blocks 4 --block-size 128 --pairs 0.1 --probes 8
 
-.PHONY: help setup demo test test-floor lint format bench build clean
+.PHONY: help setup demo sweep-demo test test-floor lint format bench cards space build clean
 
 help:  ## Show what there is to make
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -41,6 +41,10 @@ demo: $(SMOLLM2_READY)  ## Analyse SmolLM2-135M on Python's own source: a table,
 		--out demo/smollm2-135m.json --html demo/smollm2-135m.html
 	@echo "Open demo/smollm2-135m.html in a browser; see the table again with: $(BIN)/depthscope show demo/smollm2-135m.json"
 
+# About two minutes on two cores. Interrupted, it goes on where it was; finished, it shows the tables again.
+sweep-demo: $(READY)  ## Train four very small models and see what depth does to their layers: tables, a page
+	@$(BIN)/depthscope sweep run smoke --out demo/sweep
+
 test: $(READY)  ## Run the tests
 	@$(MAKE) --no-print-directory $(SMOLLM2_READY) || echo "Tests on SmolLM2-135M will be skipped."
 	@$(BIN)/python tests/generic_suite.py || echo "transformers' generic model tests will be skipped."
@@ -65,6 +69,12 @@ format: $(READY)  ## Format the code and mend what can be mended
 
 bench: $(SMOLLM2_READY)  ## Time the scores against the released algorithms on SmolLM2-135M (about 15 minutes)
 	$(BIN)/python benchmarks/effectiveness.py
+
+cards: $(READY)  ## Make the cards of the released checkpoints again, from model_cards/records
+	$(BIN)/python model_cards/make_cards.py
+
+space: $(READY)  ## Serve the page that analyses models in a browser, on this machine
+	@$(BIN)/depthscope space
 
 build: $(READY)  ## Build the wheel and the source distribution
 	$(BIN)/python -m build --no-isolation --outdir dist .

@@ -14,10 +14,19 @@ import pytest
 import torch
 
 from smollm2 import gguf_path
+from without_depthscope import Elsewhere, make_elsewhere
+
+pytest_plugins = ["hub_fixture"]
 
 torch.set_num_threads(1)
 
 DATA = Path(os.environ.get("DEPTHSCOPE_DATA", Path(__file__).parents[2] / "shared" / "data"))
+
+
+@pytest.fixture(scope="session")
+def elsewhere(tmp_path_factory: pytest.TempPathFactory) -> Elsewhere:
+    """An environment without depthscope."""
+    return make_elsewhere(tmp_path_factory.mktemp("elsewhere"))
 
 
 @pytest.fixture(scope="session")

@@ -66,4 +66,5 @@ def fsdp(folder: Path) -> None:
 if __name__ == "__main__":
     {"ddp": ddp, "fsdp": fsdp}[sys.argv[1]](Path(sys.argv[2]))
     if dist.is_initialized():
+        dist.barrier()  # a process that ends before the others takes their connections with it
         dist.destroy_process_group()

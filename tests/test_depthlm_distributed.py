@@ -146,6 +146,7 @@ def run_every_case(rank: int, folder: Path, rendezvous: str) -> None:
             outcomes[name] = {"error": traceback.format_exc()}
         distributed.barrier()
     (folder / f"outcomes-{rank}.json").write_text(json.dumps(outcomes))
+    distributed.barrier()  # a process that ends before the others takes their connections with it
     distributed.destroy_process_group()
 
 

@@ -44,7 +44,7 @@ from depthscope.checkpoints import find_checkpoint
 from depthscope.errors import ModelLoadError, SettingsError
 from depthscope.load_failures import load_errors
 from depthscope.loading import load_model, model_facts
-from fake_hub import COMMIT, FakeHub
+from hub import LocalHub
 
 VOCABULARY = 260
 
@@ -744,18 +744,21 @@ def hub_folders(saved: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[s
     for path in folders["ggufs"].iterdir():
         path.unlink()
     (folders["ggufs"] / "q4.gguf").write_bytes(b"GGUF")
-    whole = {"org/whole": saved, "org/gated": saved, "org/broken": saved, "org/sharded": root / "sharded"}
-    return whole | {f"org/{name}": path for name, path in folders.items()}
+    whole = {"org/whole": saved, "org/gated": saved, "org/broken": saved, "org/private": saved}
+    return whole | {"org/sharded": root / "sharded"} | {f"org/{name}": path for name, path in folders.items()}
 
 
 @pytest.fixture(scope="module")
-def hub(hub_folders: dict[str, Path]) -> Iterator[FakeHub]:
-    refusals = {"org/gated": "GatedRepo", "org/private": "RepoNotFound", "org/broken": "ServerError"}
-    with FakeHub(hub_folders, refusals) as running:
+def hub(hub_folders: dict[str, Path]) -> Iterator[LocalHub]:
+    with LocalHub() as running:
+        for name, folder in hub_folders.items():
+            running.add_repository(name, folder, private=name == "org/private")
+        running.repository("org/gated").gated = "manual"
+        running.faults.always(path="*org/broken*", status=500)
         yield running
 
 
-def test_repositories_are_loaded_at_a_commit_and_each_refusal_has_its_message(hub: FakeHub, tmp_path: Path) -> None:
+def test_repositories_are_loaded_at_a_commit_and_each_refusal_has_its_message(hub: LocalHub, tmp_path: Path) -> None:
     refused = {
         "org/gated": "is gated",
         "org/private": "no such repository on the Hugging Face Hub that you may see",
@@ -766,18 +769,18 @@ def test_repositories_are_loaded_at_a_commit_and_each_refusal_has_its_message(hu
         "org/ggufs": "GGUF files: q4.gguf. Download one",
     }
     answers = ask("org/whole", "org/sharded@main", *refused, HF_ENDPOINT=hub.url, HF_HOME=str(tmp_path))
-    assert answers.pop("org/whole") == ["hub", COMMIT, None]
-    assert answers.pop("org/sharded") == ["hub", COMMIT, None]
+    for name in ("org/whole", "org/sharded"):
+        assert answers.pop(name) == ["hub", hub.repository(name).head.commit_id, None]
     assert {name: says for name, says in refused.items() if says not in answers[name]} == {}
     assert "no revision 'v9'" in ask("org/whole@v9", HF_ENDPOINT=hub.url, HF_HOME=str(tmp_path))["org/whole"]
 
 
 @pytest.mark.parametrize("setting", [{"HF_ENDPOINT": "http://127.0.0.1:9"}, {"HF_HUB_OFFLINE": "1"}])
 def test_without_the_hub_what_was_downloaded_is_found_and_the_rest_is_said_so(
-    setting: dict[str, str], hub: FakeHub, tmp_path: Path
+    setting: dict[str, str], hub: LocalHub, tmp_path: Path
 ) -> None:
     ask("org/whole", HF_ENDPOINT=hub.url, HF_HOME=str(tmp_path))
     answers = ask("org/whole", "org/sharded", **setting, HF_HOME=str(tmp_path))
-    assert answers["org/whole"] == ["hub", COMMIT, None]
+    assert answers["org/whole"] == ["hub", hub.repository("org/whole").head.commit_id, None]
     assert "it is not in the cache" in answers["org/sharded"]
     assert ("HF_HUB_OFFLINE" if "HF_HUB_OFFLINE" in setting else "cannot be reached") in answers["org/sharded"]

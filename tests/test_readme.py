@@ -7,6 +7,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
+from depthscope.cli import app
 from models import WIDTH, random_blocks, tiny_llama
 from runs import Sentences
 from tiny_tokenizer import save_tokenizer
@@ -45,8 +46,8 @@ def test_every_link_to_a_file_leads_somewhere() -> None:
 
 def test_the_commands_that_the_readme_names_exist() -> None:
     makefile = (ROOT / "Makefile").read_text()
-    for target in ("demo", "test"):
+    for target in ("demo", "test", "sweep-demo"):
         assert f"\n{target}:" in makefile
     blocks = re.findall(r"```\n(.*?)```", README, flags=re.DOTALL)
     for command in re.findall(r"^depthscope (\w+)", "\n".join(blocks), flags=re.MULTILINE):
-        assert command in {"analyze", "show", "compare", "scores", "presets", "convert", "sparsity"}
+        assert command in {name.name or name.callback.__name__ for name in app.registered_commands} | {"sweep"}

@@ -2,14 +2,13 @@
 
 import subprocess
 import sys
-import sysconfig
-import venv
 from pathlib import Path
 
 import pytest
 import torch
 
 from depthlm import KINDS, random_ids, tiny_depthlm
+from without_depthscope import Elsewhere
 
 # Loads by all three Auto classes, generates, trains a step, saves, loads again; compares with what was computed before.
 USE = """
@@ -48,30 +47,16 @@ assert torch.equal(trained(ids).logits, model(ids).logits)
 """
 
 
-@pytest.fixture(scope="module")
-def elsewhere(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The Python of an environment that has everything that this one has, except depthscope.
-
-    It reads this environment's packages through PYTHONPATH, where the .pth files of editable installs are not read.
-    """
-    folder = tmp_path_factory.mktemp("elsewhere")
-    venv.create(folder, with_pip=False)
-    return folder / ("Scripts/python.exe" if sys.platform == "win32" else "bin/python")
-
-
-def run(python: Path, code: str, *arguments: Path, cache: Path) -> subprocess.CompletedProcess[str]:
-    packages = sysconfig.get_path("purelib")
-    if (Path(packages) / "depthscope").exists():
-        pytest.skip("depthscope is installed as a copy here, not from this checkout")
+def run(elsewhere: Elsewhere, code: str, *arguments: Path, cache: Path) -> subprocess.CompletedProcess[str]:
     settings = {
-        "PYTHONPATH": packages,
+        "PYTHONPATH": str(elsewhere.packages),
         "HF_HOME": str(cache),
         "HF_HUB_OFFLINE": "1",
         "OMP_NUM_THREADS": "1",
         "PATH": "",
         "HOME": str(cache),
     }
-    command = [str(python), "-c", code, *map(str, arguments)]
+    command = [str(elsewhere.python), "-c", code, *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=300, env=settings, cwd=cache)
 
 
@@ -89,13 +74,13 @@ def save(kind: str, folder: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["dense", "moe_shared", "scaled_peri"])
-def test_a_saved_model_works_where_depthscope_is_not_installed(kind: str, elsewhere: Path, tmp_path: Path) -> None:
+def test_a_saved_model_works_where_depthscope_is_not_installed(kind: str, elsewhere: Elsewhere, tmp_path: Path) -> None:
     save(kind, tmp_path / "model")
     done = run(elsewhere, USE, tmp_path / "model", tmp_path / "again", cache=tmp_path)
     assert done.returncode == 0, done.stderr
 
 
-def test_without_trust_transformers_refuses_in_its_own_words(elsewhere: Path, tmp_path: Path) -> None:
+def test_without_trust_transformers_refuses_in_its_own_words(elsewhere: Elsewhere, tmp_path: Path) -> None:
     save("dense", tmp_path / "model")
     code = "import sys; from transformers import AutoModelForCausalLM as A; A.from_pretrained(sys.argv[1])"
     done = run(elsewhere, code, tmp_path / "model", cache=tmp_path)

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         ConversionError,
         CorpusError,
         DepthscopeError,
+        HubError,
         ModelLoadError,
         NoLayerStackError,
         NonFiniteError,
@@ -29,10 +30,13 @@ if TYPE_CHECKING:
         ReportError,
         SettingsError,
     )
+    from depthscope.hub.callback import HubCheckpointCallback
+    from depthscope.hub.push import push
     from depthscope.loading import LoadedModel, load_model
     from depthscope.models.configuration_depthlm import DepthLMConfig
     from depthscope.models.modeling_depthlm import DepthLMForCausalLM, DepthLMModel
     from depthscope.page import write_page
+    from depthscope.recipes import Recipe, recipe
     from depthscope.report import LayerReport
     from depthscope.settings import Settings
     from depthscope.standins import AffineMap
@@ -48,6 +52,7 @@ _PLACES = {
         "ConversionError",
         "CorpusError",
         "DepthscopeError",
+        "HubError",
         "ModelLoadError",
         "NoLayerStackError",
         "NonFiniteError",
@@ -55,9 +60,12 @@ _PLACES = {
         "ReportError",
         "SettingsError",
     ),
+    "hub.callback": ("HubCheckpointCallback",),
+    "hub.push": ("push",),
     "loading": ("LoadedModel", "load_model"),
     "models": ("DepthLMConfig", "DepthLMForCausalLM", "DepthLMModel"),
     "page": ("write_page",),
+    "recipes": ("Recipe", "recipe"),
     "report": ("LayerReport",),
     "settings": ("Settings",),
     "standins": ("AffineMap",),
@@ -77,6 +85,8 @@ __all__ = [
     "DepthLMForCausalLM",
     "DepthLMModel",
     "DepthscopeError",
+    "HubCheckpointCallback",
+    "HubError",
     "LayerReport",
     "LayerStack",
     "LoadedModel",
@@ -84,6 +94,7 @@ __all__ = [
     "NoLayerStackError",
     "NonFiniteError",
     "OutOfMemoryError",
+    "Recipe",
     "ReportError",
     "Settings",
     "SettingsError",
@@ -91,6 +102,8 @@ __all__ = [
     "compare",
     "load_blocks",
     "load_model",
+    "push",
+    "recipe",
     "write_page",
 ]
 

@@ -20,7 +20,7 @@ from depthscope.loading import LoadedModel, load_model, model_facts
 from depthscope.measurement import AnalysisInterrupted, measure, require_finite, total_work
 from depthscope.modes import evaluating
 from depthscope.processes import Processes
-from depthscope.progress import showing_progress, showing_status
+from depthscope.progress import Listener, showing_progress, showing_status
 from depthscope.report import LayerReport
 from depthscope.scores import SCORES
 from depthscope.settings import Settings
@@ -43,7 +43,7 @@ def analyze(
     dtype: str = "auto",
     device: str | None = None,
     trust_remote_code: bool = False,
-    progress: bool = True,
+    progress: bool | Listener = True,
     **options: Any,
 ) -> LayerReport:
     """Measure how much every layer of a causal language model contributes.
@@ -62,7 +62,8 @@ def analyze(
         dtype: "auto" (float32 on a CPU, else the checkpoint's), "float32", "bfloat16" or "float16".
         device: where to run; None chooses, "auto" splits a large model over all devices.
         trust_remote_code: run the code in the model's repository. Off unless you trust who wrote it.
-        progress: show a progress bar on a terminal.
+        progress: show a progress bar on a terminal, or a function that is told instead: what is being done, and the
+            share of the work that is done.
         **options: fields of `Settings`.
 
     Returns:
@@ -82,7 +83,7 @@ def analyze(
         loaded = LoadedModel(model, tokenizer, model_facts(model))
     else:
         where = str(processes.device) if device is None and processes.count > 1 else device
-        with showing_status(f"Loading {model}", visible=progress and processes.is_main):
+        with showing_status(f"Loading {model}", visible=progress is True and processes.is_main):
             loaded = load_model(
                 str(model), revision=revision, dtype=dtype, device=where, trust_remote_code=trust_remote_code
             )
@@ -112,7 +113,7 @@ def analyze_blocks(
     *,
     facts: dict[str, Any],
     processes: Processes | None = None,
-    progress: bool = True,
+    progress: bool | Listener = True,
 ) -> LayerReport:
     """Measure a loaded model on blocks of tokens; see `analyze`."""
     processes = processes or Processes.here()
@@ -122,7 +123,8 @@ def analyze_blocks(
         require_finite(stack)
         scores = {name: SCORES[name](stack, settings, settings.eval_blocks) for name in settings.scores}
         total = total_work(stack, scores, settings) / processes.count
-        with showing_progress(total, visible=progress and processes.is_main) as shown:
+        listener = progress if callable(progress) else None
+        with showing_progress(total, visible=bool(progress) and processes.is_main, listener=listener) as shown:
             baseline = measure(stack, scores, blocks, settings, processes, shown)
     return assemble(stack, scores, baseline, blocks, settings, facts)
 

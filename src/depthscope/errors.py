@@ -43,3 +43,15 @@ class ConversionError(DepthscopeError, ValueError):
 
 class ReportError(DepthscopeError):
     """A report could not be read or written."""
+
+
+class SpecificationError(DepthscopeError, ValueError):
+    """A sweep file says something that is not allowed; the message names the line and what is."""
+
+
+class SweepError(DepthscopeError):
+    """A sweep could not be run or read."""
+
+
+class HubError(DepthscopeError):
+    """The Hub refused, or did not answer; the message says what is there now and what to do."""

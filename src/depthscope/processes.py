@@ -23,7 +23,8 @@ class Processes:
     @classmethod
     def here(cls) -> "Processes":
         """The processes of this run, joined if `torchrun` (or accelerate) started several."""
-        state = PartialState()
+        # Without being told, accelerate does not join processes that have no accelerator.
+        state = PartialState(cpu=not torch.accelerator.is_available())
         return cls(state.process_index, state.num_processes, state.device)
 
     @property

@@ -1,6 +1,6 @@
 """A progress bar with the time left, weighted by the work that is really done."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
@@ -16,18 +16,22 @@ from rich.progress import (
 )
 from rich.text import Text
 
+# Is told what is being done, and the share of all the work that is done, from 0 to 1.
+Listener = Callable[[str, float], None]
+
 # The estimate looks back this far, in seconds: experiments on early layers take longer than on late ones.
 ESTIMATE_SECONDS = 120.0
 
 
 class Progress:
-    """Says what is being done and how far it is; `quiet` shows nothing and still counts."""
+    """Says what is being done and how far it is, on a bar, to a `listener`, or to nobody; it counts all the same."""
 
-    def __init__(self, total: float, bar: Bar | None) -> None:
+    def __init__(self, total: float, bar: Bar | None, listener: Listener | None = None) -> None:
         self.total = total
         self.done = 0.0
         self.stage = "starting"
         self._bar = bar
+        self._listener = listener
         self._task = bar.add_task(self.stage, total=total) if bar else None
 
     def at(self, stage: str) -> None:
@@ -35,12 +39,18 @@ class Progress:
         self.stage = stage
         if self._bar is not None and self._task is not None:
             self._bar.update(self._task, description=stage)
+        self._tell()
 
     def advance(self, work: float) -> None:
         """Count work done, in forward passes of one layer over one block."""
         self.done += work
         if self._bar is not None and self._task is not None:
             self._bar.advance(self._task, work)
+        self._tell()
+
+    def _tell(self) -> None:
+        if self._listener is not None:
+            self._listener(self.stage, min(1.0, self.done / self.total) if self.total else 1.0)
 
 
 @contextmanager
@@ -55,8 +65,14 @@ def showing_status(doing: str, *, visible: bool) -> Iterator[None]:
 
 
 @contextmanager
-def showing_progress(total: float, *, visible: bool) -> Iterator[Progress]:
-    """Show a bar on standard error while the work inside goes on; on a file or a pipe nothing is drawn."""
+def showing_progress(total: float, *, visible: bool, listener: Listener | None = None) -> Iterator[Progress]:
+    """Show a bar on standard error while the work inside goes on; on a file or a pipe nothing is drawn.
+
+    With a `listener`, tell it instead.
+    """
+    if listener is not None:
+        yield Progress(total, None, listener)
+        return
     console = Console(stderr=True)
     if not visible or not (console.is_terminal or console.is_jupyter):
         yield Progress(total, None)

@@ -6,6 +6,7 @@
     scores                      global values by name; each `<name>` may have a `<name>_se` beside it
     layers                      one row a layer, layers counted from 0
     pairs                       L x L matrices by name, null where undefined; `causal[s][l]`: layer s skipped, seen at l
+    downstream                  accuracies on downstream tasks, where they were measured
 
 Standard errors are over blocks of tokens; losses are in nats. Reports come from strangers too, so reading one checks
 and bounds everything: see `LayerReport.load`.
@@ -23,6 +24,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, field_validator, model_validator
 from typing_extensions import NotRequired, TypedDict
 
+from depthscope.downstream.record import Accuracy
 from depthscope.errors import ReportError
 from depthscope.files import read_text, write_atomically
 from depthscope.glossary import GLOBAL_SCORES, LAYER_SCORES, format_score, format_with_error, in_order
@@ -119,6 +121,7 @@ class LayerReport(BaseModel):
     scores: dict[str, float | None]
     layers: list[dict[str, JsonValue]]
     pairs: dict[str, Matrix] = Field(default_factory=dict)
+    downstream: list[Accuracy] = Field(default_factory=list)
 
     # ------------------------------------------------------------------------------------------------- validation
 
@@ -177,6 +180,8 @@ class LayerReport(BaseModel):
             "layers": [canonical(row, ["layer", "kind", *_with_errors(LAYER_SCORES)]) for row in self.layers],
             "pairs": canonical(self.pairs, _with_errors(["causal", "permutation"])),
         }
+        if self.downstream:  # else the bytes are those of a report from before there was the field
+            content["downstream"] = [row.model_dump() for row in self.downstream]
         return encode(content) + "\n"
 
     def save(self, path: str | os.PathLike[str]) -> Path:

@@ -4,10 +4,10 @@ torch and transformers are imported inside the commands, so that `--help` answer
 message and exit code 2, Ctrl-C with 130.
 """
 
-from depthscope.cli import analysis, models, sparsity
+from depthscope.cli import analysis, evaluate, models, push, recipe, space, sparsity, sweep
 from depthscope.cli.shared import app
 
-__all__ = ["analysis", "app", "main", "models", "sparsity"]
+__all__ = ["analysis", "app", "evaluate", "main", "models", "push", "recipe", "space", "sparsity", "sweep"]
 
 
 def main() -> None:

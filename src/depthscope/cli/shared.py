@@ -46,7 +46,7 @@ def say(line: str) -> None:
 
 
 @contextmanager
-def errors_for_people() -> Iterator[None]:
+def errors_for_people(after_interrupt: str = "Nothing was written.") -> Iterator[None]:
     """One message instead of a traceback: exit code 2 for bad input, 130 for Ctrl-C."""
     try:
         yield
@@ -55,7 +55,7 @@ def errors_for_people() -> Iterator[None]:
         raise typer.Exit(BAD_INPUT) from None
     except KeyboardInterrupt as interrupt:
         said = str(interrupt) or "Interrupted."
-        Console(stderr=True).print(Text(f"{said} Nothing was written."), soft_wrap=True)
+        Console(stderr=True).print(Text(f"{said} {after_interrupt}"), soft_wrap=True)
         raise typer.Exit(INTERRUPTED) from None
     except BrokenPipeError:
         sys.stderr.close()

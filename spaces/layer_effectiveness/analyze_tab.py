@@ -1,0 +1,205 @@
+"""The tab that analyses one model, or shows one report."""
+
+from collections.abc import AsyncIterator
+from functools import partial
+from html import escape
+from typing import Any
+
+import anyio
+import gradio as gr
+
+from choices_panel import ChoicesPanel
+from depthscope import LayerReport
+from problems import Problem
+from results_panel import ResultsPanel
+from service import Service
+from visitor import progress_bar, read_report
+
+__all__ = ["build", "failed"]
+
+HUB, UPLOAD, REPORT = "Model on the Hub", "Upload a model", "Upload a report"
+SOURCES = (HUB, UPLOAD, REPORT)
+MODEL_FILES = [".zip", ".gguf", ".safetensors", ".json", ".txt", ".model"]
+MOST_RECENT = 8
+MOST_KEPT = 6  # reports of a visitor that Compare offers
+
+
+def build(service: Service, page: gr.Blocks, kept: gr.State) -> None:
+    """Draw the tab of a `page`; finished reports go into `kept`, a visitor's own list of JSON texts."""
+    recent = gr.BrowserState([], storage_key="depthscope-recent")
+    with gr.Row(equal_height=False):
+        with gr.Column(scale=1, min_width=300):
+            source = gr.Radio(list(SOURCES), value=HUB, label="What to look at", elem_id="source")
+            with gr.Group(visible=True) as hub_group:
+                model = gr.Dropdown(
+                    service.examples,
+                    value=service.examples[0],
+                    allow_custom_value=True,
+                    label="Model",
+                    info="Any id on the Hugging Face Hub, or an example from the list",
+                    elem_id="model",
+                )
+                revision = gr.Textbox(
+                    label="Revision",
+                    placeholder="main",
+                    info="Branch, tag or commit; may stay empty",
+                    elem_id="revision",
+                )
+            with gr.Group(visible=False) as upload_group:
+                upload = gr.File(
+                    label="A .zip, the files, or a .gguf",
+                    file_count="multiple",
+                    file_types=MODEL_FILES,
+                    height=160,
+                    elem_id="upload",
+                )
+                gr.HTML(
+                    "<p class='ds-caption ds-inside'>A folder of <code>save_pretrained</code> as a .zip or as its "
+                    "files together (config, tokenizer, safetensors), or one GGUF file.</p>"
+                )
+            with gr.Group(visible=False) as report_group:
+                report = gr.File(
+                    label="A report (.json)",
+                    file_types=[".json"],
+                    height=160,
+                    elem_id="report",
+                )
+                gr.HTML("<p class='ds-caption ds-inside'>As <code>depthscope analyze --out</code> writes it.</p>")
+            panel = ChoicesPanel.build(service.limits)
+            estimated = gr.HTML(elem_id="estimate")
+            with gr.Row():
+                start = gr.Button("Analyze", variant="primary", elem_id="analyze", min_width=120)
+                stop = gr.Button("Stop", variant="stop", interactive=False, elem_id="stop", min_width=120)
+            if service.offers_login:
+                gr.LoginButton(size="sm")
+                gr.HTML(
+                    "<p class='ds-caption'>Sign in to analyse gated models that you may read. Your token is used for "
+                    "the download alone, and never stored.</p>"
+                )
+        with gr.Column(scale=3, min_width=320):
+            status = gr.HTML(_welcome(service), elem_id="status")
+            results = ResultsPanel.build()
+
+    source.change(
+        lambda chosen: [gr.update(visible=chosen == name) for name in SOURCES],
+        source,
+        [hub_group, upload_group, report_group],
+        api_visibility="private",
+        show_progress="hidden",
+    )
+
+    async def analyse(token: str | None, owner: str, values: tuple[Any, ...]) -> AsyncIterator[dict[Any, Any]]:
+        chosen, name, wanted, uploaded, given, reports, named, *choices = values
+        yield {
+            start: gr.update(interactive=False),
+            stop: gr.update(interactive=True),
+            status: progress_bar("Looking at what you chose", 0.0),
+            estimated: "",
+            **results.hide(),
+        }
+        finished: LayerReport | None = None
+        said = ""
+        try:
+            if chosen == REPORT:
+                finished = await anyio.to_thread.run_sync(read_report, given, service.limits)
+            else:
+                on_hub = (name or "") if chosen == HUB else None
+                planned = await service.plan(on_hub, wanted or "", uploaded, panel.read(choices, service.limits), token)
+                async for step in service.follow(planned, owner):
+                    if isinstance(step, str):
+                        yield {status: step}
+                    else:
+                        finished = step
+                        yield await anyio.to_thread.run_sync(partial(results.update, step, is_whole=False))
+        except Problem as problem:
+            said = failed(problem, partly=finished is not None)
+        last: dict[Any, Any] = {start: gr.update(interactive=True), stop: gr.update(interactive=False), status: said}
+        if chosen == UPLOAD:
+            last[upload] = None  # the job has removed the files
+        if finished is not None and not said:
+            last |= await anyio.to_thread.run_sync(partial(results.update, finished, is_whole=True))
+            text = finished.to_json()
+            last[kept] = [*(other for other in reports if other != text), text][-MOST_KEPT:]
+            if chosen == HUB:
+                last[recent] = [name, *(other for other in named if other != name)][:MOST_RECENT]
+        yield last
+
+    inputs = [source, model, revision, upload, report, kept, recent, *panel.inputs]
+    outputs = [status, start, stop, estimated, upload, kept, recent, *results.outputs]
+    start.click(
+        _with_token(analyse) if service.offers_login else _without_token(analyse),
+        inputs,
+        outputs,
+        concurrency_limit=None,
+        show_progress="hidden",
+        api_visibility="private",
+    )
+
+    def stop_mine(request: gr.Request) -> None:
+        service.jobs.stop(str(request.session_hash))
+
+    stop.click(stop_mine, None, None, queue=False, api_visibility="private", show_progress="hidden")
+
+    async def say_estimate(*values: Any) -> str:
+        chosen, name, wanted, uploaded, *choices = values
+        if chosen == REPORT or (chosen == UPLOAD and not uploaded) or (chosen == HUB and not name):
+            return ""
+        try:
+            on_hub = name if chosen == HUB else None
+            planned = await service.plan(on_hub, wanted or "", uploaded, panel.read(choices, service.limits))
+        except Problem as problem:
+            return f"<p class='ds-caption'>{escape(str(problem))}</p>"
+        return f"<p class='ds-caption'>{escape(planned.in_words())}</p>"
+
+    gr.on(
+        [page.load, source.change, model.change, revision.blur, upload.change, *(part.change for part in panel.costly)],
+        say_estimate,
+        [source, model, revision, upload, *panel.inputs],
+        estimated,
+        trigger_mode="always_last",
+        concurrency_limit=8,
+        show_progress="hidden",
+        api_visibility="private",
+    )
+    recent.change(
+        lambda named: gr.update(choices=[*named, *(name for name in service.examples if name not in named)]),
+        recent,
+        model,
+        api_visibility="private",
+        show_progress="hidden",
+    )
+
+
+def failed(problem: Problem, *, partly: bool = False) -> str:
+    """Say what went wrong, as HTML."""
+    rest = " What was measured until then is below." if partly else ""
+    title = "Stopped" if problem.kind == "stopped" else "Not analysed"
+    return f"<div class='ds-problem' role='alert'><strong>{title}.</strong> {escape(str(problem))}{rest}</div>"
+
+
+def _welcome(service: Service) -> str:
+    largest = service.limits.max_parameters / 1e9
+    return (
+        "<div class='ds-welcome'><h2>Which layers of a language model do the work?</h2><p>Name a model on the Hub, or "
+        "upload one, and press <strong>Analyze</strong>. Each layer is left out, replaced by an affine map and "
+        "swapped with others, and the page shows what that does to the model: which layers matter, which are near the "
+        f"identity, and what it costs to drop them.</p><p class='ds-caption'>Models of up to {largest:.3g} billion "
+        "parameters, in safetensors or GGUF. No code of a model is run. What you upload is deleted when its analysis "
+        "ends.</p></div>"
+    )
+
+
+def _with_token(analyse: Any) -> Any:
+    async def run(request: gr.Request, oauth: gr.OAuthToken | None, *values: Any) -> AsyncIterator[dict[Any, Any]]:
+        async for change in analyse(oauth.token if oauth else None, str(request.session_hash), values):
+            yield change
+
+    return run
+
+
+def _without_token(analyse: Any) -> Any:
+    async def run(request: gr.Request, *values: Any) -> AsyncIterator[dict[Any, Any]]:
+        async for change in analyse(None, str(request.session_hash), values):
+            yield change
+
+    return run

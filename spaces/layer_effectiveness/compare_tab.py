@@ -1,0 +1,203 @@
+"""The tab that sets two to six models or reports side by side."""
+
+from collections.abc import AsyncIterator, Sequence
+from functools import partial
+from html import escape
+from typing import Any
+
+import anyio
+import gradio as gr
+import pandas as pd
+
+import shown
+from analyze_tab import failed
+from choices_panel import ChoicesPanel
+from depth_figure import COURSE_EXPLANATION, against_depth, of_reports, over_training
+from depth_figure import EXPLANATION as DEPTH_EXPLANATION
+from depthscope import LayerReport, compare
+from depthscope.glossary import GLOBAL_SCORES, format_with_error
+from depthscope.plots import EXPLANATIONS, compare_layers
+from problems import Problem
+from published_sweeps import Sweep, read_sweep
+from service import Service
+from visitor import progress_bar, read_report
+
+__all__ = ["build", "compared"]
+
+FEWEST, MOST = 2, 6
+
+
+def build(service: Service, kept: gr.State) -> None:
+    """Draw the tab; `kept` holds the reports that the visitor made before."""
+    gr.HTML(
+        "<p>Set two to six models side by side: reports, models that you have just analysed, and models on the Hub, "
+        "which are analysed one after the other. They are only comparable on the same text with the same settings; the "
+        "page says where they differ.</p>"
+    )
+    with gr.Row(equal_height=False):
+        with gr.Column(scale=1, min_width=300):
+            mine = gr.CheckboxGroup([], label="Analysed on this page", visible=False, elem_id="compare-mine")
+            reports = gr.File(
+                label="Reports (JSON)",
+                file_count="multiple",
+                file_types=[".json"],
+                height=160,
+                elem_id="compare-reports",
+            )
+            models = gr.Textbox(
+                label="Models on the Hub, one a line",
+                lines=3,
+                placeholder="EleutherAI/pythia-70m\nEleutherAI/pythia-160m",
+                elem_id="compare-models",
+            )
+            sweep = gr.Textbox(
+                label="Or a depth sweep",
+                info="The dataset of reports that depthscope push made of it",
+                placeholder="NAMESPACE/NAME",
+                elem_id="compare-sweep",
+            )
+            panel = ChoicesPanel.build(service.limits)
+            with gr.Row():
+                start = gr.Button("Compare", variant="primary", elem_id="compare", min_width=120)
+                stop = gr.Button("Stop", variant="stop", interactive=False, elem_id="compare-stop", min_width=120)
+        with gr.Column(scale=3, min_width=320):
+            status = gr.HTML(elem_id="compare-status")
+            with gr.Column(visible=False, elem_id="compared") as area:
+                title = gr.HTML()
+                with gr.Row(elem_id="compare-downloads"):
+                    csv = gr.DownloadButton("Layers (CSV)", size="sm", elem_id="compare-csv", min_width=110)
+                    page = gr.DownloadButton("Page (HTML)", size="sm", elem_id="compare-html", min_width=110)
+                gr.HTML("<h3>Layer by layer</h3>")
+                layers = gr.Plot(show_label=False, container=False, elem_id="plot-compare")
+                gr.HTML(f"<p class='ds-caption'>{escape(EXPLANATIONS['compare_layers'])}</p>")
+                with gr.Column(visible=False) as depth_area:
+                    gr.HTML("<h3>Against depth</h3>")
+                    depth = gr.Plot(show_label=False, container=False, elem_id="plot-depth")
+                    gr.HTML(f"<p class='ds-caption'>{escape(DEPTH_EXPLANATION)}</p>")
+                with gr.Column(visible=False) as course_area:
+                    gr.HTML("<h3>Variance over training</h3>")
+                    course = gr.Plot(show_label=False, container=False, elem_id="plot-course")
+                    gr.HTML(f"<p class='ds-caption'>{escape(COURSE_EXPLANATION)}</p>")
+                gr.HTML(
+                    "<h3>The scores</h3><p class='ds-caption'>With a star: differs from the first by more than two "
+                    "combined standard errors.</p>"
+                )
+                table = gr.Dataframe(
+                    interactive=False, show_label=False, label="Scores", elem_id="compare-table", pinned_columns=1
+                )
+
+    outputs = [status, start, stop, reports, area, title, layers, depth_area, depth]
+    outputs += [course_area, course, table, csv, page]
+
+    def show(found: Sequence[LayerReport], read: Sweep | None) -> dict[Any, Any]:
+        drawn = compared(found, read)
+        files = shown.files(found)
+        return {
+            area: gr.update(visible=True),
+            title: drawn["title"],
+            layers: drawn["layers"],
+            depth_area: gr.update(visible=drawn["depth"] is not None),
+            depth: drawn["depth"],
+            course_area: gr.update(visible=drawn["course"] is not None),
+            course: drawn["course"],
+            table: drawn["table"],
+            csv: files["csv"],
+            page: files["html"],
+        }
+
+    async def run(request: gr.Request, *values: Any) -> AsyncIterator[dict[Any, Any]]:
+        chosen, uploaded, named, published, own, *choices = values
+        yield {
+            start: gr.update(interactive=False),
+            stop: gr.update(interactive=True),
+            area: gr.update(visible=False),
+            status: progress_bar("Reading the reports", 0.0),
+        }
+        said: str = ""
+        change: dict[Any, Any] = {}
+        try:
+            found = [LayerReport.from_json(own[index]) for index in chosen or () if index < len(own)]
+            found += [await anyio.to_thread.run_sync(read_report, path, service.limits) for path in uploaded or ()]
+            names = [line.strip() for line in (named or "").splitlines() if line.strip()]
+            read: Sweep | None = None
+            if (published or "").strip():
+                read = await anyio.to_thread.run_sync(read_sweep, published, service.limits)
+                found = _one_a_depth([*read.trained, *found])
+            _require_count(len(found) + len(names))
+            for index, name in enumerate(names):
+                planned = await service.plan(name, "", None, panel.read(choices, service.limits))
+                async for step in service.follow(planned, str(request.session_hash)):
+                    if isinstance(step, str):
+                        yield {status: f"<p class='ds-eyebrow'>{escape(name)} ({index + 1} of {len(names)})</p>{step}"}
+                    else:
+                        last = step
+                found.append(last)
+            change = await anyio.to_thread.run_sync(partial(show, found, read))
+        except Problem as problem:
+            said = failed(problem)
+        yield {start: gr.update(interactive=True), stop: gr.update(interactive=False), status: said, **change}
+
+    start.click(
+        run,
+        [mine, reports, models, sweep, kept, *panel.inputs],
+        outputs,
+        concurrency_limit=None,
+        show_progress="hidden",
+        api_visibility="private",
+    )
+
+    def stop_mine(request: gr.Request) -> None:
+        service.jobs.stop(str(request.session_hash))
+
+    stop.click(stop_mine, None, None, queue=False, api_visibility="private", show_progress="hidden")
+
+    def offer(own: list[str]) -> dict[str, Any]:
+        names = [LayerReport.from_json(text).model["name"] for text in own]
+        offered = [
+            (f"{name} ({index + 1})" if names.count(name) > 1 else name, index) for index, name in enumerate(names)
+        ]
+        return gr.update(choices=offered, value=[index for _, index in offered], visible=bool(own))
+
+    kept.change(offer, kept, mine, api_visibility="private", show_progress="hidden")
+
+
+def compared(reports: Sequence[LayerReport], sweep: Sweep | None = None) -> dict[str, Any]:
+    """What the page shows of a comparison: a title with warnings, figures and a table; of a sweep, all its models."""
+    _require_count(len(reports))
+    comparison = compare(reports)
+    if not comparison.layer_scores:
+        raise Problem(
+            "report", "The reports have no score of each layer in common. Analyse the models with the same scores."
+        )
+    depth = against_depth(
+        of_reports(reports if sweep is None else sweep.trained), of_reports(sweep.untrained if sweep else ())
+    )
+    courses = [(f"{course.name}", course.steps, course.values) for course in sweep.courses] if sweep else []
+    warnings = "".join(f"<li>{escape(warning)}</li>" for warning in comparison.warnings)
+    listed = f"<p><strong>Before comparing</strong></p><ul class='ds-notes'>{warnings}</ul>" if warnings else ""
+    rows = []
+    for row in comparison.scores:
+        cells = {"score": GLOBAL_SCORES[row.name].label if row.name in GLOBAL_SCORES else row.name}
+        for label, value, error, exceeds in zip(comparison.labels, row.values, row.errors, row.exceeds, strict=True):
+            cells[label] = format_with_error(value, error) + (" *" if exceeds else "")
+        rows.append(cells)
+    return {
+        "title": f"<h2>{escape(' and '.join(comparison.labels))}</h2>{listed}",
+        "layers": shown.plot_data(compare_layers(reports), "comparison"),
+        "depth": None if depth is None else shown.plot_data(depth, "against-depth"),
+        "course": shown.plot_data(over_training(courses), "over-training") if courses else None,
+        "table": pd.DataFrame(rows),
+    }
+
+
+def _one_a_depth(reports: Sequence[LayerReport]) -> list[LayerReport]:
+    """The first report of each depth, as many as are set side by side."""
+    by_depth: dict[int, LayerReport] = {}
+    for report in reports:
+        by_depth.setdefault(report.model["num_layers"], report)
+    return [by_depth[depth] for depth in sorted(by_depth)][:MOST]
+
+
+def _require_count(count: int) -> None:
+    if not FEWEST <= count <= MOST:
+        raise Problem("settings", f"{count} models or reports were chosen; choose {FEWEST} to {MOST}.")

@@ -1,0 +1,134 @@
+"""Scores against depth, for models of unequal depth side by side."""
+
+import html
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import plotly.graph_objects as go
+from plotly.subplots import make_subplots
+
+from depthscope import LayerReport
+from depthscope.glossary import GLOBAL_SCORES, format_with_error
+from depthscope.plots import BLUE, DASHES, GRID_GREY, PALETTE, TEXT_GREY, VERMILION
+
+__all__ = ["COURSE_EXPLANATION", "EXPLANATION", "Point", "against_depth", "of_reports", "over_training"]
+
+EXPLANATION = (
+    "Each panel shows one score against the number of layers, with error bars of one standard error where they are "
+    "known. The mean over layers falls with depth by dilution alone: more layers share about as much work. Dashed, in "
+    "a sweep: the same models before they were trained."
+)
+COURSE_EXPLANATION = (
+    "The variance of the residual stream after the last layer while the models of the sweep were trained."
+)
+SCORES = (
+    *("loss", "effective_depth_skip", "skip_ratio", "usefulness_ratio", "causal", "permutation", "jacobian"),
+    *("variance", "usefulness"),
+)
+COLUMNS = 2
+PANEL_HEIGHT = 210
+
+
+@dataclass(frozen=True)
+class Point:
+    """One model: its name, its number of layers, and its global scores with their standard errors."""
+
+    name: str
+    layers: int
+    scores: dict[str, float | None]
+
+
+def of_reports(reports: Sequence[LayerReport]) -> list[Point]:
+    """The points of reports."""
+    return [Point(report.model["name"], report.model["num_layers"], report.scores) for report in reports]
+
+
+def against_depth(
+    points: Sequence[Point], references: Sequence[Point] = (), *, columns: int = COLUMNS
+) -> go.Figure | None:
+    """Draw the scores that at least two depths have, `references` dashed beside them; None if there are none."""
+    every = [*points, *references]
+    names = [
+        name for name in SCORES if len({point.layers for point in points if point.scores.get(name) is not None}) > 1
+    ]
+    if not names:
+        return None
+    rows = -(-len(names) // columns)
+    figure = make_subplots(
+        rows=rows,
+        cols=columns,
+        subplot_titles=[GLOBAL_SCORES[name].label for name in names],
+        vertical_spacing=min(0.9 / max(rows - 1, 1), 62 / (PANEL_HEIGHT * rows)),
+        horizontal_spacing=0.12,
+    )
+    figure.update_annotations(font={"size": 13, "color": TEXT_GREY})  # the panels' titles
+    for index, name in enumerate(names):
+        place = {"row": index // columns + 1, "col": index % columns + 1}
+        _draw(figure, name, points, BLUE, "solid", place)
+        _draw(figure, name, references, VERMILION, "dash", place)
+        is_last = index + columns >= len(names)
+        figure.update_xaxes(
+            title_text="layers" if is_last else None,
+            tickvals=sorted({point.layers for point in every}),
+            type="log",
+            gridcolor=GRID_GREY,
+            **place,
+        )
+    figure.update_yaxes(gridcolor=GRID_GREY, automargin=True, zeroline=False)
+    figure.update_layout(
+        template=go.layout.Template(),
+        height=PANEL_HEIGHT * rows + 70,
+        paper_bgcolor="rgba(0, 0, 0, 0)",
+        plot_bgcolor="rgba(0, 0, 0, 0)",
+        font={"family": "system-ui, sans-serif", "size": 12, "color": TEXT_GREY},
+        showlegend=False,
+        margin={"l": 50, "r": 12, "t": 36, "b": 48},
+    )
+    return figure
+
+
+def _draw(figure: go.Figure, name: str, points: Sequence[Point], color: str, dash: str, place: dict[str, int]) -> None:
+    known = sorted((point for point in points if point.scores.get(name) is not None), key=lambda point: point.layers)
+    if not known:
+        return
+    errors = [point.scores.get(f"{name}_se") for point in known]
+    figure.add_scatter(
+        x=[point.layers for point in known],
+        y=[point.scores[name] for point in known],
+        error_y={"array": [error or 0.0 for error in errors], "color": color, "thickness": 1} if any(errors) else None,
+        mode="lines+markers",
+        line={"color": color, "dash": dash},
+        marker={"size": 7},
+        customdata=[
+            [html.escape(point.name), format_with_error(point.scores[name], error)]
+            for point, error in zip(known, errors, strict=True)
+        ],
+        hovertemplate="%{customdata[0]}, %{x} layers: %{customdata[1]}<extra></extra>",
+        **place,
+    )
+
+
+def over_training(courses: Sequence[tuple[str, Sequence[float], Sequence[float]]]) -> go.Figure:
+    """Draw the variance after the last layer over training, one line a model: name, steps and values."""
+    figure = go.Figure()
+    for index, (name, steps, values) in enumerate(courses):
+        figure.add_scatter(
+            x=list(steps),
+            y=list(values),
+            mode="lines",
+            line={"color": PALETTE[index % len(PALETTE)], "dash": DASHES[index // len(PALETTE) % len(DASHES)]},
+            name=html.escape(name),
+            hovertemplate=f"{html.escape(name)}, step %{{x}}: %{{y:.4g}}<extra></extra>",
+        )
+    figure.update_xaxes(title_text="step of training", gridcolor=GRID_GREY, zeroline=False)
+    figure.update_yaxes(title_text="variance", type="log", gridcolor=GRID_GREY, automargin=True)
+    figure.update_layout(
+        template=go.layout.Template(),
+        height=380,
+        paper_bgcolor="rgba(0, 0, 0, 0)",
+        plot_bgcolor="rgba(0, 0, 0, 0)",
+        font={"family": "system-ui, sans-serif", "size": 12, "color": TEXT_GREY},
+        legend={"orientation": "h", "x": 0, "y": -0.2, "yanchor": "top"},
+        margin={"l": 50, "r": 12, "t": 12, "b": 48},
+    )
+    return figure

@@ -1,0 +1,147 @@
+"""The API for programs: named endpoints over the same queue, limits and results as the page."""
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import anyio
+import gradio as gr
+
+from choices_panel import DEFAULT_SCORES
+from depthscope import LayerReport
+from headline import headline
+from problems import Problem
+from service import Service
+from tasks import make_text
+from visitor import Choices, Planned, read_report
+
+__all__ = ["EXAMPLES", "build"]
+
+EXAMPLES = """\
+from gradio_client import Client, handle_file
+
+client = Client("{place}")
+report = client.predict("HuggingFaceTB/SmolLM2-135M", api_name="/analyze")     # a LayerReport as a dictionary
+report = client.predict("EleutherAI/pythia-70m", scores="skip,causal", tokens=256, api_name="/analyze")
+report = client.predict(handle_file("model.zip"), api_name="/analyze_upload")  # or a .gguf file
+plan = client.predict("openai-community/gpt2", api_name="/estimate")           # seconds, layers, bytes
+words = client.predict(handle_file("report.json"), api_name="/summarize")
+
+job = client.submit("HuggingFaceTB/SmolLM2-135M", api_name="/analyze")         # without waiting
+"""
+
+
+def build(service: Service) -> None:
+    """Add the endpoints to the Blocks that are being built; nothing of them is seen on the page."""
+    model = gr.Textbox(label="model", visible=False)
+    revision = gr.Textbox("", label="revision", visible=False)
+    scores = gr.Textbox(",".join(DEFAULT_SCORES), label="scores", visible=False)
+    tokens = gr.Number(512, precision=0, label="tokens", visible=False)
+    block_size = gr.Number(128, precision=0, label="block_size", visible=False)
+    precision = gr.Textbox("auto", label="precision", visible=False)
+    text = gr.Textbox("", label="text", visible=False)
+    upload = gr.File(label="upload", visible=False)
+    report = gr.File(label="report", visible=False)
+    result = gr.JSON(label="result", visible=False)
+    words = gr.Textbox(label="words", visible=False)
+    measured = [scores, tokens, block_size, precision, text]
+
+    def choices(scores: str, tokens: float, block_size: float, precision: str, text: str) -> Choices:
+        chosen = make_text("pasted" if text.strip() else "sample", pasted=text, limits=service.limits)
+        names = tuple(name.strip() for name in scores.split(","))
+        return Choices(names, int(tokens), int(block_size), precision, chosen)
+
+    async def finished(planned: Planned, owner: str) -> dict[str, Any]:
+        last: LayerReport | None = None
+        async for step in service.follow(planned, owner):
+            last = step if isinstance(step, LayerReport) else last
+        return {} if last is None else json.loads(last.to_json())
+
+    # Programs name the parameters as these functions do.
+    async def analyze(
+        request: gr.Request,
+        model: str,
+        revision: str,
+        scores: str,
+        tokens: float,
+        block_size: float,
+        precision: str,
+        text: str,
+    ) -> dict[str, Any]:
+        with _told():
+            planned = await service.plan(model, revision, None, choices(scores, tokens, block_size, precision, text))
+            return await finished(planned, str(request.session_hash))
+
+    async def analyze_upload(
+        request: gr.Request,
+        upload: str | None,
+        scores: str,
+        tokens: float,
+        block_size: float,
+        precision: str,
+        text: str,
+    ) -> dict[str, Any]:
+        with _told():
+            planned = await service.plan(
+                None, "", [upload] if upload else [], choices(scores, tokens, block_size, precision, text)
+            )
+            return await finished(planned, str(request.session_hash))
+
+    async def estimate(
+        model: str, revision: str, scores: str, tokens: float, block_size: float, precision: str, text: str
+    ) -> dict[str, Any]:
+        with _told():
+            planned = await service.plan(model, revision, None, choices(scores, tokens, block_size, precision, text))
+        return {
+            "seconds": round(planned.seconds, 1),
+            "layers": planned.shape.layers,
+            "words": planned.in_words(),
+            "revision": planned.task.identity,
+        }
+
+    async def summarize(report: str | None) -> str:
+        with _told():
+            found = await anyio.to_thread.run_sync(read_report, report, service.limits)
+        return f"{headline(found)}\n{found.summary()}"
+
+    def stop(request: gr.Request) -> None:
+        service.jobs.stop(str(request.session_hash))
+
+    _endpoint(
+        "analyze",
+        analyze,
+        [model, revision, *measured],
+        result,
+        "Measure how much every layer of a model on the Hub contributes; gives a LayerReport.",
+    )
+    _endpoint(
+        "analyze_upload",
+        analyze_upload,
+        [upload, *measured],
+        result,
+        "The same for an uploaded .zip of a save_pretrained folder, or a .gguf file.",
+    )
+    _endpoint(
+        "estimate", estimate, [model, revision, *measured], result, "How long an analysis would take, in seconds."
+    )
+    _endpoint("summarize", summarize, [report], words, "What a report shows, in words.")
+    _endpoint("stop", stop, [], None, "Stop this client's analyses.", queue=False)
+
+
+def _endpoint(
+    name: str, function: Callable[..., Any], inputs: list[Any], outputs: Any, description: str, *, queue: bool = True
+) -> None:
+    gr.Button(visible=False).click(
+        function, inputs, outputs, api_name=name, api_description=description, concurrency_limit=None, queue=queue
+    )
+
+
+class _told:
+    """Turn a problem into the error that Gradio sends to a client."""
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
+        if isinstance(error, Problem):
+            raise gr.Error(f"{error.kind}: {error}", print_exception=False) from error

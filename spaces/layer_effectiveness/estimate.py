@@ -1,0 +1,134 @@
+"""How long an analysis will take, from a model's config and the speed of the machine, before anything is loaded.
+
+Work is counted as depthscope does it, in forward passes of one layer over one block (docs/speed.md); a pass takes two
+floating-point operations for each weight and token. What jobs really took corrects the speed.
+"""
+
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import numpy as np
+
+from config_check import Sizes, require_sane_numbers
+from depthscope import Settings
+from limits import Limits
+from tasks import stages
+
+__all__ = ["Estimator", "Shape", "in_words", "shape_of", "work"]
+
+STARTING_SECONDS = 4.0
+LOADING_BYTES_A_SECOND = 400e6
+DOWNLOAD_BYTES_A_SECOND = 60e6
+EFFICIENCY = 0.45  # of a large product of matrices, for everything that a layer does
+PROBE_PASSES = 1.3  # one probe of a Jacobian costs that many forward passes
+SHAPE_OF_TRIAL = (512, 1024, 1024)
+USUAL_LAYERS, USUAL_WIDTH = 24, 1024
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What the time depends on: layers, features, weights that a token meets in a layer, entries of the vocabulary."""
+
+    layers: int
+    width: int
+    layer_weights: float
+    vocabulary: int
+
+    @property
+    def head(self) -> float:
+        """What head and loss cost, in forward passes of one layer."""
+        return self.vocabulary * self.width / max(self.layer_weights, 1.0)
+
+
+def shape_of(config: Mapping[str, Any], parameters: float | None, limits: Limits) -> Shape:
+    """Read a model's shape off its config (or a GGUF file's metadata); what is not there is guessed.
+
+    Raises:
+        Problem: a number in the config is absurd.
+    """
+    sizes: Sizes = require_sane_numbers(dict(config), "config.json", limits)
+    layers = sizes.first("num_hidden_layers", "n_layer", "n_layers", "num_layers", "block_count") or USUAL_LAYERS
+    width = sizes.first("hidden_size", "n_embd", "d_model", "embedding_length", "n_embed") or USUAL_WIDTH
+    vocabulary = sizes.first("vocab_size") or 50_000
+    if parameters is None:
+        parameters = 12.0 * layers * width**2 + vocabulary * width
+    in_layers = max(parameters - vocabulary * width, 0.2 * parameters)
+    experts = sizes.first("num_experts", "num_local_experts", "n_routed_experts", "expert_count")
+    chosen = sizes.first("num_experts_per_tok", "expert_used_count", "moe_topk", "top_k")
+    if experts and chosen and experts > chosen:  # most weights of such a layer are its experts'
+        in_layers *= 0.1 + 0.9 * chosen / experts
+    return Shape(layers, width, in_layers / layers, vocabulary)
+
+
+def work(shape: Shape, settings: Settings) -> dict[str, float]:
+    """What each stage takes, in forward passes of one layer over one block."""
+    layers, head, blocks = shape.layers, shape.head, settings.eval_blocks
+    after = layers * (layers - 1) / 2
+    pairs = {"all": 1.0, "adjacent": 2.0 / layers}.get(str(settings.pairs), settings.pairs)
+    each = {
+        "attention_sparsity": float(layers),
+        "expert_load": float(layers),
+        "skip": after + head * layers,
+        "causal": 0.0 if "skip" in settings.scores else after,
+        "usefulness": after + head * layers + layers * settings.fit_blocks / blocks,
+        "jacobian": layers * (1 + PROBE_PASSES * settings.probes) if isinstance(settings.probes, int) else 0.0,
+        "permutation": float(pairs) * (layers**3 / 3 + head * after) if not isinstance(pairs, str) else 0.0,
+    }
+    return {
+        name: blocks * (layers + head + sum(each.get(score, 0.0) for score in scores))
+        for name, scores in stages(settings).items()
+    }
+
+
+class Estimator:
+    """Turns work into seconds; learns from the jobs that end."""
+
+    def __init__(self) -> None:
+        self._correction = 1.0
+        self._lock = threading.Lock()
+
+    def seconds(
+        self, shape: Shape, settings: Settings, *, download_bytes: float = 0.0, weight_bytes: float = 0.0
+    ) -> float:
+        """Say how long a job will take, from its start to its result."""
+        starting = STARTING_SECONDS + download_bytes / DOWNLOAD_BYTES_A_SECOND + weight_bytes / LOADING_BYTES_A_SECOND
+        return starting + self._correction * self._measuring(shape, settings)
+
+    def learn(self, shape: Shape, settings: Settings, took: float) -> None:
+        """Take into account how long a measurement of at least a few seconds really took."""
+        expected = self._measuring(shape, settings)
+        if took < 2.0 or expected < 0.5:
+            return
+        with self._lock:
+            self._correction = 0.5 * self._correction + 0.5 * min(10.0, max(0.1, took / expected))
+
+    @staticmethod
+    def _measuring(shape: Shape, settings: Settings) -> float:
+        passes = sum(work(shape, settings).values())
+        return passes * 2 * shape.layer_weights * settings.block_size / (EFFICIENCY * operations_a_second())
+
+
+@cache
+def operations_a_second() -> float:
+    """How many floating-point operations this machine does in a second, from a few products of matrices."""
+    rows, inner, columns = SHAPE_OF_TRIAL
+    left, right = np.ones((rows, inner), np.float32), np.ones((inner, columns), np.float32)
+    best = 1.0
+    for _ in range(4):
+        begun = time.perf_counter()
+        left @ right
+        best = min(best, time.perf_counter() - begun)
+    return 2 * rows * inner * columns / best
+
+
+def in_words(seconds: float) -> str:
+    """Write a time as people say it."""
+    if seconds < 50:
+        return f"{max(5, round(seconds / 5) * 5)} seconds"
+    if seconds < 90:
+        return "a minute"
+    return f"{round(seconds / 60)} minutes"

@@ -1,0 +1,86 @@
+"""The tab that explains the scores: what they mean, a depth sweep of ours and the paper's, what they cannot tell."""
+
+import json
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+import shown
+from depth_figure import Point, against_depth
+from depthscope.scores import EXPLANATIONS
+
+__all__ = ["build"]
+
+NUMBERS = Path(__file__).with_name("depth_sweep.json")
+PAPER = "https://arxiv.org/abs/2603.15389"
+LIMITS = (
+    (
+        "A layer at a time.",
+        "Two layers that can each be spared may not be spared together; the headline's run of layers is measured "
+        "together for that reason.",
+    ),
+    (
+        "On one text.",
+        "Another text may need other layers. Measure on text like yours, and look at the standard errors, which are "
+        "over blocks of this text only.",
+    ),
+    (
+        "Loss, not skill.",
+        "A layer that hardly changes the loss may still matter for a rare skill, such as recalling a name or copying a "
+        "number.",
+    ),
+    (
+        "Dilution.",
+        "In a deeper model each layer has a smaller share of the work, so means over layers fall with depth even where "
+        "nothing is wasted. Look at sums and at the effective depth, too.",
+    ),
+    (
+        "The threshold.",
+        "Usefulness counts layers whose loss ratio passes 1.1. Small models have few; the ratios themselves say more.",
+    ),
+    (
+        "An untrained model scores, too.",
+        "A random model has a high causal score (0.81 at 4 layers, 0.62 at 16), and hardly any permutation score. The "
+        "causal score alone is no proof of useful work.",
+    ),
+)
+
+
+def build() -> None:
+    """Draw the tab."""
+    gr.HTML(
+        "<h2>What is measured</h2><p>A transformer's layers read from and add to one stream of numbers, the residual "
+        "stream. In deep models its variance grows, so each later layer changes it less: the <em>curse of depth</em>. "
+        f"These scores say how much each layer does. They come from <a href='{PAPER}' target='_blank' "
+        "rel='noopener'>When Does Sparsity Mitigate the Curse of Depth in LLMs</a> and from work on pruning.</p>"
+    )
+    rows = "".join(
+        f"<tr><th scope='row'>{escape(score.title)}</th><td>{escape(score.meaning)}<br>"
+        f"<code>{escape(score.formula)}</code><span class='ds-caption'> Unit: {escape(score.unit)}. "
+        f"Source: {escape(score.source)}.</span></td></tr>"
+        for score in EXPLANATIONS.values()
+    )
+    gr.HTML(
+        "<table class='ds-scores'><caption class='ds-caption'>Layers count from 0, losses are in "
+        f"nats.</caption>{rows}</table>"
+    )
+    sweep = json.loads(NUMBERS.read_text(encoding="utf-8"))
+    gr.HTML(f"<h2>The curse of depth, in our numbers and the paper's</h2><p>{escape(sweep['description'])}</p>")
+    ours, paper = _points(sweep["ours"], "depthscope"), _points(sweep["paper"], "the paper")
+    for title, points, references, name in (
+        ("Small models, trained for this", ours, (), "depth-sweep"),
+        ("The paper's models", paper, (), "depth-paper"),
+    ):
+        figure = against_depth(points, references)
+        if figure is not None:
+            gr.HTML(f"<h3>{escape(title)}</h3>")
+            gr.Plot(shown.plot_data(figure, name), show_label=False, container=False, elem_id=f"plot-{name}")
+    gr.HTML(f"<p class='ds-caption'>{escape(sweep['reading'])}</p>")
+    limits = "".join(f"<li><strong>{escape(title)}</strong> {escape(words)}</li>" for title, words in LIMITS)
+    gr.HTML(f"<h2>What these scores cannot tell</h2><ul class='ds-limits'>{limits}</ul>")
+
+
+def _points(rows: list[dict[str, Any]], name: str) -> list[Point]:
+    return [Point(f"{name}, {row['layers']} layers", row["layers"], row["scores"]) for row in rows]

@@ -1,0 +1,70 @@
+"""What a report shows, in one sentence for a headline and in a few numbers below it."""
+
+import re
+from html import escape
+
+from depthscope import LayerReport
+from depthscope.glossary import format_number
+from depthscope.summary import ranges
+
+__all__ = ["headline", "tiles"]
+
+JOINT_DROP = re.compile(r"Dropping layers (\d+)-(\d+) together multiplies the loss by ([\d.]+), measured", re.ASCII)
+
+
+def headline(report: LayerReport) -> str:
+    """Say how many layers are near the identity, and what dropping some of them costs, as plain text."""
+    layers = report.model["num_layers"]
+    near = report.near_identity()
+    if near is None:
+        return f"{layers} layers, in {len(report.layer_scores)} scores"
+    count = len(near.layers)
+    parts = [f"{count} of {layers} layers {'is' if count == 1 else 'are'} near the identity"]
+    if count == 0:
+        parts = [f"None of the {layers} layers is near the identity"]
+    if cost := _cost(report):
+        parts.append(cost)
+    return "; ".join(parts)
+
+
+def _cost(report: LayerReport) -> str:
+    for note in report.notes:
+        if match := JOINT_DROP.match(note):
+            return f"dropping layers {match[1]}-{match[2]} together {_in_percent(float(match[3]))}"
+    if ranked := report.ranked("skip_ratio"):
+        layer, ratio = ranked[0]
+        return f"dropping layer {layer}, the cheapest, {_in_percent(ratio)}"
+    return ""
+
+
+def _in_percent(ratio: float) -> str:
+    """What a ratio of losses means for who drops layers."""
+    percent = 100 * (ratio - 1)
+    if percent < 0.05:
+        return "costs nothing" if percent > -0.05 else f"lowers the loss by {format_number(-percent, 2)}%"
+    return f"costs {format_number(percent, 2)}% loss"
+
+
+def tiles(report: LayerReport) -> str:
+    """Up to four numbers as HTML: the number, what it is of, and what it says."""
+    layers = report.model["num_layers"]
+    found: list[tuple[str, str, str]] = []
+    depth = report.scores.get("effective_depth_skip") or report.scores.get("effective_depth_linear")
+    if depth is not None:
+        found.append((format_number(depth, 2), f"of {layers} layers", "effective depth: so many share the work"))
+    near = report.near_identity()
+    if near is not None:
+        which = f"layers {ranges(near.layers)}" if near.layers else "no layer"
+        found.append((str(len(near.layers)), f"of {layers} layers near the identity", which))
+    if ranked := report.ranked("skip_ratio"):
+        layer, ratio = ranked[-1]
+        found.append((f"layer {layer}", f"loss ×{format_number(ratio, 3)} without it", "costliest to drop"))
+    growth = report.scores.get("variance_growth")
+    if growth is not None:
+        found.append((f"×{format_number(growth, 3)}", "first layer to last", "growth of the variance"))
+    cells = "".join(
+        f"<div class='ds-tile'><strong>{escape(number)}</strong><span>{escape(of)}</span>"
+        f"<span>{escape(meaning)}</span></div>"
+        for number, of, meaning in found
+    )
+    return f"<div class='ds-tiles'>{cells}</div>"

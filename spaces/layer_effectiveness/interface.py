@@ -1,0 +1,106 @@
+"""The page: its tabs, its style, and how it is launched."""
+
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+import analyze_tab
+import compare_tab
+import endpoints
+import explain_tab
+import shown
+from service import Service
+
+__all__ = ["build", "launch_options"]
+
+HERE = Path(__file__).parent
+TITLE = "depthscope: which layers of a language model do the work?"
+CACHE_SECONDS = (600, 3600)  # uploads and downloads are looked through so often, and deleted at that age
+FONT = ["system-ui", "-apple-system", "Segoe UI", "sans-serif"]
+MONO = ["ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "monospace"]
+
+
+def build(service: Service) -> gr.Blocks:
+    """Build the page of a service."""
+    with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=CACHE_SECONDS) as page:
+        gr.HTML(
+            "<header class='ds-header'><h1>depthscope</h1><p>How much does each layer of a language model "
+            "contribute?</p></header>"
+        )
+        kept = gr.State([])
+        with gr.Tabs():
+            with gr.Tab("Analyze", id="analyze"):
+                analyze_tab.build(service, page, kept)
+            with gr.Tab("Compare", id="compare"):
+                compare_tab.build(service, kept)
+            with gr.Tab("Explain", id="explain"):
+                explain_tab.build()
+            with gr.Tab("For programs", id="programs"):
+                gr.HTML(
+                    "<h2>The same from a program</h2><p>Every analysis can be called with <code>gradio_client</code>, "
+                    "through the same queue and limits.</p>"
+                )
+                gr.HTML(shown.listing(endpoints.EXAMPLES.format(place="NAMESPACE/NAME"), "Examples"))
+                gr.HTML(f"<p class='ds-caption'>{escape(_limits(service))}</p>")
+        endpoints.build(service)
+
+        def leave(request: gr.Request) -> None:
+            service.jobs.stop(str(request.session_hash))
+
+        page.unload(leave)
+    # Our own queue bounds what is worked on; Gradio's only has to hold the visitors that are told so.
+    page.queue(max_size=None, default_concurrency_limit=16)
+    return page
+
+
+def launch_options(service: Service) -> dict[str, Any]:
+    """What `launch` of the page is called with, wherever it runs."""
+    style = (HERE / "style.css").read_text(encoding="utf-8")
+    script = (HERE / "page.js").read_text(encoding="utf-8")
+    return {
+        "theme": _theme(),
+        "css": style,
+        "head": f"<script>{script}</script>",
+        "max_file_size": service.limits.max_upload_bytes,
+        "show_error": True,
+        "run_history": False,
+        "footer_links": ["api"],
+        "ssr_mode": False,
+        "enable_monitoring": False,
+    }
+
+
+def _theme() -> gr.themes.Base:
+    """Gradio's plainest theme, with fonts of the visitor's own and enough contrast for everybody."""
+    theme = gr.themes.Base(primary_hue="blue", neutral_hue="slate", font=FONT, font_mono=MONO, radius_size="sm")
+    return theme.set(
+        block_info_text_color="*neutral_600",
+        block_info_text_color_dark="*neutral_300",
+        block_label_text_color="*neutral_700",
+        block_label_text_color_dark="*neutral_200",
+        block_title_text_color="*neutral_700",
+        block_title_text_color_dark="*neutral_200",
+        body_text_color_subdued="*neutral_600",
+        body_text_color_subdued_dark="*neutral_300",
+        input_placeholder_color="*neutral_600",
+        input_placeholder_color_dark="*neutral_300",
+        button_primary_background_fill="*primary_700",
+        button_primary_background_fill_dark="*primary_700",
+        button_primary_background_fill_hover="*primary_800",
+        button_primary_background_fill_hover_dark="*primary_600",
+        link_text_color="*primary_700",
+        link_text_color_dark="*primary_300",
+        color_accent="*primary_700",
+        border_color_accent="*primary_700",
+    )
+
+
+def _limits(service: Service) -> str:
+    limits = service.limits
+    return (
+        f"Limits here: models of {limits.max_parameters / 1e9:.3g} billion parameters, uploads of "
+        f"{limits.max_upload_bytes / 2**30:.3g} GiB, {limits.max_tokens:,} tokens, {limits.max_job_seconds} seconds a "
+        f"job, {limits.max_jobs} at once, {limits.max_waiting} waiting."
+    )

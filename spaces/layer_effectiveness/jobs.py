@@ -1,0 +1,208 @@
+"""Jobs that wait for their turn, run, can be stopped, and whose results are kept for who asks the same again.
+
+At most `max_jobs` run at once and `max_waiting` wait; who comes then is told so. A job that nobody listens to any more
+(a closed page) is stopped.
+"""
+
+import contextvars
+import itertools
+import logging
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import AsyncIterator, Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+import anyio
+
+import processes
+from limits import Limits
+from problems import Problem
+from tasks import Task
+
+__all__ = ["Job", "Jobs", "Results"]
+
+logger = logging.getLogger(__name__)
+
+LOOK_SECONDS = 0.1
+DESERTED_SECONDS = 90.0
+Runner = Callable[[Task, Limits, threading.Event], Iterator[dict[str, Any]]]
+
+
+@dataclass
+class Job:
+    """One analysis of one visitor: what it has told so far, and how it ended."""
+
+    task: Task
+    owner: str
+    stop: threading.Event = field(default_factory=threading.Event)
+    messages: list[dict[str, Any]] = field(default_factory=list)
+    problem: Problem | None = None
+    is_over: bool = False
+    is_running: bool = False
+    heard: float = field(default_factory=time.monotonic)  # when somebody last listened
+    began: float = 0.0
+    on_end: Callable[[], None] = lambda: None
+
+
+class Results:
+    """Finished reports (JSON) by the key of their task: the last few in memory, and all in a store, if there is one."""
+
+    def __init__(self, most: int, store: Any = None) -> None:
+        self.most = most
+        self.store = store
+        self._kept: OrderedDict[str, str] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def get(self, task: Task) -> str | None:
+        """The report of the same task, if somebody had it made before and everybody may see it."""
+        if not task.is_shareable:
+            return None
+        key = task.key()
+        with self._lock:
+            if key in self._kept:
+                self._kept.move_to_end(key)
+                return self._kept[key]
+        found = self.store.get(key) if self.store is not None else None
+        return found if found is None else self._keep(key, found)
+
+    def put(self, task: Task, report: str) -> None:
+        """Keep a report; nothing is kept of a model that not everybody may read."""
+        if task.is_shareable:
+            self._keep(task.key(), report)
+            if self.store is not None:
+                self.store.put(task, report)
+
+    def _keep(self, key: str, report: str) -> str:
+        with self._lock:
+            self._kept[key] = report
+            self._kept.move_to_end(key)
+            while len(self._kept) > self.most:
+                self._kept.popitem(last=False)
+        return report
+
+
+class Jobs:
+    """The queue of a Space."""
+
+    def __init__(self, limits: Limits, results: Results | None = None, runner: Runner = processes.run) -> None:
+        self.limits = limits
+        self.results = results or Results(limits.max_results)
+        self._runner = runner
+        self._pool = ThreadPoolExecutor(limits.max_jobs, thread_name_prefix="job")
+        self._open: list[Job] = []  # waiting and running, in their order
+        self._lock = threading.Lock()
+
+    def submit(self, task: Task, owner: str, on_end: Callable[[], None] = lambda: None) -> Job:
+        """Put a job into the queue; `on_end` is called once, however it ends.
+
+        Raises:
+            Problem: the queue is full, or the visitor has too many jobs in it.
+        """
+        job = Job(task, owner, on_end=on_end)
+        if (kept := self.results.get(task)) is not None:
+            job.messages, job.is_over = [{"event": "done", "report": kept}], True
+            on_end()
+            return job
+        with self._lock:
+            waiting = sum(not other.is_running for other in self._open)
+            if sum(other.owner == owner for other in self._open) >= self.limits.max_jobs_per_visitor:
+                raise Problem("queue_full", "Your earlier analysis is not over yet. Wait for it, or press Stop.")
+            if waiting >= self.limits.max_waiting:
+                raise Problem(
+                    "queue_full",
+                    f"The queue is full: {waiting} analyses are waiting already. Try again in a few minutes, or run it "
+                    "on your own machine: pip install depthscope.",
+                )
+            self._open.append(job)
+        self._pool.submit(contextvars.copy_context().run, self._work, job).add_done_callback(_log)
+        return job
+
+    def stop(self, owner: str) -> int:
+        """Stop all jobs of a visitor; gives how many there were."""
+        with self._lock:
+            mine = [job for job in self._open if job.owner == owner]
+        for job in mine:
+            job.stop.set()
+        return len(mine)
+
+    def place(self, job: Job) -> int:
+        """How many jobs that wait are to run before this one."""
+        with self._lock:
+            return sum(1 for _ in itertools.takewhile(lambda other: other is not job, self._waiting()))
+
+    async def listen(self, job: Job) -> AsyncIterator[dict[str, Any]]:
+        """A job's messages as they come, and {"event": "waiting", "place": n} while it waits; the last one is "done".
+
+        Raises:
+            Problem: how the job failed.
+        """
+        told, place = 0, -1
+        while True:
+            job.heard = time.monotonic()
+            over = job.is_over  # before the messages are read: none comes after it
+            while told < len(job.messages):
+                told += 1
+                yield job.messages[told - 1]
+            if over:
+                break
+            if not job.is_running and (now := self.place(job)) != place:
+                place = now
+                yield {"event": "waiting", "place": place}
+            await anyio.sleep(LOOK_SECONDS)
+        if job.problem is not None:
+            raise job.problem
+
+    def close(self) -> None:
+        """Stop everything."""
+        with self._lock:
+            jobs = list(self._open)
+        for job in jobs:
+            job.stop.set()
+        self._pool.shutdown(wait=True)
+
+    def _waiting(self) -> list[Job]:
+        return [job for job in self._open if not job.is_running]
+
+    def _work(self, job: Job) -> None:
+        with self._lock:
+            job.is_running, job.began = True, time.monotonic()
+        try:
+            self._follow(job)
+        except Problem as problem:
+            job.problem = problem
+        finally:
+            if job.problem is None and not (job.messages and job.messages[-1]["event"] == "done"):
+                job.problem = Problem("crashed", "The analysis could not be run. The log of this Space says why.")
+            with self._lock:
+                self._open.remove(job)
+            job.on_end()
+            job.is_over = True
+
+    def _follow(self, job: Job) -> None:
+        if job.stop.is_set():
+            raise Problem("stopped", "Stopped, as you asked.")
+        if (kept := self.results.get(job.task)) is not None:  # somebody asked the same while this one waited
+            job.messages.append({"event": "done", "report": kept})
+            return
+        watch = threading.Thread(target=self._watch, args=(job,), daemon=True)
+        watch.start()
+        for message in self._runner(job.task, self.limits, job.stop):
+            job.messages.append(message)
+            if message["event"] == "done":
+                self.results.put(job.task, message["report"])
+
+    def _watch(self, job: Job) -> None:
+        """Stop a job that nobody listens to any more."""
+        while not job.is_over:
+            if time.monotonic() - job.heard > DESERTED_SECONDS:
+                job.stop.set()
+            time.sleep(1.0)
+
+
+def _log(work: Future[None]) -> None:
+    """Put what nobody expected into the Space's log."""
+    if (error := work.exception()) is not None:
+        logger.error("A job could not be run.", exc_info=error)

@@ -1,0 +1,41 @@
+"""What can go wrong for a visitor: one exception, a kind for programs and a message for people."""
+
+from typing import Literal, get_args
+
+__all__ = ["KINDS", "Kind", "Problem"]
+
+Kind = Literal[
+    "no_such_model",
+    "gated",
+    "hub_unreachable",
+    "too_large",
+    "no_safetensors",
+    "unknown_architecture",
+    "not_causal",
+    "broken_config",
+    "broken_weights",
+    "broken_tokenizer",
+    "not_finite",
+    "text",
+    "upload",
+    "report",
+    "settings",
+    "queue_full",
+    "timed_out",
+    "out_of_memory",
+    "stopped",
+    "crashed",
+]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+
+
+class Problem(Exception):
+    """Something that the visitor, or else the Space's owner, can mend; the message says how.
+
+    Attributes:
+        kind: which of `KINDS`.
+    """
+
+    def __init__(self, kind: Kind, message: str) -> None:
+        super().__init__(message)
+        self.kind = kind

@@ -1,0 +1,164 @@
+"""A job in a process of its own, under limits: one that hangs, grows or crashes takes nothing else down.
+
+The process comes from multiprocessing's fork server, which has torch and transformers imported already, so that a job
+starts in a fraction of a second. Messages come through a pipe as JSON, never as pickles.
+"""
+
+import json
+import multiprocessing
+import os
+import resource
+import shutil
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from limits import Limits
+from problems import Problem
+from tasks import Task
+
+__all__ = ["FOLDERS", "remove_stale_folders", "run", "run_apart"]
+
+FOLDERS = "depthscope-space-job-"
+PRELOADED = ("torch", "depthscope.analysis", "transformers.models.llama.modeling_llama", "gguf")
+LARGEST_MESSAGE = 64 * 2**20
+LOOK_SECONDS = 0.2  # between two looks at the clock and the memory
+TELL_SECONDS = 0.25  # between two messages about progress
+NICENESS = 5  # the pages are answered first
+STALE_SECONDS = 24 * 3600
+Apart = Callable[[Path, Limits, Callable[[dict[str, Any]], None]], None]
+# The processor's own memory for a process's data, such as a model's weights; CUDA reserves far more than it takes.
+GUARDED_BY_KERNEL = not os.path.exists("/dev/nvidiactl")
+
+
+def run(task: Task, limits: Limits, stop: threading.Event) -> Iterator[dict[str, Any]]:
+    """Do an analysis; gives its messages (see `worker`) as they come, the last one "done"; as `run_apart`."""
+    from worker import work
+
+    return run_apart(partial(work, task), limits, stop)
+
+
+def run_apart(job: Apart, limits: Limits, stop: threading.Event) -> Iterator[dict[str, Any]]:
+    """Do any job that has a folder, limits and a way to tell what it finds; gives its messages as they come.
+
+    Whatever happens, also when the iterator is closed early, the process is ended and its files are removed.
+
+    Raises:
+        Problem: it failed, was stopped, took too long or too much memory, or crashed.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(list(PRELOADED))
+    folder = Path(tempfile.mkdtemp(prefix=FOLDERS))
+    receiving, sending = context.Pipe(duplex=False)
+    process = context.Process(target=_child, args=(sending, job, str(folder), limits), daemon=True)
+    try:
+        process.start()
+        sending.close()
+        yield from _messages(process, receiving, limits, stop)
+    finally:
+        if process.pid is not None:
+            process.kill()
+            process.join()
+        receiving.close()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def remove_stale_folders() -> None:
+    """Remove what jobs of an earlier run left that was killed itself."""
+    for folder in Path(tempfile.gettempdir()).glob(f"{FOLDERS}*"):
+        if time.time() - folder.stat().st_mtime > STALE_SECONDS:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _messages(process: Any, receiving: Connection, limits: Limits, stop: threading.Event) -> Iterator[dict[str, Any]]:
+    end = time.monotonic() + limits.max_job_seconds
+    stage = "starting"
+    while True:
+        if stop.is_set():
+            raise Problem("stopped", "Stopped, as you asked.")
+        if time.monotonic() > end:
+            raise Problem(
+                "timed_out",
+                f"The analysis took longer than {limits.max_job_seconds} seconds, the most that a job may take here "
+                f"(it was at: {stage}). Choose fewer scores or tokens, or run it on your own machine: pip install "
+                "depthscope.",
+            )
+        if _private_bytes(process.pid) > limits.max_job_bytes:
+            raise Problem("out_of_memory", _grown(limits, stage))
+        if not receiving.poll(LOOK_SECONDS):
+            continue
+        try:
+            message = json.loads(receiving.recv_bytes(LARGEST_MESSAGE))
+        except (EOFError, OSError):
+            raise _ended(process, limits, stage) from None
+        if message["event"] == "failed":
+            raise Problem(message["kind"], message["message"])
+        stage = message.get("stage", stage)
+        yield message
+        if message["event"] == "done":
+            return
+
+
+def _grown(limits: Limits, stage: str) -> str:
+    return (
+        f"The analysis needs more memory than the {limits.max_job_bytes / 2**30:.3g} GiB that a job has here (it was "
+        f"at: {stage}). Choose fewer tokens or a smaller model, or run it on your own machine: pip install depthscope."
+    )
+
+
+def _ended(process: Any, limits: Limits, stage: str) -> Problem:
+    process.join(5)
+    if (
+        process.exitcode is not None and process.exitcode < 0
+    ):  # a signal: libraries abort when memory is refused to them
+        return Problem("out_of_memory", _grown(limits, stage))
+    return Problem(
+        "crashed",
+        f"The analysis ended unexpectedly (at: {stage}). The log of this Space says why; its owner can read it.",
+    )
+
+
+def _private_bytes(pid: int) -> int:
+    """Memory that is the process's own: neither a file's nor shared with the fork server's libraries."""
+    try:
+        memory = psutil.Process(pid).memory_info()
+    except psutil.NoSuchProcess:
+        return 0
+    return memory.rss - getattr(memory, "shared", 0)
+
+
+def _child(sending: Connection, job: Apart, folder: str, limits: Limits) -> None:
+    os.nice(NICENESS)
+    _limit_resources(limits)
+    import torch
+
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // limits.max_jobs))
+    last = 0.0
+
+    def emit(message: dict[str, Any]) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if message["event"] == "stage" and message["share"] > 0 and now - last < TELL_SECONDS:
+            return
+        last = now
+        sending.send_bytes(json.dumps(message).encode())
+
+    job(Path(folder), limits, emit)
+
+
+def _limit_resources(limits: Limits) -> None:
+    """Let the kernel refuse what no honest job needs."""
+    wanted = {resource.RLIMIT_CORE: 0, resource.RLIMIT_FSIZE: max(limits.max_unpacked_bytes, limits.max_download_bytes)}
+    if GUARDED_BY_KERNEL:
+        wanted[resource.RLIMIT_DATA] = limits.max_job_bytes
+    for kind, most in wanted.items():
+        hard = resource.getrlimit(kind)[1]
+        most = most if hard == resource.RLIM_INFINITY else min(most, hard)
+        resource.setrlimit(kind, (most, most))

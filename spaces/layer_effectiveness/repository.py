@@ -1,0 +1,196 @@
+"""A model on the Hugging Face Hub: what can be said before anything large is downloaded, and then the download.
+
+Sizes come from the Hub's metadata. Only the files that a model is made of are fetched, into the job's own folder; what
+the Space's owner preloads into the cache is taken from there.
+"""
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    HTTPError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from huggingface_hub.hf_api import RepoFile
+from huggingface_hub.utils import validate_repo_id
+
+from config_check import read_object
+from limits import Limits
+from model_files import GGUF, TOKENIZER_FILES, is_model_file, is_pickle, is_weights
+from problems import Problem
+
+__all__ = ["HubModel", "fetch", "look_up"]
+
+REACH_SECONDS = 15.0
+
+
+@dataclass(frozen=True)
+class HubModel:
+    """A model on the Hub as its metadata describe it: the commit, the files to fetch, their bytes, and the config."""
+
+    name: str
+    sha: str
+    files: tuple[str, ...]
+    total_bytes: int
+    weight_bytes: int
+    config: dict[str, Any]
+    restricted: bool  # private or gated: its results are shown to nobody else
+
+
+def look_up(name: str, revision: str | None, token: str | None, limits: Limits) -> HubModel:
+    """Ask the Hub for a model's commit, files and config, and refuse what this Space cannot take.
+
+    Raises:
+        Problem: no such model, gated, unreachable, too large, no safetensors, no config; the message says which.
+    """
+    name = _checked_name(name)
+    with hub_problems(name, revision, token):
+        api = HfApi(token=token or False)
+        info = api.model_info(name, revision=revision or None, timeout=REACH_SECONDS)
+        if info.sha is None:
+            raise Problem("no_such_model", f"{name} has no commit yet; upload a model to it first.")
+        tree = api.list_repo_tree(name, revision=info.sha)
+        sizes = {entry.path: entry.size for entry in tree if isinstance(entry, RepoFile)}
+    files = _files_to_fetch(name, sizes, limits)
+    restricted = bool(getattr(info, "private", None) or getattr(info, "gated", None))
+    return HubModel(
+        name=name,
+        sha=info.sha,
+        files=tuple(files),
+        total_bytes=sum(sizes[file] for file in files),
+        weight_bytes=sum(sizes[file] for file in files if is_weights(file)),
+        config=_config(name, info.sha, token, sizes, limits),
+        restricted=restricted or (token is not None and not _is_public(name)),
+    )
+
+
+def fetch(model: HubModel, folder: Path, token: str | None) -> None:
+    """Download a model's files into `folder`.
+
+    Raises:
+        Problem: the Hub refuses, or cannot be reached.
+    """
+    with hub_problems(model.name, model.sha, token):
+        snapshot_download(
+            model.name,
+            revision=model.sha,
+            local_dir=folder,
+            allow_patterns=[file.replace("[", "[[]") for file in model.files],
+            token=token or False,
+            max_workers=4,
+        )
+
+
+def _checked_name(name: str) -> str:
+    """The id of a repository; also from a link to its page."""
+    name = name.strip().removeprefix(constants.ENDPOINT).removeprefix("https://huggingface.co").strip("/")
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
+        raise Problem(
+            "no_such_model",
+            f"{name[:80]!a} is not the id of a model. Give one such as HuggingFaceTB/SmolLM2-135M.",
+        ) from error
+    if not name:
+        raise Problem("no_such_model", "No model was named. Give the id of one, such as HuggingFaceTB/SmolLM2-135M.")
+    return name
+
+
+def _files_to_fetch(name: str, sizes: dict[str, int], limits: Limits) -> list[str]:
+    weights = [file for file in sizes if is_weights(file)]
+    if "adapter_config.json" in sizes and not weights:
+        raise Problem("no_safetensors", f"{name} is an adapter. Name its base model, or one that it was merged into.")
+    if "config.json" not in sizes:
+        ggufs = any(file.lower().endswith(GGUF) for file in sizes)
+        hint = (
+            "It holds GGUF files: download one and upload it here."
+            if ggufs
+            else "Name a model saved with transformers."
+        )
+        raise Problem("broken_config", f"{name} has no config.json, so transformers cannot load it. {hint}")
+    if not weights:
+        what = "only pickles, which can run code that is hidden in them" if any(map(is_pickle, sizes)) else "no weights"
+        raise Problem(
+            "no_safetensors", f"{name} holds {what}; safetensors weights are needed. Name another version of it."
+        )
+    if "model.safetensors" in weights:  # what transformers takes, whatever else is there
+        weights = ["model.safetensors"]
+    files = [file for file in sizes if is_model_file(file) and (file in weights or not is_weights(file))]
+    if len(files) > limits.max_files:
+        raise Problem("too_large", f"{name} has {len(files)} files, and at most {limits.max_files} are taken here.")
+    for file in files:
+        most = limits.max_tokenizer_bytes if file in TOKENIZER_FILES else limits.max_json_bytes
+        if not is_weights(file) and file != "model.safetensors.index.json" and sizes[file] > most:
+            raise Problem(
+                "too_large", f"{file} of {name} is larger than {most / 2**20:g} MiB, the most that is read here."
+            )
+    if (total := sum(sizes[file] for file in files)) > limits.max_download_bytes:
+        raise Problem(
+            "too_large",
+            f"{name} is {total / 2**30:.3g} GiB large, and this Space takes at most "
+            f"{limits.max_download_bytes / 2**30:.3g} GiB. Analyse it on your own machine: pip install depthscope.",
+        )
+    return files
+
+
+def _config(name: str, sha: str, token: str | None, sizes: dict[str, int], limits: Limits) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory(prefix="depthscope-space-") as folder, hub_problems(name, sha, token):
+        path = hf_hub_download(name, "config.json", revision=sha, local_dir=folder, token=token or False)
+        return read_object(Path(path), limits.max_json_bytes, "broken_config")
+
+
+def _is_public(name: str) -> bool:
+    """Whether anybody may read the model, without a token."""
+    try:
+        return not HfApi(token=False).model_info(name, timeout=REACH_SECONDS).gated
+    except (HTTPError, OSError):
+        return False
+
+
+@contextmanager
+def hub_problems(name: str, revision: str | None, token: str | None) -> Iterator[None]:
+    """Turn what the Hub's client raises into a `Problem` that names the cause."""
+    try:
+        yield
+    except GatedRepoError as error:
+        how = "with this account" if token else "after signing in, where this Space offers it"
+        raise Problem(
+            "gated",
+            f"{name} is gated: its owners grant access on request. Ask at {constants.ENDPOINT}/{name}, and try again "
+            f"{how}, or analyse it on your own machine: pip install depthscope.",
+        ) from error
+    except RepositoryNotFoundError as error:
+        private = "or your account may not see it" if token else "or it is private"
+        raise Problem(
+            "no_such_model", f"There is no model {name} on the Hub, {private}. Check the spelling."
+        ) from error
+    except RevisionNotFoundError as error:
+        raise Problem(
+            "no_such_model", f"{name} has no revision {revision!a}. Give a branch, tag or commit that it has."
+        ) from error
+    except LocalEntryNotFoundError as error:
+        raise _unreachable(name) from error
+    except EntryNotFoundError as error:
+        raise Problem("no_such_model", f"A file of {name} is gone. Try again, or give a revision.") from error
+    except HfHubHTTPError as error:
+        status = error.response.status_code
+        raise Problem(
+            "hub_unreachable", f"The Hub answered {status} when asked for {name}. Try again later."
+        ) from error
+    except (HTTPError, ConnectionError, TimeoutError) as error:
+        raise _unreachable(name) from error
+
+
+def _unreachable(name: str) -> Problem:
+    return Problem("hub_unreachable", f"The Hub cannot be reached to ask for {name}. Try again in a few minutes.")

@@ -1,0 +1,157 @@
+"""From a report to what the page shows of it: figures, table, facts, files to download, code to reproduce it."""
+
+import io
+import json
+import re
+import tempfile
+from collections.abc import Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import plotly.graph_objects as go
+from gradio.components.plot import PlotData
+
+from depthscope import LayerReport, compare, write_page
+from depthscope.glossary import LAYER_SCORES, format_number, format_with_error
+from depthscope.page import reproduce
+from depthscope.plots import EXPLANATIONS, TITLE_HEIGHT, figures
+from sparsity_figure import EXPLANATION as SPARSITY_EXPLANATION
+from sparsity_figure import sparsity
+
+__all__ = [
+    "FIGURE_NAMES",
+    "code",
+    "drawn",
+    "explanation",
+    "facts",
+    "files",
+    "layer_table",
+    "listing",
+    "plot_data",
+    "titles",
+]
+
+titles = {
+    "effectiveness": "How much each layer contributes",
+    "skip_cost": "What leaving out one layer costs",
+    "variance_growth": "How the variance of the residual stream grows with depth",
+    "causal_map": "Which later layers depend on which layer",
+    "permutation_map": "Which layers can change places",
+    "sparsity": "Sparsity by layer: weights, attention, experts",
+}
+FIGURE_NAMES = tuple(titles)
+CONFIG = {
+    "responsive": True,
+    "displaylogo": False,
+    "showSendToCloud": False,
+    "displayModeBar": "hover",
+    "modeBarButtons": [["toImage", "zoom2d", "pan2d", "resetScale2d"]],
+}
+MAP_HEIGHT = 430  # two maps side by side are about as wide
+TABLE_SCORES = (
+    *("skip_ratio", "usefulness_ratio", "causal", "permutation", "jacobian", "block_influence", "variance"),
+    *("angular_distance", "update_norm", "update_cosine", "attention_variance", "mlp_variance"),
+    *("weights_below_10pct", "attention_below_fair", "attention_context", "expert_load_max", "experts_dead"),
+)
+
+
+def explanation(name: str) -> str:
+    """The sentence that says how to read a figure."""
+    return SPARSITY_EXPLANATION if name == "sparsity" else EXPLANATIONS[name]
+
+
+def drawn(report: LayerReport) -> dict[str, PlotData]:
+    """Every figure that the report has scores for, by its name in `FIGURE_NAMES`."""
+    found: dict[str, go.Figure] = dict(figures(report))
+    if (figure := sparsity(report)) is not None:
+        found["sparsity"] = figure
+    return {name: plot_data(figure, name) for name, figure in found.items()}
+
+
+def plot_data(figure: go.Figure, name: str) -> PlotData:
+    """A figure as Gradio's plot takes it: without its title, which stands above as a heading, and with our buttons."""
+    content: dict[str, Any] = json.loads(figure.to_json())
+    layout = content["layout"]
+    if layout.pop("title", None) is not None:
+        layout["margin"]["t"] = max(10, layout["margin"]["t"] - TITLE_HEIGHT)
+        layout["height"] = MAP_HEIGHT if name.endswith("_map") else layout.get("height", MAP_HEIGHT) - TITLE_HEIGHT
+    saved = {"format": "png", "filename": f"depthscope-{name}", "scale": 2}
+    content["config"] = {**CONFIG, "toImageButtonOptions": saved}
+    return PlotData(type="plotly", plot=json.dumps(content))
+
+
+def layer_table(report: LayerReport) -> pd.DataFrame:
+    """One row a layer, with the scores that the report has, rounded as they are read; to sort in the browser."""
+    near = report.near_identity()
+    columns: dict[str, list[Any]] = {"layer": list(range(len(report.layers)))}
+    if near is not None:
+        columns["near the identity"] = ["yes" if layer in near.layers else "" for layer in columns["layer"]]
+    for name in TABLE_SCORES:
+        if report.has(name):
+            columns[LAYER_SCORES[name].label] = [
+                None if value is None else float(f"{value:.4g}" if "ratio" not in name else f"{value:.5f}")
+                for value in report.column(name)
+            ]
+    return pd.DataFrame(columns)
+
+
+def facts(report: LayerReport) -> str:
+    """What was analysed and on what, and the notes, as HTML; names come from strangers."""
+    model, data = report.model, report.data
+    parts = [
+        model.get("architecture"),
+        _count(model.get("num_parameters"), "parameters"),
+        f"revision {str(model.get('revision'))[:10]}" if model.get("revision") else None,
+        model.get("dtype"),
+        f"{data.get('tokens', 0):,} tokens of {data['name']}",
+        f"loss {format_with_error(report.scores.get('loss'), report.scores.get('loss_se'))} nats a token",
+    ]
+    line = " · ".join(escape(str(part)) for part in parts if part)
+    notes = "".join(f"<li>{escape(note)}</li>" for note in report.notes)
+    listed = f"<ul class='ds-notes'>{notes}</ul>" if notes else ""
+    return f"<p class='ds-facts'>{line}</p>{listed}"
+
+
+def files(reports: Sequence[LayerReport], folder: Path | None = None) -> dict[str, str]:
+    """Write what can be downloaded: the report as JSON, its layers as CSV, and a self-contained page; paths by kind."""
+    place = folder or Path(tempfile.mkdtemp(prefix="depthscope-space-files-"))
+    stem = _stem(reports[0].model["name"]) if len(reports) == 1 else "comparison"
+    page = write_page(place / f"{stem}.html", list(reports))
+    if len(reports) == 1:
+        saved = reports[0].save(place / f"{stem}.json")
+        table = place / f"{stem}.csv"
+        table.write_text(reports[0].to_frame().to_csv(index=False), encoding="utf-8")
+        return {"json": str(saved), "csv": str(table), "html": str(page)}
+    table = place / f"{stem}.csv"
+    text = io.StringIO()
+    compare(reports).layers_frame().to_csv(text, index=False)
+    table.write_text(text.getvalue(), encoding="utf-8")
+    return {"csv": str(table), "html": str(page)}
+
+
+def code(report: LayerReport) -> str:
+    """How to make the report again with depthscope, on the command line and in Python."""
+    command = reproduce(report)
+    extra = "[gguf]" if report.model.get("source") == "gguf" else ""
+    return f"pip install 'depthscope{extra}'\n\n{command} \\\n    --out report.json --html report.html"
+
+
+def listing(text: str, label: str) -> str:
+    """Lines of code as HTML; a long line is scrolled, also with the keyboard."""
+    return f"<pre class='ds-code' tabindex='0' role='region' aria-label='{escape(label)}'>{escape(text)}</pre>"
+
+
+def _stem(name: str) -> str:
+    """A file's name out of a model's name."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", name.rsplit("/", 1)[-1]).strip("-.")[:60] or "report"
+
+
+def _count(number: Any, noun: str) -> str | None:
+    if not isinstance(number, int):
+        return None
+    for size, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if number >= size:
+            return f"{format_number(number / size, 3)}{letter} {noun}"
+    return f"{number} {noun}"

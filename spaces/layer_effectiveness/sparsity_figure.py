@@ -1,0 +1,68 @@
+"""The sparsity at work in each layer, in one figure: small weights, unattended positions, experts at rest."""
+
+import plotly.graph_objects as go
+from plotly.subplots import make_subplots
+
+from depthscope import LayerReport
+from depthscope.glossary import LAYER_SCORES, format_with_error
+from depthscope.plots import FEW_LAYERS, GRID_GREY, PALETTE, TEXT_GREY
+
+__all__ = ["EXPLANATION", "sparsity"]
+
+EXPLANATION = (
+    "Each panel shows one kind of sparsity over the layers. Weights: the share that is small beside the others in its "
+    "matrix (8% for weights drawn at random). Attention: the share of the visible positions that get less than an even "
+    "share of a token's attention. Experts: the load of the busiest one over the fair share."
+)
+PANELS = {
+    "weights_below_10pct": "Weights below 10% of their matrix's RMS",
+    "attention_below_fair": "Attention below an even share",
+    "expert_load_max": "Load of the busiest expert, × fair share",
+}
+PANEL_HEIGHT = 150
+
+
+def sparsity(report: LayerReport) -> go.Figure | None:
+    """Draw what the report has of it; None if it has nothing."""
+    names = [name for name in PANELS if report.has(name)]
+    if not names:
+        return None
+    height = PANEL_HEIGHT * len(names) + 70
+    figure = make_subplots(
+        rows=len(names),
+        cols=1,
+        shared_xaxes=True,
+        subplot_titles=[PANELS[name] for name in names],
+        vertical_spacing=min(0.9 / max(len(names) - 1, 1), 38 / height),
+    )
+    figure.update_annotations(font={"size": 13, "color": TEXT_GREY}, x=0, xanchor="left")
+    for row, (name, color) in enumerate(zip(names, PALETTE, strict=False), start=1):
+        values, errors = report.column(name), report.column(f"{name}_se")
+        figure.add_scatter(
+            x=list(range(len(values))),
+            y=values,
+            mode="lines+markers",
+            line={"color": color, "width": 2},
+            marker={"size": 6, "color": color},
+            customdata=[format_with_error(value, error) for value, error in zip(values, errors, strict=True)],
+            hovertemplate=f"layer %{{x}}: {LAYER_SCORES[name].label} %{{customdata}}<extra></extra>",
+            row=row,
+            col=1,
+        )
+        if not name.startswith("expert"):
+            figure.update_yaxes(tickformat=".0%", row=row, col=1)
+    figure.update_xaxes(gridcolor=GRID_GREY, zeroline=False)
+    if len(report.layers) <= FEW_LAYERS:
+        figure.update_xaxes(dtick=1)
+    figure.update_xaxes(title_text="layer", row=len(names), col=1)
+    figure.update_yaxes(gridcolor=GRID_GREY, rangemode="tozero", automargin=True)
+    figure.update_layout(
+        template=go.layout.Template(),
+        height=height,
+        paper_bgcolor="rgba(0, 0, 0, 0)",
+        plot_bgcolor="rgba(0, 0, 0, 0)",
+        font={"family": "system-ui, sans-serif", "size": 12, "color": TEXT_GREY},
+        showlegend=False,
+        margin={"l": 62, "r": 12, "t": 30, "b": 48},
+    )
+    return figure

@@ -1,0 +1,192 @@
+"""What a visitor asks for: the model, the text, the scores and how exactly; and under which key the answer is kept."""
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+from depthscope import Settings, SettingsError
+from limits import Limits
+from problems import Problem
+from repository import HubModel
+
+__all__ = [
+    "DTYPES",
+    "PRECISIONS",
+    "SAMPLE",
+    "STAGES",
+    "Task",
+    "Text",
+    "choose_settings",
+    "fitted",
+    "make_text",
+    "stages",
+]
+
+# Scores that share their passes through the model, the quickest first: each stage's results are shown as it ends.
+STAGES: dict[str, tuple[str, ...]] = {
+    "Watching the residual stream": ("variance", "block_influence", "angular_distance", "update"),
+    "Measuring sparsity": ("weight_sparsity", "attention_sparsity", "expert_load"),
+    "Leaving out each layer": ("skip", "causal"),
+    "Replacing each layer by an affine map": ("usefulness",),
+    "Estimating Jacobians": ("jacobian",),
+    "Swapping layers": ("permutation",),
+}
+PRECISIONS = {"as the hardware likes it": "auto", "float32": "float32", "bfloat16": "bfloat16", "float16": "float16"}
+DTYPES = frozenset(PRECISIONS.values())
+DATASET = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?(:[\w.-]+)?", re.ASCII)
+WORD = re.compile(r"[\w.\[\]:%-]{1,100}", re.ASCII)
+
+TextKind = Literal["sample", "pasted", "file", "dataset"]
+SHARE_FOR_90_PAIRS = 90.0  # pairs="all" up to 10 layers, 10% of them at 30 layers
+PROBES = 8
+FITTING = 3.5  # tokens to fit a linear map on, for each of its inputs
+
+
+@dataclass(frozen=True)
+class Text:
+    """The text to measure on: `value` is the pasted text, the path of a file, or a dataset's name."""
+
+    kind: TextKind = "sample"
+    value: str = ""
+    column: str | None = None
+    split: str | None = None
+
+    def fingerprint(self) -> str:
+        """What tells this text from another one."""
+        value = self.value.encode()
+        if self.kind == "file":
+            value = Path(self.value).read_bytes()
+        return hashlib.sha256(repr((self.kind, self.column, self.split)).encode() + value).hexdigest()
+
+
+SAMPLE = Text()
+
+
+@dataclass(frozen=True)
+class Task:
+    """One analysis. `model` is on the Hub, or the paths of an upload; `name` is what the report calls it."""
+
+    name: str
+    model: HubModel | tuple[str, ...]
+    identity: str  # the commit, or the fingerprint of the upload
+    text: Text
+    settings: Settings
+    dtype: str = "auto"
+    token: str | None = field(default=None, repr=False)
+    seconds: float = 60.0  # as estimated
+
+    @property
+    def is_shareable(self) -> bool:
+        """Whether its result may be shown to whoever asks the same: not that of a model that not everybody may read."""
+        return not (isinstance(self.model, HubModel) and self.model.restricted)
+
+    def key(self) -> str:
+        """What tells this result from another one: model, text, settings and versions, as a hash."""
+        versions = [version(name) for name in ("depthscope", "torch", "transformers")]
+        content = [self.name, self.identity, self.text.fingerprint(), asdict(self.settings), self.dtype, versions]
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def make_text(
+    kind: str,
+    *,
+    pasted: str = "",
+    file: str | None = None,
+    dataset: str = "",
+    column: str = "",
+    split: str = "",
+    limits: Limits,
+) -> Text:
+    """Check what a visitor chose as the text.
+
+    Raises:
+        Problem: nothing was given, too much, or a dataset's name that is none.
+    """
+    if kind == "pasted":
+        if not pasted.strip():
+            raise Problem("text", "No text was pasted. Paste some, or choose the embedded sample.")
+        _require_length(len(pasted.encode("utf-8", "replace")), limits)
+        return Text("pasted", pasted)
+    if kind == "file":
+        if not file:
+            raise Problem("text", "No text file was uploaded. Upload one, or choose the embedded sample.")
+        path = Path(file)
+        _require_length(path.stat().st_size, limits)
+        try:
+            path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise Problem(
+                "text", f"{path.name!a} is not UTF-8 text. Save it as plain text and upload it again."
+            ) from error
+        return Text("file", file)
+    if kind == "dataset":
+        name = dataset.strip()
+        if not DATASET.fullmatch(name):
+            raise Problem(
+                "text",
+                f"{name[:80]!a} is not a dataset's name. Give one such as Salesforce/wikitext:wikitext-2-v1.",
+            )
+        for word in (column, split):
+            if word and not WORD.fullmatch(word):
+                raise Problem("text", f"{word[:80]!a} is no column or split; leave it empty to have it found.")
+        return Text("dataset", name, column or None, split or None)
+    if kind == "sample":
+        return SAMPLE
+    raise Problem("settings", f"{kind[:40]!a} is no kind of text; choose sample, pasted, file or dataset.")
+
+
+def _require_length(length: int, limits: Limits) -> None:
+    if length > limits.max_text_bytes:
+        raise Problem(
+            "text",
+            f"The text is larger than {limits.max_text_bytes / 2**20:g} MiB; the first few thousand words are enough.",
+        )
+
+
+def choose_settings(
+    scores: Sequence[str], tokens: int, block_size: int, *, layers: int, width: int, limits: Limits
+) -> Settings:
+    """Choose how exactly to measure a model of so many layers and features on so many tokens.
+
+    Raises:
+        Problem: the choices are beyond the limits, or no scores.
+    """
+    if not 2 <= block_size <= limits.max_block_size:
+        raise Problem("settings", f"Blocks of {block_size} tokens were asked for; choose 2 to {limits.max_block_size}.")
+    if not block_size <= tokens <= limits.max_tokens:
+        raise Problem("settings", f"{tokens} tokens were asked for; choose {block_size} to {limits.max_tokens}.")
+    fit_tokens = min(max(2 * tokens, math.ceil(FITTING * width)), 4 * limits.max_tokens)
+    share = SHARE_FOR_90_PAIRS / layers**2
+    try:
+        return Settings(
+            scores=tuple(scores),
+            fit_blocks=math.ceil(fit_tokens / block_size),
+            eval_blocks=math.ceil(tokens / block_size),
+            block_size=block_size,
+            pairs="all" if share >= 1 else max(0.01, round(share, 2)),
+            probes=PROBES,
+        )
+    except SettingsError as error:
+        raise Problem("settings", str(error)) from error
+
+
+def fitted(settings: Settings, facts: Mapping[str, Any], limits: Limits) -> Settings:
+    """The settings that the same choices give for a model whose facts are known by now."""
+    layers, width = facts.get("num_layers"), facts.get("hidden_size")
+    if not layers or not width:
+        return settings
+    tokens = settings.eval_blocks * settings.block_size
+    chosen = choose_settings(settings.scores, tokens, settings.block_size, layers=layers, width=width, limits=limits)
+    return chosen.with_(fit_blocks=chosen.fit_blocks if "usefulness" in chosen.scores else 0)
+
+
+def stages(settings: Settings) -> dict[str, tuple[str, ...]]:
+    """The stages that the chosen scores need, with the scores of each."""
+    chosen = {name: tuple(score for score in scores if score in settings.scores) for name, scores in STAGES.items()}
+    return {name: scores for name, scores in chosen.items() if scores}

@@ -1,0 +1,146 @@
+"""What a visitor gave, turned into a task or a report; and messages about jobs turned into words."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from depthscope import LayerReport, ReportError
+from estimate import Estimator, Shape, in_words, shape_of
+from limits import Limits
+from problems import Problem
+from repository import HubModel, look_up
+from tasks import DTYPES, SAMPLE, Task, Text, choose_settings
+from uploads import fingerprint, require_upload
+from weights_check import gguf_facts
+
+__all__ = ["Choices", "Planned", "from_hub", "from_upload", "progress_bar", "read_report"]
+
+LARGE_VOCABULARY_SHARE = 0.3
+
+
+@dataclass(frozen=True)
+class Choices:
+    """What to measure, on how much of which text, and in which precision."""
+
+    scores: tuple[str, ...]
+    tokens: int = 512
+    block_size: int = 128
+    dtype: str = "auto"
+    text: Text = SAMPLE
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise Problem(
+                "settings", f"{str(self.dtype)[:40]!a} is no precision; choose one of {', '.join(sorted(DTYPES))}."
+            )
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A task, the shape of its model, and how many seconds it should take."""
+
+    task: Task
+    shape: Shape
+    seconds: float
+
+    def in_words(self) -> str:
+        """How long it should take, and of what."""
+        model = self.task.model
+        size = f", {model.weight_bytes / 2**20:,.0f} MiB of weights" if isinstance(model, HubModel) else ""
+        return (
+            f"{self.task.name}: {self.shape.layers} layers{size}. Analysing it on {self.task.settings.eval_blocks} "
+            f"blocks of {self.task.settings.block_size} tokens should take about {in_words(self.seconds)}."
+        )
+
+
+def from_hub(
+    name: str, revision: str, choices: Choices, limits: Limits, estimator: Estimator, token: str | None = None
+) -> Planned:
+    """Plan the analysis of a model on the Hub.
+
+    Raises:
+        Problem: there is no such model, it may not be read, is too large or not of a kind that is read here.
+    """
+    model = look_up(name, revision.strip() or None, token, limits)
+    parameters = model.weight_bytes / _bytes_a_weight(model.config)
+    if parameters > 1.05 * limits.max_parameters:
+        raise Problem(
+            "too_large",
+            f"{model.name} has about {parameters / 1e9:.3g} billion parameters, and this Space takes at most "
+            f"{limits.max_parameters / 1e9:.3g} billion. Analyse it on your own machine: pip install depthscope.",
+        )
+    shape = shape_of(model.config, parameters, limits)
+    settings = _settings(choices, shape, limits)
+    task = Task(model.name, model, model.sha, choices.text, settings, choices.dtype, token)
+    seconds = estimator.seconds(shape, settings, download_bytes=model.total_bytes, weight_bytes=model.weight_bytes)
+    return Planned(replace(task, seconds=seconds), shape, seconds)
+
+
+def from_upload(paths: Sequence[str], choices: Choices, limits: Limits, estimator: Estimator) -> Planned:
+    """Plan the analysis of an upload; what is inside an archive is only looked at in the job's own process.
+
+    Raises:
+        Problem: nothing that could be a model was uploaded.
+    """
+    files = [Path(path) for path in paths]
+    require_upload(files, limits)
+    size = sum(file.stat().st_size for file in files)
+    config: dict[str, Any] = {}
+    parameters = size / 4.0
+    if files[0].suffix.lower() == ".gguf":
+        counted, config = gguf_facts(files[0], limits)
+        parameters = float(counted)
+    shape = shape_of(config, parameters, limits)
+    settings = _settings(choices, shape, limits)
+    name = files[0].stem if len(files) == 1 else "uploaded model"
+    task = Task(name[:80], tuple(map(str, files)), fingerprint(files), choices.text, settings, choices.dtype)
+    return Planned(task, shape, estimator.seconds(shape, settings, weight_bytes=size))
+
+
+def read_report(path: str | None, limits: Limits) -> LayerReport:
+    """Read an uploaded report.
+
+    Raises:
+        Problem: there is none, or it is too large, damaged or no report.
+    """
+    if not path:
+        raise Problem("report", "No report was uploaded. Choose a .json file that depthscope analyze --out wrote.")
+    file = Path(path)
+    if file.stat().st_size > limits.max_report_bytes:
+        raise Problem(
+            "report", f"The report is larger than {limits.max_report_bytes / 2**20:g} MiB, the most that is read here."
+        )
+    try:
+        return LayerReport.load(file)
+    except ReportError as error:
+        raise Problem("report", str(error).replace(str(file), file.name)) from error
+
+
+def progress_bar(stage: str, share: float, left: float | None = None) -> str:
+    """A bar with what is being done and about how long it still takes, as HTML."""
+    percent = round(100 * min(max(share, 0.0), 1.0))
+    rest = f" · about {in_words(left)} left" if left is not None else ""
+    return (
+        "<div class='ds-progress' role='status'><div "
+        f"class='ds-line'><span>{escape(stage)}</span><span>{percent}%{escape(rest)}</span></div><div class='ds-track' "
+        f"aria-hidden='true'><div style='width: {percent}%'></div></div></div>"
+    )
+
+
+def _settings(choices: Choices, shape: Shape, limits: Limits) -> Any:
+    settings = choose_settings(
+        choices.scores,
+        int(choices.tokens),
+        int(choices.block_size),
+        layers=shape.layers,
+        width=shape.width,
+        limits=limits,
+    )
+    return replace(settings, fit_blocks=settings.fit_blocks if "usefulness" in settings.scores else 0)
+
+
+def _bytes_a_weight(config: dict[str, Any]) -> float:
+    dtype = str(config.get("dtype") or config.get("torch_dtype") or "float32")
+    return 2.0 if "16" in dtype else 4.0

@@ -1,0 +1,124 @@
+"""What a job does, in a process of its own: fetch or unpack a model, load it, measure it stage by stage.
+
+Everything that reads what a stranger made happens here, under limits on memory, time and files. What is found is told
+to `emit` as small JSON-like messages:
+
+    {"event": "stage", "stage": ..., "share": 0.3}     what is being done, and the share of the whole that is done
+    {"event": "partial", "report": "{...}"}            the report so far
+    {"event": "done", "report": "{...}"}               the whole report
+    {"event": "failed", "kind": ..., "message": ...}   see `problems`
+"""
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from depthscope import (
+    CorpusError,
+    DepthscopeError,
+    ModelLoadError,
+    NoLayerStackError,
+    NonFiniteError,
+    OutOfMemoryError,
+    SettingsError,
+)
+from limits import Limits
+from problems import Kind, Problem
+from repository import HubModel, fetch
+from tasks import Task, fitted
+from uploads import Model, check_model, receive
+
+__all__ = ["Emit", "work"]
+
+Emit = Callable[[dict[str, Any]], None]
+LOADING, READING = 0.04, 0.08  # shares of the bar, before anything is measured
+KINDS: dict[type[DepthscopeError], Kind] = {
+    NonFiniteError: "not_finite",
+    OutOfMemoryError: "out_of_memory",
+    NoLayerStackError: "unknown_architecture",
+    CorpusError: "text",
+    SettingsError: "settings",
+    ModelLoadError: "broken_weights",
+}
+OUT_OF_MEMORY = (
+    "The model does not fit into the memory that a job has here. Choose fewer tokens or a smaller model, or analyse it "
+    "on your own machine: pip install depthscope."
+)
+
+
+def work(task: Task, folder: Path, limits: Limits, emit: Emit) -> None:
+    """Do a job in the empty `folder`, and tell `emit` what comes of it; what a visitor can mend is told, not raised."""
+    for name in ("model", "empty"):
+        (folder / name).mkdir()
+    os.chdir(folder / "empty")  # the name of a dataset must not find a folder here
+    try:
+        with _problems(folder, task):
+            _measure(task, folder, limits, emit)
+    except Problem as problem:
+        emit({"event": "failed", "kind": problem.kind, "message": str(problem)})
+
+
+def _measure(task: Task, folder: Path, limits: Limits, emit: Emit) -> None:
+    def tell(stage: str, share: float) -> None:
+        emit({"event": "stage", "stage": stage, "share": share})
+
+    tell("Downloading the model" if isinstance(task.model, HubModel) else "Checking the upload", 0.0)
+    found = _files(task, folder / "model", limits)
+    tell("Loading the model", LOADING)
+    from measuring import load, measure, read_text  # they bring torch and transformers
+
+    loaded = load(task, found, limits)
+    settings = task.settings
+    if not isinstance(task.model, HubModel):  # nobody has looked into the upload before
+        settings = fitted(settings, loaded.facts, limits)
+    tell("Reading the text", READING)
+    blocks = read_text(task.text, loaded, settings)
+    report = ""
+    for so_far in measure(loaded, blocks, settings, lambda stage, share: tell(stage, READING + (1 - READING) * share)):
+        report = so_far.to_json()
+        emit({"event": "partial", "report": report})
+    emit({"event": "done", "report": report})
+
+
+def _files(task: Task, folder: Path, limits: Limits) -> Model:
+    if isinstance(task.model, HubModel):
+        fetch(task.model, folder, task.token)
+        return check_model(folder, limits)
+    return receive([Path(path) for path in task.model], folder, limits)
+
+
+@contextmanager
+def _problems(folder: Path, task: Task) -> Iterator[None]:
+    """Turn depthscope's errors into a `Problem` that speaks of the model by the visitor's name for it."""
+    try:
+        yield
+    except DepthscopeError as error:
+        if any(_is_about_memory(cause) for cause in _causes(error)):
+            raise Problem("out_of_memory", OUT_OF_MEMORY) from error
+        kind: Kind = next((kind for family, kind in KINDS.items() if isinstance(error, family)), "crashed")
+        raise Problem(kind, _without_places(str(error), folder, task.name)) from error
+    except (MemoryError, RuntimeError) as error:
+        if not _is_about_memory(error):
+            raise
+        raise Problem("out_of_memory", OUT_OF_MEMORY) from error
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _is_about_memory(error: BaseException) -> bool:
+    """Whether an error is about memory; PyTorch has no class of its own for a processor's."""
+    text = str(error)
+    return isinstance(error, MemoryError | OutOfMemoryError) or "allocate memory" in text or "not enough memory" in text
+
+
+def _without_places(message: str, folder: Path, name: str) -> str:
+    """Name the model instead of the folder that it was unpacked into."""
+    for place in (folder / "model" / "model.gguf", folder / "model"):
+        message = message.replace(str(place), name)
+    return message.replace(str(folder), "the job's folder")

@@ -1,0 +1,96 @@
+"""`depthscope evaluate`."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+
+from depthscope.cli.analysis import require_places
+from depthscope.cli.shared import app, errors_for_people, say
+
+if TYPE_CHECKING:
+    from depthscope.downstream.record import Downstream
+
+TASKS, HOW, OUTPUT = "Tasks", "Model and device", "Output"
+
+
+@app.command()
+def evaluate(
+    model: Annotated[
+        str, typer.Argument(help="A Hub id, a folder, a [bold].gguf[/] file or a PEFT adapter folder.", metavar="MODEL")
+    ],
+    tasks: Annotated[
+        str,
+        typer.Option(help="Tasks of lm-eval, separated by commas, or the group [bold]paper[/].", rich_help_panel=TASKS),
+    ] = "paper",
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            help="A folder with the documents as TASK.jsonl; nothing is downloaded then.", rich_help_panel=TASKS
+        ),
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(help="The first documents of each task only.", rich_help_panel=TASKS)
+    ] = None,
+    shots: Annotated[
+        int | None,
+        typer.Option(help="Solved examples before each question; the task's own by default.", rich_help_panel=TASKS),
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="Answers in a forward pass.", rich_help_panel=HOW)] = 8,
+    dtype: Annotated[
+        str, typer.Option(help="auto, float32, bfloat16 or float16; auto is float32 on a CPU.", rich_help_panel=HOW)
+    ] = "auto",
+    device: Annotated[
+        str | None,
+        typer.Option(help="cpu, cuda, cuda:1, mps, or auto to split over several devices.", rich_help_panel=HOW),
+    ] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.", rich_help_panel=HOW)] = None,
+    trust_remote_code: Annotated[
+        bool,
+        typer.Option("--trust-remote-code", help="Run the code in the model's repository.", rich_help_panel=HOW),
+    ] = False,
+    out: Annotated[Path | None, typer.Option(help="Write the accuracies as JSON.", rich_help_panel=OUTPUT)] = None,
+    report: Annotated[
+        Path | None,
+        typer.Option(help="A report of analyze, to add the accuracies to.", rich_help_panel=OUTPUT),
+    ] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No table, no progress.", rich_help_panel=OUTPUT)] = False,
+) -> None:
+    """Measure the accuracy of MODEL on downstream tasks, through lm-eval (the extra `eval`)."""
+    with errors_for_people():
+        require_places(out)
+        from depthscope.downstream.evaluation import evaluate as measure
+        from depthscope.report import LayerReport
+
+        described = None if report is None else LayerReport.load(report)
+        found = measure(
+            model,
+            tasks=tasks,
+            data=data,
+            limit=limit,
+            shots=shots,
+            batch_size=batch_size,
+            dtype=dtype,
+            device=device,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+            progress=not quiet,
+        )
+        if not quiet:
+            _show(found)
+        if out is not None:
+            found.save(out)
+            say(f"Accuracies: {out}")
+        if report is not None and described is not None:
+            found.added_to(described).save(report)
+            say(f"Report: {report}")
+
+
+def _show(found: "Downstream") -> None:
+    from depthscope.downstream.table import accuracy_table
+
+    console = Console()
+    console.print(accuracy_table(found))
+    for note in found.notes:
+        say(f"Note: {note}")

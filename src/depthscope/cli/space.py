@@ -1,0 +1,144 @@
+"""`depthscope space` and `push-space`."""
+
+import os
+import shutil
+import subprocess
+import sys
+from enum import Enum
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from depthscope.cli.shared import app, errors_for_people, say
+from depthscope.errors import DepthscopeError, HubError, SettingsError
+
+NAME = "layer_effectiveness"
+# In a checkout, and in an installed package.
+PLACES = (Path(__file__).parents[3] / "spaces" / NAME, Path(__file__).parents[1] / "_spaces" / NAME)
+
+OWN_REQUIREMENT = "depthscope["
+
+
+class YesOrNo(str, Enum):
+    """An answer."""
+
+    yes = "yes"
+    no = "no"
+
+
+@app.command()
+def space(
+    share: Annotated[
+        YesOrNo, typer.Option(help="A public link for three days, through a server of Gradio's makers.")
+    ] = YesOrNo.no,
+    port: Annotated[int | None, typer.Option(help="Where to listen; a free port from 7860 on by default.")] = None,
+    host: Annotated[str, typer.Option(help="0.0.0.0 lets other machines in.")] = "127.0.0.1",
+) -> None:
+    """Serve the page that analyses models in a browser, on this machine."""
+    with errors_for_people("The page is not served any more."):
+        if find_spec("gradio") is None:
+            raise SettingsError("The page needs gradio, which is not installed: pip install 'depthscope[space]'.")
+        given = {"GRADIO_SHARE": str(share is YesOrNo.yes), "GRADIO_SERVER_NAME": host}
+        if port is not None:
+            given["GRADIO_SERVER_PORT"] = str(port)
+        ended = subprocess.run([sys.executable, "app.py"], cwd=space_folder(), env={**os.environ, **given}, check=False)
+        if ended.returncode:
+            raise typer.Exit(ended.returncode)
+
+
+@app.command()
+def push_space(
+    to: Annotated[str, typer.Option(help="The Space to make or bring up to date: NAMESPACE/NAME.")],
+    private: Annotated[bool, typer.Option("--private", help="Make a new Space private.")] = False,
+    requirement: Annotated[
+        str | None,
+        typer.Option(
+            help="What the Space installs as depthscope, if not this version from the package index; such as "
+            "'depthscope[gguf] @ git+https://...'."
+        ),
+    ] = None,
+    dry_run: Annotated[
+        Path | None, typer.Option(help="Push nothing: write what would be pushed to this folder.")
+    ] = None,
+) -> None:
+    """Put the page on the Hugging Face Hub as a Space, in one commit.
+
+    Log in before with hf auth login, or set HF_TOKEN.
+    """
+    with errors_for_people("What is on the Hub is whole; run the same command again."):
+        files = space_files(requirement)
+        if dry_run is not None:
+            _write(files, dry_run)
+            say(f"Written: {dry_run}, {len(files)} files")
+            return
+        say(f"Space: {_push(files, to, private)}")
+
+
+def space_folder() -> Path:
+    """The folder of the Space's program.
+
+    Raises:
+        DepthscopeError: this installation does not hold it.
+    """
+    for place in PLACES:
+        if (place / "app.py").is_file():
+            return place
+    raise DepthscopeError(
+        "This installation of depthscope lacks the page; install it again: pip install -U depthscope."
+    )
+
+
+def space_files(requirement: str | None = None) -> dict[str, bytes]:
+    """What a Space is made of: paths in the repository and their contents.
+
+    Args:
+        requirement: the line that installs depthscope there; by default the one of `requirements.txt`.
+    """
+    folder = space_folder()
+    paths = sorted(path for path in folder.rglob("*") if path.is_file() and "__pycache__" not in path.parts)
+    files = {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths if not path.name.startswith(".")}
+    if requirement is not None:
+        if not requirement.startswith("depthscope"):
+            raise SettingsError(f"--requirement is {requirement!r}; give a line that installs depthscope.")
+        lines = files["requirements.txt"].decode().splitlines()
+        changed = [requirement if line.startswith(OWN_REQUIREMENT) else line for line in lines]
+        files["requirements.txt"] = ("\n".join(changed) + "\n").encode()
+    return files
+
+
+def _write(files: dict[str, bytes], folder: Path) -> None:
+    if folder.exists():
+        raise SettingsError(f"{folder} exists already; name a folder that does not.")
+    try:
+        for name, content in files.items():
+            path = folder / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content)
+    except OSError as error:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise SettingsError(f"{folder} cannot be written: {error.strerror}. Choose another folder.") from error
+
+
+def _push(files: dict[str, bytes], to: str, private: bool) -> str:
+    from huggingface_hub import CommitOperationAdd, HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError
+
+    if to.count("/") != 1:
+        raise SettingsError(f"--to is {to!r}; give NAMESPACE/NAME, such as ada/layers.")
+    api = HfApi()
+    try:
+        url = api.create_repo(to, repo_type="space", space_sdk="gradio", private=private, exist_ok=True)
+        operations = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=content) for name, content in files.items()]
+        api.create_commit(to, operations, repo_type="space", commit_message="depthscope's page")
+    except HFValidationError as error:
+        raise SettingsError(f"--to is {to!r}, which is no name on the Hub: {error}") from error
+    except HfHubHTTPError as error:
+        raise HubError(
+            f"The Hub answered {error.response.status_code} for {to}. Log in with an account that may write there: hf "
+            "auth login."
+        ) from error
+    except (HTTPError, OSError) as error:
+        raise HubError(f"The Hub cannot be reached to push {to}. Check the network, and run it again.") from error
+    return str(url)

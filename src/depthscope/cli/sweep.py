@@ -1,0 +1,138 @@
+"""`depthscope sweep run`, `plan`, `report` and `presets`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from depthscope.cli.shared import app, errors_for_people, say
+
+sweep_app = typer.Typer(
+    help="Train a grid of models, measure every one, and see what holds.", no_args_is_help=True, rich_markup_mode="rich"
+)
+app.add_typer(sweep_app, name="sweep")
+
+File = Annotated[
+    str,
+    typer.Argument(
+        help="A sweep file (YAML), or a preset: [bold]depthscope sweep presets[/] lists them.", metavar="FILE"
+    ),
+]
+Folder = Annotated[Path, typer.Argument(help="The folder of a sweep.", metavar="DIR")]
+FAILED_CODE = 1
+
+
+@sweep_app.command()
+def run(
+    file: File,
+    out: Annotated[Path | None, typer.Option(help="The sweep's folder; sweeps/NAME by default.")] = None,
+    only: Annotated[
+        list[str] | None, typer.Option(help="Only these points, variants or families; * stands for anything.")
+    ] = None,
+    jobs: Annotated[
+        int | None, typer.Option(min=1, help="Points at once; by default one a GPU, or one a core of the processor.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List the points and train nothing.")] = False,
+) -> None:
+    """Train and measure every point of FILE, and report. Finished ones are skipped, interrupted ones go on.
+
+    Models too large for one device: torchrun --nproc-per-node 8 -m depthscope sweep run FILE.
+    """
+    with errors_for_people("Run the same command again to go on."):
+        from depthscope.processes import Processes
+        from depthscope.sweep.grid import expand
+        from depthscope.sweep.runner import describe, run_sweep, select
+        from depthscope.sweep.specification import load_sweep
+
+        sweep = load_sweep(file)
+        if dry_run:
+            grid = expand(sweep)
+            _list_points(select(sweep, grid, only or []))
+            return
+        outcome = run_sweep(sweep, out, only=only or [], jobs=jobs)
+        if Processes.here().is_main:
+            say(f"{sweep.specification.name}: {describe(outcome)}.")
+            _report(outcome.out)
+        if outcome.failed:
+            say(f"Failed: {', '.join(outcome.failed)}; result.json in their folders says why. Run again to try again.")
+            raise typer.Exit(FAILED_CODE)
+
+
+@sweep_app.command()
+def report(folder: Folder) -> None:
+    """Write the tables (Markdown, CSV, parquet) and the page of a sweep, finished or not, to DIR/report."""
+    with errors_for_people():
+        _report(folder)
+
+
+@sweep_app.command()
+def plan(
+    file: File,
+    gpu: Annotated[str, typer.Option(help="The kind of GPU to reckon with.")] = "h100",
+    gpus: Annotated[int, typer.Option(min=1, help="How many of them share a model.")] = 8,
+    utilisation: Annotated[float, typer.Option(help="Share of the peak that training reaches.")] = 0.4,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print a Markdown table.")] = False,
+) -> None:
+    """Say what FILE would cost: parameters, FLOPs, GPU hours, memory. Trains nothing."""
+    with errors_for_people():
+        from depthscope.sweep.grid import expand
+        from depthscope.sweep.plan import plan as make_plan
+        from depthscope.sweep.plan import print_plan
+        from depthscope.sweep.specification import load_sweep
+
+        sweep = load_sweep(file)
+        made = make_plan(sweep, expand(sweep), gpu=gpu, gpus=gpus, utilisation=utilisation)
+        if markdown:
+            typer.echo(made.to_markdown())
+        else:
+            print_plan(made, Console())
+
+
+@sweep_app.command()
+def presets() -> None:
+    """List the sweeps that come with depthscope."""
+    with errors_for_people():
+        from depthscope.sweep.grid import expand
+        from depthscope.sweep.specification import load_sweep, preset_names
+
+        table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
+        for name, justify in (("preset", "left"), ("models", "right"), ("tokens each", "right"), ("what", "left")):
+            table.add_column(name, justify=justify, no_wrap=name != "what")  # type: ignore[arg-type]
+        for name in preset_names():
+            sweep = load_sweep(name)
+            points = expand(sweep).points
+            tokens = max(point.training.tokens for point in points)
+            table.add_row(name, str(len(points)), f"{tokens:,}", sweep.specification.description)
+        Console().print(table)
+
+
+def _report(folder: Path) -> None:
+    from depthscope.sweep.page import write_report
+    from depthscope.sweep.results import load_results
+    from depthscope.sweep.tables import print_results
+
+    written = write_report(folder)
+    print_results(load_results(folder), Console())
+    page = next(path for path in written if path.suffix == ".html")
+    # Not wrapped, since an address in two lines cannot be followed.
+    Console().print(
+        Text(f"Tables and page: {page.parent}\nOpen {page.resolve().as_uri()} in a browser."), soft_wrap=True
+    )
+
+
+def _list_points(points: list) -> None:
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
+    for name in ("point", "layers", "hidden", "T", "steps", "tokens"):
+        table.add_column(name, justify="left" if name == "point" else "right", no_wrap=True)
+    for point in points:
+        config, training = point.config(vocab_size=512), point.training
+        numbers = (config.num_hidden_layers, config.hidden_size, training.sequence_length, training.steps)
+        table.add_row(point.name, *map(str, numbers), f"{training.steps * training.batch_tokens:,}")
+    Console().print(table)
+    say(f"{len(points)} points; nothing was trained.")
+
+
+__all__ = ["plan", "presets", "report", "run"]

@@ -1,0 +1,223 @@
+"""`HubCheckpointCallback`: the weights at chosen steps go to the Hub while the training goes on.
+
+    trainer = Trainer(..., callbacks=[HubCheckpointCallback("namespace/name", every=1000)])
+
+At a step the main process saves the weights into a temporary folder; one thread pushes them, one after another, to the
+branches `step0`, `step1`, `step2`, `step4`, ... A Hub that is slow or gone costs the training nothing but that folder.
+"""
+
+import logging
+import queue
+import tempfile
+import threading
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+from transformers import TrainerCallback
+
+from depthscope.errors import SettingsError
+from depthscope.hub.commit import push_trees
+from depthscope.hub.push import client
+from depthscope.hub.retry import Patience, hide_tokens
+from depthscope.hub.tree import Tree
+from depthscope.messages import one_line
+
+__all__ = ["EARLY_STEPS", "HubCheckpointCallback"]
+
+logger = logging.getLogger(__name__)
+
+EARLY_STEPS = (0, *(2**power for power in range(10)))  # 0, 1, 2, 4, ..., 512
+LAST_WAIT = 10.0  # seconds, for the request that is under way when the patience is at its end
+
+
+@dataclass
+class _Checkpoint:
+    """Saved weights that wait to be pushed; the folder goes when the object does."""
+
+    step: int
+    folder: Any = field(default_factory=lambda: tempfile.TemporaryDirectory(prefix="depthscope-step-"))
+
+    def tree(self, repo_id: str) -> Tree:
+        root = Path(self.folder.name)
+        files = {path.relative_to(root).as_posix(): path for path in root.rglob("*") if path.is_file()}
+        return Tree(repo_id, "model", f"step{self.step}", files)
+
+
+class HubCheckpointCallback(TrainerCallback):
+    """Pushes the weights at steps 0, 1, 2, 4, ..., 512 and then at every n-th to branches `step<N>`, in the background.
+
+    It works with any model in any Trainer script, and only the main process pushes. It never stops a training: what
+    cannot be saved or pushed is warned of, tried once more when the training ends, and listed in `failed`. `main` is
+    left alone: push the trained model with `trainer.push_to_hub()` or `depthscope push`.
+
+    Weights that FSDP (version 2) shards are gathered; those that DeepSpeed's stage 3 or FSDP's version 1 shard are not
+    pushed, with a warning: their checkpoints can be pushed from the Trainer's output folder with `depthscope push`.
+
+    Args:
+        repo_id: the repository, which is made if it is not there.
+        every: steps between two pushes after step 512.
+        private: make the repository private.
+        waiting: checkpoints that may wait on the disk; at a step at which there are as many, none is saved.
+        patience: seconds that the end of the training waits for what is left to be pushed.
+        token: instead of the one that huggingface_hub finds.
+
+    Attributes:
+        pushed: steps that are on the Hub.
+        failed: why a step is not, by step.
+
+    Raises:
+        SettingsError: an argument is not allowed.
+    """
+
+    def __init__(
+        self,
+        repo_id: str,
+        *,
+        every: int = 1000,
+        private: bool = False,
+        waiting: int = 16,
+        patience: float = 600.0,
+        token: str | None = None,
+    ) -> None:
+        try:
+            validate_repo_id(repo_id)
+        except HFValidationError as error:
+            raise SettingsError(f"{repo_id!r} is no name of a repository: {one_line(error)}") from error
+        if "/" not in repo_id:
+            raise SettingsError(f"{repo_id!r} has no namespace: give namespace/{repo_id}.")
+        for name, number in (("every", every), ("waiting", waiting)):
+            if not isinstance(number, int) or number < 1:
+                raise SettingsError(f"{name} is {number!r}; give a whole number, at least 1.")
+        self.repo_id, self.every, self.private = repo_id, every, private
+        self.waiting, self.patience = waiting, patience
+        self.pushed: list[int] = []
+        self.failed: dict[int, str] = {}
+        self._token = token
+        self._again: list[_Checkpoint] = []  # those whose first push failed
+        self._queue: queue.Queue[_Checkpoint | None] = queue.Queue()
+        self._kept = threading.Semaphore(waiting)  # folders on the disk
+        self._stop = threading.Event()
+        self._worker: threading.Thread | None = None
+        self._given: list[int] = []  # steps that the worker was given
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Push the weights before the first step; in a run that goes on, nothing."""
+        self.pushed, self.failed, self._again, self._given = [], {}, [], []
+        self._queue, self._kept, self._stop = queue.Queue(), threading.Semaphore(self.waiting), threading.Event()
+        self._worker = None
+        if state.global_step == 0:
+            self._publish(state, kwargs)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Push the weights if it is a step to be published."""
+        step = state.global_step
+        if step in EARLY_STEPS or (step > EARLY_STEPS[-1] and step % self.every == 0):
+            self._publish(state, kwargs)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Wait for what is being pushed, try once more what failed, and list what is not on the Hub."""
+        if self._worker is not None:
+            self._queue.put(None)
+            self._worker.join(self.patience)
+            if self._worker.is_alive():
+                self._stop.set()
+                self._worker.join(LAST_WAIT)
+            self._worker = None
+            for step in self._given:
+                if step not in self.pushed:
+                    self.failed.setdefault(step, "it was still being pushed when the training ended")
+        if self.failed:
+            listed = "; ".join(f"step{step}: {reason}" for step, reason in sorted(self.failed.items()))
+            logger.warning("Not on the Hub (%s): %s", self.repo_id, listed)
+
+    # In the training's thread
+
+    def _publish(self, state: Any, found: dict[str, Any]) -> None:
+        model, step = found.get("model"), state.global_step
+        if model is None:
+            return
+        # Every process takes part in gathering; only the main one has what comes of it.
+        whole, weights = _gathered(model)
+        if not state.is_world_process_zero:
+            return
+        if not whole:
+            self._fail(step, "its weights are shared out among processes in a way that is not gathered here")
+            return
+        if not self._kept.acquire(blocking=False):
+            self._fail(step, f"{self.waiting} checkpoints before it were still waiting for the Hub")
+            return
+        try:
+            checkpoint = _Checkpoint(step)
+            _save(model, weights, found.get("processing_class"), checkpoint.folder.name)
+        except Exception as error:  # whatever a model's own saving raises, the training goes on
+            self._kept.release()
+            self._fail(step, f"could not be saved: {one_line(error)}")
+            return
+        if self._worker is None:
+            self._worker = threading.Thread(target=self._work, name="hub-checkpoints", daemon=True)
+            self._worker.start()
+        self._given.append(step)
+        self._queue.put(checkpoint)
+
+    def _fail(self, step: int, reason: str) -> None:
+        reason = hide_tokens(reason)
+        self.failed[step] = reason
+        logger.warning("step%d is not on the Hub: %s", step, reason)
+
+    # In the worker's thread
+
+    def _work(self) -> None:
+        while (checkpoint := self._queue.get()) is not None:
+            if not self._push(checkpoint):
+                self._again.append(checkpoint)  # its folder stays until the end
+                continue
+            self._kept.release()
+        for checkpoint in self._again:
+            if self._push(checkpoint):
+                self.failed.pop(checkpoint.step, None)
+        self._again = []
+
+    def _push(self, checkpoint: _Checkpoint) -> bool:
+        try:
+            api: HfApi = client(self._token)
+            patience = Patience(stop=self._stop, said=lambda line: logger.info("%s", line))
+            push_trees(api, [checkpoint.tree(self.repo_id)], patience, private=self.private)
+        except Exception as error:  # in a thread it would go unseen, and the training goes on in any case
+            self._fail(checkpoint.step, one_line(error))
+            return False
+        self.pushed.append(checkpoint.step)
+        checkpoint.folder.cleanup()
+        return True
+
+
+def _gathered(model: torch.nn.Module) -> tuple[bool, dict[str, Any] | None]:
+    """Whether the whole weights of a model can be had, and those that had to be gathered from other processes."""
+    parameters = list(model.parameters())
+    # DeepSpeed's stage 3 marks what it shares out; FSDP's version 1 puts parameters into flat ones.
+    if any(hasattr(one, "ds_id") or type(one).__name__ == "FlatParameter" for one in parameters):
+        return False, None
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+        from torch.distributed.tensor import DTensor
+
+        if any(isinstance(one, DTensor) for one in parameters):
+            options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+            return True, get_model_state_dict(model, options=options)
+    return True, None
+
+
+def _save(model: Any, weights: dict[str, Any] | None, tokenizer: Any, folder: str) -> None:
+    if hasattr(model, "save_pretrained"):
+        model.save_pretrained(folder, **({"state_dict": weights} if weights is not None else {}))
+    else:
+        from safetensors.torch import save_file, save_model
+
+        file = str(Path(folder, "model.safetensors"))
+        save_model(model, file) if weights is None else save_file(weights, file)
+    if hasattr(tokenizer, "save_pretrained"):
+        tokenizer.save_pretrained(folder)

@@ -1,0 +1,66 @@
+"""Which files of a folder are a model: weights as safetensors, configuration, tokenizer, code. Nothing else is pushed.
+
+What a Trainer leaves beside them (optimizer, random states, training_args.bin) is pickled, large, and of no use to
+others.
+"""
+
+import re
+from fnmatch import fnmatch
+from pathlib import Path
+
+from depthscope.errors import HubError
+
+__all__ = ["find_steps", "has_weights", "model_files"]
+
+FILES = (
+    "config.json",
+    "generation_config.json",
+    "adapter_config.json",
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "*.py",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "*.model",
+    "chat_template.jinja",
+    "preprocessor_config.json",
+    "processor_config.json",
+)
+PICKLED = ("*.bin", "*.pt", "*.pth")
+STEP = re.compile(r"(?:step|checkpoint)-(\d{1,15})")
+
+
+def model_files(folder: Path) -> dict[str, Path]:
+    """The files of the model in a folder, by name.
+
+    Raises:
+        HubError: there is no model, or its weights are pickled.
+    """
+    names = sorted(path.name for path in folder.iterdir() if path.is_file())
+    files = {name: folder / name for name in names if any(fnmatch(name, pattern) for pattern in FILES)}
+    if not has_weights(folder):
+        pickled = [
+            name for name in names if name.startswith("pytorch_model") and any(fnmatch(name, p) for p in PICKLED)
+        ]
+        why = f"its weights are pickled ({pickled[0]}); save them with safetensors" if pickled else "no *.safetensors"
+        raise HubError(f"{str(folder)!r} holds no model that can be pushed: {why}. Save one with save_pretrained.")
+    if not {"config.json", "adapter_config.json"} & files.keys():
+        raise HubError(f"{str(folder)!r} has weights but no config.json: save the model with save_pretrained.")
+    return files
+
+
+def has_weights(folder: Path) -> bool:
+    """Whether a folder holds weights as safetensors."""
+    return any(folder.glob("*.safetensors"))
+
+
+def find_steps(folder: Path) -> dict[int, Path]:
+    """The checkpoints of a training, by step: those that a sweep keeps in `steps`, or a Trainer as `checkpoint-N`."""
+    places = [*folder.glob("steps/step-*"), *folder.glob("checkpoint-*")]
+    found = {int(match[1]): path for path in places if (match := STEP.fullmatch(path.name)) and has_weights(path)}
+    return dict(sorted(found.items()))

@@ -1,0 +1,21 @@
+"""What a sweep's models are called on the Hub."""
+
+import hashlib
+import re
+
+__all__ = ["model_repository"]
+
+MOST_CHARACTERS = 88  # the Hub takes 96; an export's suffix must fit too
+
+
+def model_repository(namespace: str, sweep: str, point: str) -> str:
+    """The repository of a point of a sweep, `namespace/sweep-point`, in the characters that the Hub takes.
+
+    A name that is too long is cut, and ends in a digest of all of it.
+    """
+    name = re.sub(r"[^A-Za-z0-9._-]", "-", f"{sweep}-{point}")
+    name = re.sub(r"([-.])[-.]+", r"\1", name).strip("-._")
+    if len(name) > MOST_CHARACTERS:
+        digest = hashlib.sha256(name.encode()).hexdigest()[:8]
+        name = f"{name[: MOST_CHARACTERS - 9].rstrip('-._')}-{digest}"
+    return f"{namespace}/{name.removesuffix('.git')}"

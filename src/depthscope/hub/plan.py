@@ -1,0 +1,275 @@
+"""From a folder to what is to be on the Hub: the trees of its repositories, and a collection.
+
+    a sweep         a repository for each finished point, a data set with the reports, a collection
+    a run           one repository: a point of a sweep, the output folder of a Trainer, or a saved model
+
+`main` is the trained model with its card; the checkpoints of the training are the branches step0, step1, step2, ...
+With `native`, what an architecture of transformers expresses exactly is a second repository, `<name>-native`.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+
+from depthscope.callbacks.history import FILE as HISTORY_FILE
+from depthscope.errors import ConversionError, HubError, SettingsError
+from depthscope.files import read_text
+from depthscope.hub.card_data import DepthCardData
+from depthscope.hub.card_sources import MODEL, read_card_data
+from depthscope.hub.cards import render_card
+from depthscope.hub.collection import LONGEST_TITLE, PAPER, CollectionPlan, Item
+from depthscope.hub.figures import write_figures
+from depthscope.hub.layer_stats import PARQUET, write_layer_stats
+from depthscope.hub.model_files import find_steps, model_files
+from depthscope.hub.names import model_repository
+from depthscope.hub.reports_dataset import REPORTS, Reported, reports_tree
+from depthscope.hub.tree import MAIN, Tree
+from depthscope.messages import one_line
+from depthscope.strict_json import parse
+
+__all__ = ["Options", "Plan", "check_names", "make_plan"]
+
+MAX_BYTES = 64 * 2**20  # of a JSON file
+NATIVE = "-native"
+FINISHED = "finished"
+
+
+@dataclass(frozen=True)
+class Options:
+    """What is published, and how; see `depthscope.push`."""
+
+    native: bool = False
+    steps: bool = True
+    license: str | None = None
+    language: Sequence[str] = ()
+    datasets: Sequence[str] | None = None
+    base_model: str | None = None
+    only: Sequence[str] = ()
+    space: str | None = None
+    collection: str | None = None
+
+
+@dataclass
+class Plan:
+    """The trees of each repository, `main` last; a collection; and what is to be said."""
+
+    repositories: list[list[Tree]] = field(default_factory=list)
+    collection: CollectionPlan | None = None
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def trees(self) -> list[Tree]:
+        """All trees."""
+        return [tree for trees in self.repositories for tree in trees]
+
+
+def make_plan(source: Path, to: str, work: Path, options: Options) -> Plan:
+    """Find what a folder holds, and write into `work` what is made for the Hub (cards, figures, exports).
+
+    Args:
+        source: a sweep or a run.
+        to: a namespace; for a run also `namespace/name`.
+        work: an empty folder, which must stay until the trees are pushed.
+        options: what is published.
+
+    Raises:
+        HubError: there is nothing to publish.
+        SettingsError: a value that the Hub would refuse, or two models would be one repository.
+        ReportError: a file is damaged.
+    """
+    if not source.is_dir():
+        raise SettingsError(f"There is no folder {str(source)!r}: give the folder of a sweep or of a run.")
+    namespace, _, name = to.partition("/")
+    plan = Plan()
+    if (source / "sweep.json").is_file():
+        if name:
+            raise SettingsError(f"A sweep becomes several repositories: give --to {namespace}, without a name.")
+        _add_sweep(plan, source, namespace, work, options)
+    else:
+        _add_run(plan, source, to if name else f"{namespace}/{_run_name(source, namespace)}", work, options)
+    _require_different(plan)
+    return plan
+
+
+def check_names(to: str, space: str | None = None) -> None:
+    """Refuse a destination or a Space that the Hub would not take for one.
+
+    Raises:
+        SettingsError: the name is not allowed.
+    """
+    namespace, _, name = to.partition("/")
+    _check(f"{namespace}/{name or 'name'}", f"--to {to!r}")
+    if space is not None:
+        _check(space, f"--space {space!r}")
+
+
+# ------------------------------------------------------------------------------------------------------------- a sweep
+
+
+def _add_sweep(plan: Plan, source: Path, namespace: str, work: Path, options: Options) -> None:
+    index = _json(source / "sweep.json")
+    sweep = str(index.get("name") or source.name)
+    listed = [point for point in index.get("points") or [] if isinstance(point, dict)]
+    wanted = [point for point in listed if _is_wanted(point, options.only)]
+    if options.only and not wanted:
+        names = ", ".join(str(point.get("point")) for point in listed)
+        raise SettingsError(f"--only {' '.join(options.only)} matches no point. There are {names}.")
+    points, left = [], []
+    for facts in wanted:
+        folder = source / "points" / _folder_name(str(facts.get("point")))
+        status = _json(folder / "result.json").get("status", "not run")
+        if status == FINISHED and (folder / MODEL).is_dir():
+            points.append(Reported(folder, facts, model_repository(namespace, sweep, str(facts["point"]))))
+        else:
+            left.append(f"{facts.get('point')} ({status})")
+    if not points:
+        raise HubError(f"No point of the sweep in {str(source)!r} is finished: run it first (depthscope sweep run).")
+    if left:
+        plan.notes.append(f"Left out, since they are not finished: {', '.join(left)}.")
+    has_reports = any((point.folder / name).is_file() for point in points for name in REPORTS)
+    reports = model_repository(namespace, sweep, "reports") if has_reports else None
+    for number, point in enumerate(points):
+        _add_model(plan, point.folder, point.repo_id, work / f"{number}", options, reports_dataset=reports)
+    models = [trees[-1].repo_id for trees in plan.repositories]
+    items = [Item("paper", PAPER), *(Item("model", repo_id) for repo_id in models)]
+    if reports:
+        made = reports_tree(points, reports, work / "reports", sweep=sweep, license=options.license)
+        plan.repositories.append([made])
+        items.append(Item("dataset", reports))
+    if options.space:
+        items.append(Item("space", options.space))
+    title = options.collection or f"depthscope: {sweep}"[:LONGEST_TITLE].strip()
+    plan.collection = CollectionPlan(namespace, title, tuple(items))
+
+
+def _is_wanted(point: dict[str, Any], only: Sequence[str]) -> bool:
+    names = (str(point.get("point")), str(point.get("variant")))
+    return not only or any(fnmatch(name, pattern) for name in names for pattern in only)
+
+
+def _folder_name(point: str) -> str:
+    if Path(point).name != point or point in ("", ".", ".."):
+        raise HubError(f"sweep.json names the point {point!r}, which is no name of a folder; it is damaged.")
+    return point
+
+
+# --------------------------------------------------------------------------------------------------------------- a run
+
+
+def _add_run(plan: Plan, source: Path, repo_id: str, work: Path, options: Options) -> None:
+    if options.only:
+        raise SettingsError("--only chooses points of a sweep; this is one run.")
+    _add_model(plan, source, repo_id, work, options, reports_dataset=None)
+    if options.collection or options.space:
+        items = [Item("paper", PAPER), *(Item("model", trees[-1].repo_id) for trees in plan.repositories)]
+        items += [Item("space", options.space)] if options.space else []
+        namespace, _, name = repo_id.partition("/")
+        title = options.collection or f"depthscope: {name}"[:LONGEST_TITLE].strip()
+        plan.collection = CollectionPlan(namespace, title, tuple(items))
+
+
+def _run_name(source: Path, namespace: str) -> str:
+    """The name of a run's repository: a point's has that of its sweep before it, any other run's is its folder's."""
+    folder = source.resolve()
+    index = _json(folder.parents[1] / "sweep.json") if (folder / "point.json").is_file() else {}
+    if index:
+        return model_repository(namespace, str(index.get("name")), folder.name).partition("/")[2]
+    return folder.name
+
+
+# ------------------------------------------------------------------------------------------------------------- a model
+
+
+def _add_model(
+    plan: Plan, folder: Path, repo_id: str, work: Path, options: Options, *, reports_dataset: str | None
+) -> None:
+    _check(repo_id, f"the repository {repo_id!r}")
+    model = folder / MODEL if (folder / MODEL).is_dir() else folder
+    files = model_files(model)
+    steps = find_steps(folder) if options.steps else {}
+    work.mkdir(parents=True, exist_ok=True)
+    native = _export(plan, model, repo_id, work / "native") if options.native else None
+    shared: dict[str, Any] = {
+        "license": options.license,
+        "language": options.language,
+        "datasets": options.datasets,
+        "reports_dataset": reports_dataset,
+    }
+    data = read_card_data(
+        folder,
+        repo_id=repo_id,
+        base_model=options.base_model,
+        native_repo=repo_id + NATIVE if native else None,
+        revisions=[f"step{step}" for step in steps],
+        **shared,
+    )
+    measured = _measured(folder, work)
+    branches = [Tree(repo_id, "model", f"step{step}", model_files(path)) for step, path in steps.items()]
+    plan.repositories.append([*branches, Tree(repo_id, "model", MAIN, files | measured | _card(data, work / "card"))])
+    if native is not None:
+        config = _json(native / "config.json")
+        derived = read_card_data(folder, repo_id=repo_id + NATIVE, base_model=repo_id, **shared)
+        derived = derived.model_copy(update={"config": config})
+        reports = {name: path for name, path in measured.items() if name in REPORTS}
+        exported = model_files(native) | reports | _card(derived, work / "native-card")
+        plan.repositories.append([Tree(repo_id + NATIVE, "model", MAIN, exported)])
+
+
+def _measured(folder: Path, work: Path) -> dict[str, Path]:
+    files = {name: folder / name for name in REPORTS if (folder / name).is_file()}
+    if (folder / HISTORY_FILE).is_file():
+        write_layer_stats(folder / HISTORY_FILE, work / PARQUET)
+        files[PARQUET] = work / PARQUET
+    return files
+
+
+def _card(data: DepthCardData, work: Path) -> dict[str, Path]:
+    work.mkdir(parents=True)
+    drawn = write_figures(work, data)
+    (work / "README.md").write_text(str(render_card(data)), encoding="utf-8")
+    return {path.relative_to(work).as_posix(): path for path in [work / "README.md", *drawn]}
+
+
+def _export(plan: Plan, model: Path, repo_id: str, out: Path) -> Path | None:
+    """The native export of a model, None (with a note) where there is no exact one."""
+    from depthscope.conversion import convert_checkpoint  # torch and transformers take seconds
+
+    try:
+        convert_checkpoint(str(model), out, to="native")
+    except ConversionError as error:
+        plan.notes.append(f"{repo_id} has no native export: {one_line(error)}")
+        return None
+    return out
+
+
+# -------------------------------------------------------------------------------------------------------------- checks
+
+
+def _check(repo_id: str, what: str) -> None:
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise SettingsError(f"{what} is no name that the Hub takes: {one_line(error)}") from error
+
+
+def _require_different(plan: Plan) -> None:
+    """The Hub tells names apart by more than their case only."""
+    seen: dict[tuple[str, str], str] = {}
+    for trees in plan.repositories:
+        repo_id, kind = trees[-1].repo_id, trees[-1].kind
+        if (before := seen.setdefault((kind, repo_id.lower()), repo_id)) is not repo_id:
+            raise SettingsError(f"Two models would be {before} and {repo_id}, which is one repository: rename a point.")
+
+
+def _json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    content = parse(read_text(path, MAX_BYTES), repr(str(path)))
+    if not isinstance(content, dict):
+        raise HubError(f"{str(path)!r} is JSON but no object; it is damaged.")
+    return content

@@ -1,0 +1,123 @@
+"""`Tree`: the files that a branch of a repository is to hold, and where they lie here.
+
+Beside them a push leaves `.depthscope.json`, a list of what it made with a digest of each, so that a later push knows
+its own files: it replaces and removes those, and no others.
+"""
+
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+from huggingface_hub.utils.sha import git_hash, sha_fileobj
+
+from depthscope.errors import ReportError, SettingsError
+from depthscope.strict_json import encode, parse
+
+__all__ = ["MAIN", "MANIFEST", "Digest", "Kind", "Tree", "read_manifest", "write_trees"]
+
+MAIN = "main"
+MANIFEST = ".depthscope.json"
+SCHEMA_VERSION = 1
+LARGEST_SMALL = 16 * 2**20  # bytes; larger files are large files on the Hub, which have no digest of git's
+
+Kind = Literal["model", "dataset"]
+
+
+@dataclass(frozen=True)
+class Digest:
+    """What the Hub knows a file by: `sha256` where it is a large file, else `git`, the id of its blob."""
+
+    sha256: str | None
+    git: str | None
+
+    @classmethod
+    def of(cls, path: Path) -> "Digest":
+        """Both digests of a file here; of one that is certainly large the first only."""
+        with open(path, "rb") as file:
+            sha256 = sha_fileobj(file).hex()
+        return cls(sha256, git_hash(path.read_bytes()) if path.stat().st_size <= LARGEST_SMALL else None)
+
+    def agrees(self, other: "Digest") -> bool:
+        """Whether two digests are of the same content, as far as both tell."""
+        if self.sha256 and other.sha256:
+            return self.sha256 == other.sha256
+        return self.git is not None and self.git == other.git
+
+
+@dataclass(frozen=True)
+class Tree:
+    """The files of one branch.
+
+    Attributes:
+        repo_id: the repository.
+        kind: what it is one of.
+        revision: the branch.
+        files: where each file of the repository lies here.
+    """
+
+    repo_id: str
+    kind: Kind
+    revision: str
+    files: Mapping[str, Path]
+
+    def folder(self, root: Path) -> Path:
+        """Where the tree lies when it is written below a folder."""
+        return root / f"{self.kind}s" / self.repo_id / self.revision
+
+    @cached_property
+    def digests(self) -> dict[str, Digest]:
+        """The digest of every file; reads them all."""
+        return {path: Digest.of(file) for path, file in sorted(self.files.items())}
+
+    @cached_property
+    def size(self) -> int:
+        """Bytes of all files."""
+        return sum(file.stat().st_size for file in self.files.values())
+
+    @cached_property
+    def manifest(self) -> bytes:
+        """The list of what a push of this tree makes."""
+        files = {
+            path: {"sha256": digest.sha256} | ({"git": digest.git} if digest.git else {})
+            for path, digest in self.digests.items()
+        }
+        content = {"made_by": "depthscope push", "schema_version": SCHEMA_VERSION, "files": files}
+        return (encode(content) + "\n").encode()
+
+
+def read_manifest(content: bytes) -> dict[str, Digest]:
+    """What an earlier push made, by path; nothing where the list is not one of ours."""
+    try:
+        read: Any = parse(content.decode(errors="replace"), MANIFEST)
+    except ReportError:
+        return {}
+    files = read.get("files") if isinstance(read, dict) and read.get("schema_version") == SCHEMA_VERSION else None
+    if not isinstance(files, dict):
+        return {}
+    return {
+        path: Digest(digest.get("sha256"), digest.get("git"))
+        for path, digest in files.items()
+        if isinstance(digest, dict)
+    }
+
+
+def write_trees(trees: list[Tree], folder: Path) -> None:
+    """Write trees as folders, `folder/<kind>s/<namespace>/<name>/<branch>/`, exactly as a push would leave them.
+
+    Raises:
+        SettingsError: the folder is not empty, or cannot be written.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise SettingsError(f"{str(folder)!r} is there and not empty: give a new folder, or empty it.")
+    try:
+        for tree in trees:
+            root = tree.folder(folder)
+            for path, file in tree.files.items():
+                (root / path).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(file, root / path)
+            (root / MANIFEST).write_bytes(tree.manifest)
+    except OSError as error:
+        raise SettingsError(f"{str(folder)!r} cannot be written: {error.strerror}. Give another folder.") from error

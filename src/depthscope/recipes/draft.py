@@ -1,0 +1,178 @@
+"""One attempt at a recipe: everything decided for a number of experts, with the evidence, and what it needs."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+
+from depthscope.models import DepthLMConfig, ModelSize, model_size
+from depthscope.recipes.evidence import PAPER, SMALL_MODELS, Evidence
+from depthscope.recipes.request import GB, Request
+from depthscope.recipes.schedule import (
+    PAPER_TOKENS,
+    choose_batch,
+    choose_decay,
+    choose_learning_rate,
+    choose_length,
+    choose_warmup,
+    micro_batches,
+)
+from depthscope.recipes.shape import (
+    PAPER_DEPTHS,
+    PAPER_WIDTHS,
+    TOP_K,
+    Chosen,
+    Shape,
+    build_config,
+    choose_groups,
+    choose_heads,
+    choose_initialisation,
+    choose_mlp,
+    choose_norms,
+)
+from depthscope.sweep.memory import needed_memory
+from depthscope.sweep.plan import ROOM
+from depthscope.sweep.specification import Training
+
+__all__ = ["Draft", "draft"]
+
+COMPUTE_OPTIMAL = 20  # tokens a parameter, for dense models (Hoffmann et al. 2022, arXiv 2203.15556)
+
+
+@dataclass(frozen=True)
+class Draft:
+    """What `Recipe` is made from; its fields are explained there."""
+
+    request: Request
+    shape: Shape
+    config: DepthLMConfig
+    training: Training
+    evidence: tuple[Evidence, ...]
+    size: ModelSize
+    memory: float
+
+    @property
+    def fits(self) -> bool:
+        """Whether a GPU has room for it."""
+        return _has_room(self.request, self.memory)
+
+
+def draft(request: Request, experts: Chosen[int | None]) -> Draft:
+    """Decide everything for one number of experts."""
+    heads = choose_heads(request)
+    groups = choose_groups(request, heads.value)
+    mlp = choose_mlp(request, experts.value)
+    std = choose_initialisation(request)
+    shape = Shape(heads.value, groups.value, experts.value, mlp.value, std.value)
+    tokens_at = _budget(request, shape)
+
+    length = choose_length(request, tokens_at)
+    tokens = int(tokens_at(length.value))
+    config = build_config(request, shape, length.value)
+    size = model_size(config, length.value)
+    batch = choose_batch(request, tokens, length.value)
+    steps = tokens // batch.value
+    rate = choose_learning_rate(request.width)
+    decay = choose_decay(request.layers, rate.value, steps)
+    warmup = choose_warmup(steps)
+
+    wanted = Training(
+        tokens=tokens,
+        sequence_length=length.value,
+        batch_tokens=batch.value,
+        learning_rate=rate.value,
+        warmup_steps=warmup.value,
+        weight_decay=decay.value,
+        fsdp=request.gpus > 1,
+    )
+    training, memory = _fit(request, config, wanted)
+    norms = choose_norms(request)
+    evidence = (
+        _depth(request),
+        _width(request),
+        _tokens(request, tokens, size),
+        _row("sequence length", f"T = {length.value:,}", length),
+        _row("weight decay", f"{decay.value:g}", decay),
+        _row("GQA groups", _groups(shape), groups),
+        _row("experts", _experts(shape), experts),
+        _row("MLP width", f"{mlp.value:,}", mlp),
+        _row("heads", str(heads.value), heads),
+        _row("norms", "Pre-LN" + ", scaled" * (norms.value == "depth"), norms),
+        _row("initialisation", f"std {std.value:g}", std),
+        _row("batch", f"{batch.value:,} tokens", batch),
+        _row("learning rate", f"{rate.value:g}", rate),
+        _row("schedule", f"cosine, {warmup.value:,} up", warmup),
+        _row("precision", "bfloat16", Chosen("bfloat16", "on a CPU only where it is faster", True)),
+    )
+    return Draft(request, shape, config, training, evidence, size, memory)
+
+
+def _budget(request: Request, shape: Shape) -> Callable[[int], float]:
+    """How many tokens the budget pays for, by the length of the sequences."""
+
+    @cache
+    def tokens_at(length: int) -> float:
+        if request.tokens is not None:
+            return request.tokens
+        flops = request.flops if request.gpu_hours is None else request.gpu_hours * request.flops_an_hour
+        assert flops is not None
+        return flops / model_size(build_config(request, shape, length), length).training_flops_per_token
+
+    return tokens_at
+
+
+def _fit(request: Request, config: DepthLMConfig, wanted: Training) -> tuple[Training, float]:
+    """The largest micro-batch that there is memory for, with checkpointing only where there is none without.
+
+    Returns:
+        The training, and the bytes that a GPU holds: of the last attempt where none fits.
+    """
+    for checkpointing in (False, True):
+        for micro in micro_batches(request, wanted.batch_tokens, wanted.sequence_length):
+            update = {"micro_batch_size": micro, "gradient_checkpointing": checkpointing}
+            training = wanted.model_copy(update=update)
+            memory = needed_memory(config, training, request.gpus, micro).total
+            if _has_room(request, memory):
+                return training, memory
+    return training, memory
+
+
+def _has_room(request: Request, memory: float) -> bool:
+    return request.memory is None or memory <= ROOM * request.memory * GB
+
+
+def _row(choice: str, value: str, chosen: Chosen) -> Evidence:
+    return Evidence(choice, value, chosen.why, chosen.tested, PAPER.get(choice, ""), SMALL_MODELS.get(choice))
+
+
+def _depth(request: Request) -> Evidence:
+    tested = request.layers in PAPER_DEPTHS
+    why = "as asked" if tested else "as asked; the paper trained 12, 16, 24 and 32"
+    return _row("depth", f"{request.layers} layers", Chosen(request.layers, why, tested))
+
+
+def _width(request: Request) -> Evidence:
+    tested = request.width in PAPER_WIDTHS
+    return _row("width", f"{request.width:,}", Chosen(request.width, "as asked", tested))
+
+
+def _tokens(request: Request, tokens: int, size: ModelSize) -> Evidence:
+    source = "as asked" if request.tokens is not None else "what the budget pays for"
+    ratio = tokens / size.active
+    shown = f"{ratio:,.0f}" if ratio >= 10 else f"{ratio:.2g}"
+    why = f"{source}: {shown} for each active parameter (dense models do best with about {COMPUTE_OPTIMAL})"
+    return _row("tokens", _short(tokens), Chosen(tokens, why, tokens == PAPER_TOKENS))
+
+
+def _groups(shape: Shape) -> str:
+    return f"G = {shape.group} ({shape.heads // shape.group} KV heads)"
+
+
+def _experts(shape: Shape) -> str:
+    return "none" if shape.experts is None else f"{shape.experts}, top {TOP_K}"
+
+
+def _short(number: float) -> str:
+    for scale, unit in ((1e12, " T"), (1e9, " B"), (1e6, " M"), (1e3, " k")):
+        if number >= scale:
+            return f"{number / scale:.3g}{unit}"
+    return f"{number:g}"

@@ -1,0 +1,106 @@
+"""What a recipe is asked for: depth, width, a budget, and what may not be."""
+
+import math
+from dataclasses import dataclass, fields
+
+from depthscope.errors import SettingsError
+from depthscope.models.configuration_depthlm import NORM_SCALINGS
+from depthscope.sweep.gpus import Gpu, find_gpu
+from depthscope.sweep.plan import HOUR
+
+__all__ = ["BUDGETS", "GB", "Request", "power_of_two"]
+
+BUDGETS = ("tokens", "flops", "gpu_hours")
+SHORTEST = 16  # tokens in a sequence
+NARROWEST = 16
+GB = 1e9
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What is asked for; `depthscope.recipe` explains the fields.
+
+    Raises:
+        SettingsError: a value is out of range, or there is not exactly one budget.
+    """
+
+    layers: int
+    width: int
+    tokens: float | None = None
+    flops: float | None = None
+    gpu_hours: float | None = None
+    gpu: str = "h100"
+    gpus: int = 1
+    utilisation: float = 0.4
+    memory: float | None = None
+    heads: int | None = None
+    head_multiple: int = 1
+    dense: bool = False
+    max_length: int | None = None
+    vocab_size: int = 50304
+    norm_scaling: str = "none"
+    depth_scaled_init: bool = False
+
+    def __post_init__(self) -> None:
+        self._check_ranges()
+        find_gpu(self.gpu)  # refuses an unknown kind before anything is built
+        given = [name for name in BUDGETS if getattr(self, name) is not None]
+        if len(given) != 1:
+            said = f"{' and '.join(given)} are given" if given else "none is given"
+            raise SettingsError(
+                f"A recipe needs one budget: tokens, flops or gpu_hours ({said}). The paper's models saw 5e9 tokens."
+            )
+        if self.heads is not None and self.width % self.heads:
+            raise SettingsError(
+                f"heads is {self.heads}, which does not divide the width, {self.width}: give one of "
+                f"{self._divisors()}, or none to have it chosen."
+            )
+        if self.heads is not None and (self.width // self.heads) % 2:
+            raise SettingsError(
+                f"heads is {self.heads}, which makes heads of {self.width // self.heads} features; rotary embeddings "
+                f"need an even number: give one of {self._divisors()}."
+            )
+        if self.heads is not None and self.heads % self.head_multiple:
+            raise SettingsError(
+                f"heads is {self.heads}, no multiple of head_multiple, {self.head_multiple}: change one of them."
+            )
+        if self.norm_scaling not in NORM_SCALINGS:
+            raise SettingsError(f"norm_scaling is {self.norm_scaling!r}; give {' or '.join(map(repr, NORM_SCALINGS))}.")
+
+    @property
+    def longest(self) -> int | None:
+        """The longest power of two within `max_length`."""
+        return None if self.max_length is None else power_of_two(self.max_length)
+
+    @property
+    def kind(self) -> Gpu:
+        """The kind of GPU."""
+        return find_gpu(self.gpu)
+
+    @property
+    def flops_an_hour(self) -> float:
+        """Operations that one GPU does in an hour of training."""
+        return HOUR * self.kind.peak * self.utilisation
+
+    def _check_ranges(self) -> None:
+        least: dict[str, float] = {"width": NARROWEST, "vocab_size": 257, "max_length": SHORTEST}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                continue
+            minimum = least.get(field.name, 1 if isinstance(value, int) and field.name not in BUDGETS else 0)
+            if not math.isfinite(value) or value < minimum or value == 0:
+                more = f"at least {minimum}" if minimum else "more than 0"
+                raise SettingsError(f"{field.name} is {value}; it must be {more}.")
+        if self.utilisation > 1:
+            raise SettingsError(f"utilisation is {self.utilisation}; it is a share of the peak, at most 1.")
+
+    def _divisors(self) -> str:
+        """The numbers of heads that divide the width into an even number of features each, at most 16 of them."""
+        found = [n for n in range(1, self.width // 2 + 1) if self.width % n == 0 and (self.width // n) % 2 == 0]
+        return ", ".join(map(str, found[-16:])) or "an even width"
+
+
+def power_of_two(number: float) -> int:
+    """The largest power of two that is not above a number; 0 below 1."""
+    return 0 if number < 1 else 2 ** (int(number).bit_length() - 1)

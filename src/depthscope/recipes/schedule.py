@@ -1,0 +1,125 @@
+"""The training: how many tokens, in sequences of what length, in what batches, with what learning rate and decay."""
+
+import math
+from collections.abc import Callable
+
+from depthscope.errors import SettingsError
+from depthscope.recipes.request import SHORTEST, Request, power_of_two
+from depthscope.recipes.shape import Chosen
+
+__all__ = [
+    "PLAIN_DECAY",
+    "PLAIN_LENGTH",
+    "choose_batch",
+    "choose_decay",
+    "choose_learning_rate",
+    "choose_length",
+    "choose_warmup",
+    "micro_batches",
+]
+
+PLAIN_LENGTH, PLAIN_DECAY = 1024, 0.1  # of the paper's depth sweep
+LENGTH = 4096
+PAPER_LENGTHS = (256, 512, 1024, 2048, 4096, 8192)
+PAPER_TOKENS = 5e9
+BATCH = 256 * PLAIN_LENGTH
+FEWEST_STEPS = 1000
+FEWEST_SEQUENCES = 8
+# Four sequences of 4,096 tokens, as in the released configuration of the recipe's model.
+MICRO_TOKENS = 4 * LENGTH
+LEARNING_RATE, HIGHEST_RATE = 1e-3, 3e-3
+RATE_WIDTH = 1024
+WARMUP = 1000
+SHALLOW, DEEP = 16, 32  # the depths at which the paper varied the decay
+DEEP_DECAY = 0.3
+
+
+def choose_length(request: Request, tokens_at: Callable[[int], float]) -> Chosen[int]:
+    """The paper's 4,096 tokens, or what the cap and the budget leave of them.
+
+    Args:
+        request: what is asked for.
+        tokens_at: how many tokens the budget pays for in sequences of a length.
+
+    Raises:
+        SettingsError: the budget is too small for the shortest sequences.
+    """
+    cap = request.longest or LENGTH
+    length = min(LENGTH, cap)
+    while power_of_two(tokens_at(length) / (FEWEST_STEPS * FEWEST_SEQUENCES)) < length:
+        length //= 2
+        if length < SHORTEST:
+            least = FEWEST_STEPS * FEWEST_SEQUENCES * SHORTEST
+            raise SettingsError(
+                f"The budget pays for {tokens_at(SHORTEST):,.0f} tokens; a training needs {least:,} at least "
+                f"({FEWEST_STEPS:,} steps of {FEWEST_SEQUENCES} sequences of {SHORTEST} tokens)."
+            )
+    if length == LENGTH:
+        why = "long sequences, up to 4,096: 8,192 gained nothing"
+    elif length == cap:
+        why = f"the longest power of two within max_length, {request.max_length:,}"
+    else:
+        why = f"longer would leave fewer than {FEWEST_STEPS:,} steps of {FEWEST_SEQUENCES} sequences"
+    return Chosen(length, why, length in PAPER_LENGTHS)
+
+
+def choose_batch(request: Request, tokens: int, length: int) -> Chosen[int]:
+    """Tokens in an optimiser step: the paper's, or fewer where it would be too few steps.
+
+    Raises:
+        SettingsError: there are more GPUs than sequences.
+    """
+    wanted = min(BATCH, power_of_two(tokens / FEWEST_STEPS))
+    sequences = wanted // length
+    if request.gpus > sequences:
+        raise SettingsError(
+            f"gpus is {request.gpus}, but a step has {sequences} sequences of {length:,} tokens: give {sequences} or "
+            "fewer, or a smaller max_length."
+        )
+    batch = sequences // request.gpus * request.gpus * length
+    if wanted == BATCH:
+        why = "as many tokens as the paper's 256 sequences of 1,024"
+    else:
+        why = f"fewer than the paper's {BATCH:,}, to have {FEWEST_STEPS:,} steps"
+    if batch < wanted:
+        why += f"; a multiple of {request.gpus} sequences, one for each GPU"
+    return Chosen(batch, why, batch == BATCH)
+
+
+def micro_batches(request: Request, batch: int, length: int) -> list[int]:
+    """Sequences in a forward pass of one GPU: what divides its share and has at most 16,384 tokens, the most first."""
+    share = batch // length // request.gpus
+    most = max(1, MICRO_TOKENS // length)
+    return [n for n in range(min(share, most), 0, -1) if share % n == 0]
+
+
+def choose_learning_rate(width: int) -> Chosen[float]:
+    """The paper's at its widths; higher for narrow models, up to what our small models train with."""
+    if width >= RATE_WIDTH:
+        why = "the depth sweep's" if width == 2048 else "the depth sweep's, at width 2,048"
+        return Chosen(LEARNING_RATE, why, width == 2048)
+    rate = float(f"{min(HIGHEST_RATE, LEARNING_RATE * math.sqrt(RATE_WIDTH / width)):.2g}")
+    return Chosen(rate, "narrow models take more: 3e-3 at width 64 (ours), 1e-3 from 1,024 on (paper)", False)
+
+
+def choose_warmup(steps: int) -> Chosen[int]:
+    """The paper's steps, at most a tenth of the training."""
+    if steps // 10 >= WARMUP:
+        return Chosen(WARMUP, "the paper's", True)
+    return Chosen(steps // 10, "a tenth of the training, which is shorter than the paper's", False)
+
+
+def choose_decay(layers: int, rate: float, steps: int) -> Chosen[float]:
+    """0.1 for shallow and 0.3 for deep models: the best at the nearest depth at which the paper varied it."""
+    deep = layers >= (SHALLOW + DEEP) / 2
+    decay, nearest = (DEEP_DECAY, DEEP) if deep else (PLAIN_DECAY, SHALLOW)
+    best = "0.1, 0.3, 0.6 and 1 at 32 layers and T = 4,096" if deep else "0, 0.01, 0.1, 1 and 3 at 16 layers"
+    why = f"the best of {best}"
+    if layers != nearest:
+        why += ", the nearest depth that was tried"
+    if not deep:
+        why += " (0.3 was tried at 32 only)"
+    # The time in which AdamW forgets a weight, at the peak of the learning rate.
+    time = 1 / (rate * decay)
+    why += f"; weights are forgotten in {time:,.0f} steps, {time / steps:.0%} of the training"
+    return Chosen(decay, why, layers == nearest)

@@ -1,0 +1,319 @@
+"""Families of a grid -> points: one model each, with all its settings, a name and a seed.
+
+A family is the product of its lists. Points that come out with the very same settings, in whichever families, are
+trained once; each family says which points are its own.
+"""
+
+import difflib
+import hashlib
+import itertools
+import json
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+from huggingface_hub.errors import StrictDataclassError
+from pydantic import ValidationError
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from depthscope.models import PRESETS, DepthLMConfig
+from depthscope.sweep.specification import NAME_PATTERN, Sweep, Training
+from depthscope.sweep.yaml_lines import Path_
+
+__all__ = ["Family", "Grid", "Point", "expand"]
+
+# Short words for what is varied most; elsewhere the setting's own name.
+SHORT = {
+    "num_hidden_layers": "L",
+    "weight_decay": "wd",
+    "sequence_length": "T",
+    "num_key_value_heads": "kv",
+    "num_experts": "E",
+    "num_experts_per_tok": "k",
+    "hidden_size": "d",
+    "learning_rate": "lr",
+    "initializer_range": "std",
+    "norm_placement": "",
+    "norm_scaling": "scaling-",
+    "tokens": "tokens",
+    "preset": "",
+}
+LONGEST_NAME = 100
+ANY_VOCABULARY = 512  # where a configuration is needed before there is a tokenizer
+# What the tokenizer and the sequence length decide.
+DECIDED = frozenset({"vocab_size", "max_position_embeddings", "bos_token_id", "eos_token_id", "pad_token_id"})
+
+
+@dataclass(frozen=True)
+class Point:
+    """One model to train.
+
+    Attributes:
+        name: its folder: variant and seed.
+        variant: the same without the seed.
+        seed: of the initialisation and of the order of the data.
+        model: the fields of its `DepthLMConfig`, without `vocab_size` and the like, which the data decide.
+        training: how it is trained.
+        varied: what the grid says of it; the columns of the tables.
+    """
+
+    variant: str
+    seed: int
+    model: dict[str, Any]
+    training: Training
+    varied: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        """The name of its folder."""
+        return f"{self.variant}-seed{self.seed}"
+
+    def config(self, vocab_size: int, **tokens: Any) -> DepthLMConfig:
+        """The configuration of its model, for a tokenizer with so many entries."""
+        fields = {"max_position_embeddings": self.training.sequence_length, **self.model, "vocab_size": vocab_size}
+        return DepthLMConfig(**fields, **tokens)
+
+    @cached_property
+    def identity(self) -> str:
+        """A digest of everything that decides what comes out, but for data and tokenizer.
+
+        Of the configuration and not of what the file says: a default is the same whether it is written or not.
+        """
+        config = self.config(vocab_size=ANY_VOCABULARY).to_dict()
+        del config["transformers_version"]
+        return digest({"model": config, "training": self.training.model_dump(), "seed": self.seed})
+
+
+@dataclass(frozen=True)
+class Family:
+    """One entry of the grid: its variants in order, with what varies inside it."""
+
+    name: str
+    variants: tuple[str, ...]
+    axes: tuple[str, ...]  # settings that take more than one value here
+
+
+@dataclass(frozen=True)
+class Grid:
+    """All points of a sweep, in the order in which they are trained, and the families that they belong to."""
+
+    points: tuple[Point, ...]
+    families: tuple[Family, ...]
+
+    @property
+    def longest(self) -> int:
+        """The longest sequence length."""
+        return max(point.training.sequence_length for point in self.points)
+
+    @property
+    def shortest(self) -> int:
+        """The shortest sequence length."""
+        return min(point.training.sequence_length for point in self.points)
+
+
+@dataclass
+class _Entry:
+    """One variant while the grid is read."""
+
+    name: str
+    explicit: bool
+    path: Path_
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+def digest(value: Any) -> str:
+    """The first 16 hex digits of the SHA-256 over a value as canonical JSON."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def expand(sweep: Sweep) -> Grid:
+    """Turn the grid of a sweep into points, each of them checked.
+
+    Raises:
+        SpecificationError: an empty grid or list, an unknown setting, two points with one name, a model that cannot be
+            built, sequence lengths that do not fit together.
+    """
+    grid = sweep.specification.grid
+    if not grid:
+        raise sweep.error(
+            ("grid",), "the grid is empty; give at least one family, such as depth: {num_hidden_layers: [4, 8]}."
+        )
+    by_identity: dict[str, Point] = {}
+    names: set[str] = set()
+    families = []
+    for name in grid:
+        entries = list(_entries(sweep, name))
+        variants = []
+        for entry in entries:
+            point = _point(sweep, entry)
+            known = by_identity.get(point.identity)
+            if known is None:
+                if point.variant.casefold() in names:  # some file systems take "A" and "a" for the same folder
+                    raise sweep.error(
+                        entry.path,
+                        f"two points with other settings have the name {point.variant!r}; give each its own `name`.",
+                    )
+                names.add(point.variant.casefold())
+                by_identity[point.identity] = known = point
+            elif entry.explicit and known.variant != point.variant:
+                raise sweep.error(
+                    entry.path,
+                    f"the points {known.variant!r} and {point.variant!r} have the same settings; name one of them.",
+                )
+            if known.variant in variants:
+                raise sweep.error(
+                    entry.path,
+                    f"two points of family {name!r} have the same settings ({known.variant!r}); leave one out.",
+                )
+            variants.append(known.variant)
+        axes = tuple(key for key in _keys(entries) if len({repr(entry.settings.get(key)) for entry in entries}) > 1)
+        families.append(Family(name, tuple(variants), axes))
+    points = tuple(
+        Point(point.variant, seed, point.model, point.training, point.varied)
+        for seed in sweep.specification.seeds
+        for point in by_identity.values()
+    )
+    found = Grid(points, tuple(families))
+    _check_lengths(sweep, found)
+    return found
+
+
+def _entries(sweep: Sweep, family: str) -> Iterator[_Entry]:
+    """The variants of one family."""
+    path: Path_ = ("grid", family)
+    settings = dict(sweep.specification.grid[family])
+    if not _is_name(family):
+        raise sweep.error(path, f"{family!r} is no name for a family; use letters, digits, '.', '_' and '-'.")
+    if not settings:
+        raise sweep.error(path, f"family {family!r} is empty; give a setting with a list of values.")
+    listed = settings.pop("points", [{}])
+    if not isinstance(listed, list) or not listed or not all(isinstance(point, dict) for point in listed):
+        raise sweep.error((*path, "points"), "`points` is a list of settings, such as - {num_hidden_layers: 4}.")
+    for index, point in enumerate(listed):
+        where = (*path, "points", index) if listed != [{}] else path
+        both = set(point) & set(settings)
+        if both:
+            raise sweep.error(where, f"{', '.join(sorted(both))} stands both in the point and in its family.")
+        own = dict(point)
+        given = own.pop("name", None)
+        if given is not None and not (isinstance(given, str) and _is_name(given)):
+            raise sweep.error(where, f"{given!r} is no name for a point; use letters, digits, '.', '_' and '-'.")
+        for chosen in _products(sweep, where, {**settings, **own}, path):
+            many = [key for key, value in {**settings, **own}.items() if isinstance(value, list) and len(value) > 1]
+            suffix = _label(chosen, many if given else [*many, *[key for key in own if key not in many]])
+            name = "-".join(filter(None, [family if given is None else given, suffix]))
+            yield _Entry(name[:LONGEST_NAME], given is not None, where, chosen)
+
+
+def _products(sweep: Sweep, where: Path_, settings: dict[str, Any], family: Path_) -> Iterator[dict[str, Any]]:
+    values = []
+    for key, value in settings.items():
+        listed = value if isinstance(value, list) else [value]
+        if not listed:
+            raise sweep.error((*where, key), f"{key} has an empty list; give at least one value.")
+        if len({repr(item) for item in listed}) < len(listed):
+            raise sweep.error((*where, key), f"{key} has a value twice: {listed}.")
+        values.append(listed)
+        _known(sweep, (*where, key) if sweep.file.where((*where, key)) else (*family, key), key)
+    for combination in itertools.product(*values):
+        yield dict(zip(settings, combination, strict=True))
+
+
+def _known(sweep: Sweep, path: Path_, key: str) -> str:
+    """Whether a setting is the model's or the training's."""
+    if key in DECIDED:
+        raise sweep.error(path, f"{key} follows from the tokenizer and the sequence length; leave it out.")
+    if key == "preset" or key in DepthLMConfig.__dataclass_fields__:
+        return "model"
+    if key in Training.model_fields:
+        return "training"
+    known = [*Training.model_fields, "preset", *DepthLMConfig.__dataclass_fields__]
+    near = difflib.get_close_matches(key, known, n=3)
+    guess = f" did you mean {' or '.join(map(repr, near))}?" if near else ""
+    raise sweep.error(
+        path, f"{key!r} is no setting of DepthLMConfig or of `training`;{guess or ' see docs/sweeps.md.'}"
+    )
+
+
+def _point(sweep: Sweep, entry: _Entry) -> Point:
+    specification = sweep.specification
+    model = dict(specification.model)
+    training = specification.training.model_dump()
+    for key, value in entry.settings.items():
+        kind = _known(sweep, entry.path, key)
+        (model if kind == "model" else training)[key] = value
+    for key in model:
+        if _known(sweep, ("model", key), key) == "training":
+            raise sweep.error(("model", key), f"{key} is a setting of `training`, not of `model`; put it there.")
+    preset = model.pop("preset", None)
+    if preset is not None and preset not in list(PRESETS):
+        raise sweep.error(
+            entry.path if "preset" in entry.settings else ("model", "preset"),
+            f"there is no preset {preset!r}; the presets are: {', '.join(PRESETS)}.",
+        )
+    shape = {key: value for key, value in PRESETS.get(preset, {}).items() if key not in DECIDED}
+    try:
+        point = Point(entry.name, 0, shape | model, Training.model_validate(training), entry.settings)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        reason = str(problem.get("ctx", {}).get("error", problem["msg"]))
+        named = "".join(f"{step}: " for step in problem["loc"])
+        where = _line_of(sweep, entry, named + reason, "training")
+        raise sweep.error(where, f"point {entry.name}: {named}{reason}.") from error
+    attentions = ["auto", "eager", *(name for name in ALL_ATTENTION_FUNCTIONS.valid_keys() if "|" not in name)]
+    if point.training.attention not in attentions:
+        where = _line_of(sweep, entry, "attention", "training")
+        raise sweep.error(where, f"there is no attention {point.training.attention!r}; give {', '.join(attentions)}.")
+    try:
+        point.config(vocab_size=ANY_VOCABULARY)
+    except (StrictDataclassError, ValueError, TypeError) as error:
+        reason = _reason(error)
+        where = _line_of(sweep, entry, reason, "model")
+        raise sweep.error(where, f"point {entry.name}: the model cannot be built: {reason}") from error
+    return point
+
+
+def _line_of(sweep: Sweep, entry: _Entry, reason: str, part: str) -> Path_:
+    """Where the setting stands that a message names first: in the grid, or else in `part`."""
+    written = (*sweep.file.content.get(part, {}), *entry.settings)
+    named = [word for word in re.findall(r"\w+", reason) if word in written]
+    if not named or named[0] not in entry.settings:
+        return (part, named[0]) if named else entry.path
+    return (*entry.path, named[0])
+
+
+def _reason(error: Exception) -> str:
+    """The last line of a message is what `@strict` wraps."""
+    return str(error.__cause__ or error).strip().splitlines()[-1].strip()
+
+
+def _check_lengths(sweep: Sweep, grid: Grid) -> None:
+    for point in grid.points:
+        if grid.longest % point.training.sequence_length:
+            raise sweep.error(
+                ("grid",),
+                f"sequence lengths must divide the longest of them, so that all models read the same tokens in the "
+                f"same order, but {grid.longest} is not a multiple of {point.training.sequence_length}.",
+            )
+
+
+def _keys(entries: Iterable[_Entry]) -> list[str]:
+    return list(dict.fromkeys(key for entry in entries for key in entry.settings))
+
+
+def _label(settings: dict[str, Any], keys: Iterable[str]) -> str:
+    """What tells a point from the others of its family, for its name."""
+    return "-".join(_word(key, settings[key]) for key in dict.fromkeys(keys))
+
+
+def _word(key: str, value: Any) -> str:
+    if isinstance(value, float):
+        value = f"{value:g}"
+    text = f"{SHORT.get(key, key + '-')}{value}"
+    return "".join(char if char.isalnum() or char in "._-" else "_" for char in text)
+
+
+def _is_name(text: str) -> bool:
+    return re.match(NAME_PATTERN, text) is not None and len(text) <= LONGEST_NAME

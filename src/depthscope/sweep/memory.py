@@ -1,0 +1,130 @@
+"""What a GPU must hold to train a point: an estimate. Leave a tenth of its memory free.
+
+Weights, gradients and the two moments of AdamW are float32, 16 bytes a parameter; FSDP shares them out. Activations
+are counted as Korthikanti et al. do (arXiv 2205.05198, section 4.1), every tensor that an operation keeps for its
+backward pass, here those of a DepthLM: for one token in a dense layer of width d with H heads and K heads of keys and
+values of h features, and an MLP of width I, in bytes of bfloat16 autocast,
+
+    16 d           what enters the two norms and what they make of it, float32
+    10 d           what enters the projections of queries, keys, values, gate and up, a copy for each
+    4 h (H + K)    queries, keys, values, and what attention returns
+    8 I            gate, its activation, up, and their product
+
+Under FSDP weights and stream are bfloat16 themselves, and there are no copies: 16 d instead of 26 d. Each of the k
+experts that a token sees keeps its input, its output and 4 I, in the dtype of its weights, which autocast leaves alone.
+Fused attention keeps no matrix of probabilities; "eager" attention keeps 6 H T bytes. With checkpointing a layer keeps
+what enters it, and one layer at a time the rest. The loss takes 10 bytes for each entry of the vocabulary:
+log-probabilities, their gradient, and that of the logits.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from depthscope.models import DepthLMConfig, DepthLMForCausalLM
+from depthscope.sweep.specification import Training
+
+__all__ = ["Memory", "activation_bytes", "needed_memory"]
+
+FLOAT32, BFLOAT16 = 4, 2
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes that one GPU holds at the peak, by what they are.
+
+    Attributes:
+        weights: in float32.
+        gradients: in float32.
+        optimizer: the two moments of AdamW, in float32.
+        copies: weights in the precision of the products: of all matrices, or with FSDP those that are together at the
+            time (embedding and head, a layer, and the next), with their gradients.
+        activations: what the backward pass of one micro-batch needs, and its loss.
+    """
+
+    weights: float
+    gradients: float
+    optimizer: float
+    copies: float
+    activations: float
+
+    @property
+    def total(self) -> float:
+        """All of it."""
+        return self.weights + self.gradients + self.optimizer + self.copies + self.activations
+
+
+def needed_memory(config: DepthLMConfig, training: Training, gpus: int, sequences: int) -> Memory:
+    """Memory on each of `gpus` GPUs, for micro-batches of so many sequences."""
+    layers, rest = _parameters(config)
+    total = rest + sum(layers)
+    share = total / gpus if training.fsdp else float(total)
+    size = _product_bytes(training)
+    if training.fsdp:
+        copies = size * (2 * rest + 3 * max(layers))
+    elif size == FLOAT32:
+        copies = 0
+    else:
+        copies = size * (total - config.vocab_size * config.hidden_size - _expert_parameters(config))
+    tokens = sequences * training.sequence_length
+    return Memory(
+        FLOAT32 * share,
+        FLOAT32 * share,
+        2 * FLOAT32 * share,
+        float(copies),
+        tokens * (activation_bytes(config, training) + (8 + size) * config.vocab_size),
+    )
+
+
+def activation_bytes(config: DepthLMConfig, training: Training) -> float:
+    """Bytes that all layers and the last norm keep for each token of a micro-batch."""
+    moe = set(config.moe_layer_indices)
+    layers = [_layer_bytes(config, training, layer in moe) for layer in range(config.num_hidden_layers)]
+    width, size = config.hidden_size, _product_bytes(training)
+    stream = FLOAT32 if not training.fsdp else size
+    kept = len(layers) * stream * width + max(layers) if training.gradient_checkpointing else sum(layers)
+    return kept + (8 + size) * width
+
+
+def _layer_bytes(config: DepthLMConfig, training: Training, has_experts: bool) -> float:
+    width, heads, head_dim = config.hidden_size, config.num_attention_heads, config.head_dim
+    kv_heads, size = config.num_key_value_heads, _product_bytes(training)
+    assert kv_heads is not None
+    assert head_dim is not None
+    norms = 4 if config.norm_placement == "peri" else 2
+    shared = config.shared_expert_intermediate_size if has_experts else None
+    # With FSDP all weights are in the precision of the products, so that what enters several of them is kept once.
+    projections = 3 + (1 if has_experts else 2) + (2 if shared is not None else 0)
+    entering = projections if size == BFLOAT16 and not training.fsdp else 2
+    kept = (norms * (FLOAT32 + (size if training.fsdp else FLOAT32)) + entering * size) * width
+    kept += 2 * size * head_dim * (heads + kv_heads)
+    if training.attention == "eager":
+        # Probabilities in float32 and in the precision of the products, and keys and values for every head.
+        kept += (FLOAT32 + BFLOAT16) * heads * training.sequence_length + 2 * size * head_dim * (heads - kv_heads)
+    if not has_experts:
+        return kept + 4 * size * config.intermediate_size
+    expert = config.moe_intermediate_size
+    assert expert is not None
+    own = size if training.fsdp else FLOAT32
+    kept += own * config.num_experts_per_tok * (2 * width + 4 * expert)
+    return kept if shared is None else kept + 4 * size * shared
+
+
+def _product_bytes(training: Training) -> int:
+    """Of a number in matrix products; "auto" is bfloat16 on every GPU that is known here."""
+    return FLOAT32 if training.precision == "float32" else BFLOAT16
+
+
+def _parameters(config: DepthLMConfig) -> tuple[list[int], int]:
+    """Parameters of each layer, and all the others."""
+    with torch.device("meta"):
+        model = DepthLMForCausalLM(config)
+    layers = [sum(weight.numel() for weight in layer.parameters()) for layer in model.model.layers]
+    return layers, sum(weight.numel() for weight in model.parameters()) - sum(layers)
+
+
+def _expert_parameters(config: DepthLMConfig) -> int:
+    if config.num_experts is None or config.moe_intermediate_size is None:
+        return 0
+    one = 3 * config.hidden_size * config.moe_intermediate_size
+    return len(config.moe_layer_indices) * config.num_experts * one

@@ -1,0 +1,428 @@
+"""One point of a sweep: train a model with transformers' Trainer, measure it, keep the result.
+
+    OUT/points/<point>/point.json             what the grid says of it, and the digest of all its settings
+    OUT/points/<point>/environment.json       versions, hardware, precision, attention, seconds
+    OUT/points/<point>/checkpoint-<step>/     to go on from; gone when the model is saved
+    OUT/points/<point>/steps/step-<step>/     the weights at steps that are published
+    OUT/points/<point>/model/                 the trained model, with its tokenizer and code
+    OUT/points/<point>/log.jsonl              losses, gradient norms and learning rates by step
+    OUT/points/<point>/layer_stats.jsonl      the variance of every layer over training, and what else is tracked
+    OUT/points/<point>/layer_report.json      the scores of the trained model on held-out text
+    OUT/points/<point>/untrained_report.json  the same before training: the control
+    OUT/points/<point>/result.json            status and held-out loss; written last
+
+Whatever exists is finished: a point that was interrupted goes on from its last checkpoint or measurement.
+"""
+
+import json
+import math
+import os
+import platform
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import (
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    default_data_collator,
+    set_seed,
+)
+
+from depthscope.analysis import analyze_blocks
+from depthscope.callbacks import EffectivenessCallback, SparsityCallback, VarianceCallback
+from depthscope.errors import NonFiniteError
+from depthscope.facts import model_facts
+from depthscope.files import write_atomically
+from depthscope.models import DepthLMConfig, DepthLMForCausalLM, model_size
+from depthscope.modes import evaluating
+from depthscope.processes import Processes
+from depthscope.quiet import quiet
+from depthscope.settings import Settings
+from depthscope.sweep.data import Corpus, Sequences
+from depthscope.sweep.grid import Point, digest
+from depthscope.sweep.hardware import choose_attention, choose_precision
+from depthscope.sweep.specification import Specification
+
+__all__ = ["DIVERGED", "FAILED", "FINISHED", "PointRun", "Told", "identity", "status_if_done"]
+
+FINISHED, DIVERGED, FAILED = "finished", "diverged", "failed"
+COMPLETE = "complete"  # a file in a checkpoint that is written when everything else in it is
+EARLY_STEPS = (0, *(2**power for power in range(10)))  # 0, 1, 2, 4, ..., 512
+PACKAGES = ("depthscope", "transformers", "torch", "accelerate", "datasets", "tokenizers", "numpy")
+
+# What is told of the progress: the stage, work done and all work (in steps), the last loss.
+Told = Callable[[str, int, int, float | None], None]
+
+
+@dataclass
+class PointRun:
+    """Trains and measures one point; `run` does what is not done yet."""
+
+    point: Point
+    specification: Specification
+    corpus: Corpus
+    block_size: int  # of the measurements
+    out: Path
+    told: Told = lambda stage, done, total, loss: None
+
+    @property
+    def folder(self) -> Path:
+        """The folder of the point."""
+        return self.out / "points" / self.point.name
+
+    def run(self) -> str:
+        """Do what is left to do, and return the status."""
+        done = status_if_done(self.folder)
+        if done is not None:
+            return done
+        processes = Processes.here()
+        if processes.is_main:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            (self.folder / "result.json").unlink(missing_ok=True)  # of a failure
+            self._write("point.json", self._facts())
+        status = FINISHED
+        if not (self.folder / "model").is_dir():
+            status = self._train(processes)
+        if processes.is_main:
+            for checkpoint in self.folder.glob("checkpoint-*"):
+                shutil.rmtree(checkpoint)
+        result: dict[str, Any] = {"status": status}
+        if status == FINISHED:
+            result = self._measure(processes)
+        if processes.is_main:
+            self._write("result.json", {**self._facts(), **result})
+        _wait(processes)
+        return result["status"]
+
+    # Training
+
+    def _train(self, processes: Processes) -> str:
+        started = time.perf_counter()
+        trainer = self.trainer()
+        watch = _Watch(self, trainer)
+        trainer.add_callback(watch)
+        last = _usable_checkpoint(self.folder, processes)
+        with quiet():
+            trainer.train(resume_from_checkpoint=None if last is None else str(last))
+        if processes.is_main:
+            lines = [json.dumps(_finite(row), sort_keys=True) for row in trainer.state.log_history if "loss" in row]
+            write_atomically(self.folder / "log.jsonl", "".join(line + "\n" for line in lines))
+            self._environment(trainer.args, trainer.model, time.perf_counter() - started)
+        if watch.diverged_at is None:
+            save_model(trainer, self.folder / "model", processes)
+        _wait(processes)
+        return FINISHED if watch.diverged_at is None else DIVERGED
+
+    def trainer(self) -> Trainer:
+        """The Trainer of this point, ready to train."""
+        training = self.point.training
+        arguments = self.arguments()
+        trainer = Trainer(
+            self.model(),
+            arguments,
+            train_dataset=Sequences(
+                self.corpus, training.sequence_length, training.steps * training.sequences, self.point.seed
+            ),
+            data_collator=default_data_collator,  # every sequence is full; there is nothing to pad
+            processing_class=self.corpus.tokenizer,
+            callbacks=self._callbacks(),
+        )
+        trainer.remove_callback(PrinterCallback)
+        return trainer
+
+    def model(self) -> DepthLMForCausalLM:
+        """The model before training, as its seed makes it."""
+        training = self.point.training
+        config = self.config()
+        precision = choose_precision(training.precision)
+        config._attn_implementation = choose_attention(training.attention, precision, training.sequence_length)
+        set_seed(self.point.seed)
+        return DepthLMForCausalLM(config)
+
+    def config(self) -> DepthLMConfig:
+        """The configuration of the model, for the sweep's tokenizer."""
+        tokenizer = self.corpus.tokenizer
+        # No pad token: its embedding would be zero. Were it the end-of-text token too, one at the start of a sequence
+        # would leave the stream at zero in every layer, where a norm multiplies gradients by 1 / sqrt(eps).
+        rows = self.specification.tokenizer.rows(len(tokenizer))
+        return self.point.config(rows, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id)
+
+    def arguments(self) -> TrainingArguments:
+        """The arguments of the Trainer: the settings in its words."""
+        training, tracking = self.point.training, self.specification.tracking
+        steps = training.steps
+        world = int(os.environ.get("WORLD_SIZE", "1"))
+        per_device = training.sequences // world
+        micro = min(training.micro_batch_size or per_device, per_device)
+        log_every = tracking.log_every or max(1, steps // 100)
+        # A checkpoint does not hold the losses since the last log, so there is one only where there is a log too.
+        save_every = _next_multiple(tracking.checkpoint_every or math.ceil(steps / 5), log_every)
+        kinds = {"cosine": "cosine_with_min_lr", "linear": "linear", "constant": "constant_with_warmup"}
+        schedule = {"min_lr_rate": training.min_learning_rate} if training.schedule == "cosine" else {}
+        options: dict[str, Any] = {}
+        if training.fsdp and world > 1:  # Trainer refuses it in a single process, where there is nothing to share
+            options |= {"fsdp": True, "fsdp_config": {"version": 2}}
+        if training.gradient_checkpointing:
+            options["gradient_checkpointing"] = True
+        return TrainingArguments(
+            output_dir=str(self.folder),
+            max_steps=steps,
+            per_device_train_batch_size=micro,
+            gradient_accumulation_steps=per_device // micro,
+            learning_rate=training.learning_rate,
+            lr_scheduler_type=kinds[training.schedule],
+            lr_scheduler_kwargs=schedule,
+            warmup_steps=min(training.warmup_steps, steps),
+            weight_decay=training.weight_decay,
+            adam_beta1=training.adam_beta1,
+            adam_beta2=training.adam_beta2,
+            adam_epsilon=training.adam_epsilon,
+            max_grad_norm=training.max_grad_norm,
+            bf16=choose_precision(training.precision) == "bfloat16",
+            torch_compile=training.compile,
+            use_cpu=not (torch.cuda.is_available() or torch.backends.mps.is_available()),
+            seed=self.point.seed,
+            train_sampling_strategy="sequential",
+            logging_steps=log_every,
+            logging_nan_inf_filter=False,
+            save_steps=save_every,
+            save_total_limit=2,
+            report_to=[],
+            disable_tqdm=True,
+            dataloader_pin_memory=torch.cuda.is_available(),
+            **options,
+        )
+
+    def _callbacks(self) -> list[TrainerCallback]:
+        tracking = self.specification.tracking
+        callbacks: list[TrainerCallback] = []
+        if tracking.variance:
+            callbacks.append(VarianceCallback(log="none"))
+        if tracking.sparsity_every:
+            callbacks.append(SparsityCallback(every=tracking.sparsity_every, log="none"))
+        if tracking.effectiveness_every:
+            settings = self._settings()
+            blocks = self._blocks(settings)
+            every = tracking.effectiveness_every
+            callbacks.append(
+                EffectivenessCallback(
+                    blocks,
+                    settings.scores,
+                    every,
+                    max_overhead=None,
+                    fit_blocks=settings.fit_blocks,
+                    log="none",
+                    threshold=settings.threshold,
+                    pairs=settings.pairs,
+                    probes=settings.probes,
+                    seed=settings.seed,
+                )
+            )
+        return callbacks
+
+    # Measuring
+
+    def _measure(self, processes: Processes) -> dict[str, Any]:
+        result: dict[str, Any] = {"status": FINISHED}
+        size = model_size(self.config(), self.point.training.sequence_length)
+        result |= {"parameters": size.total, "active_parameters": size.active}
+        result["flops"] = size.training_flops_per_token * self.point.training.steps * self.point.training.batch_tokens
+        if self.specification.scoring.untrained:
+            self.told("untrained", 0, 0, None)
+            result["untrained_loss"] = self._score(self._control(), "untrained_report.json", processes)
+        self.told("measuring", 0, 0, None)
+        with quiet():
+            model = DepthLMForCausalLM.from_pretrained(self.folder / "model", dtype=torch.float32)
+        try:
+            result["loss"] = self._score(model, "layer_report.json", processes)
+        except NonFiniteError:
+            return {"status": DIVERGED}
+        return result if math.isfinite(result["loss"]) else {"status": DIVERGED}
+
+    def _control(self) -> DepthLMForCausalLM:
+        model = self.model()
+        model.set_attn_implementation("sdpa")
+        return model
+
+    def _score(self, model: DepthLMForCausalLM, name: str, processes: Processes) -> float:
+        """Write the report of a model if it is not there yet, and return its held-out loss in nats."""
+        model.to(processes.device)  # type: ignore[arg-type]
+        settings = self._settings()
+        blocks = self._blocks(settings)
+        if not (self.folder / name).is_file():
+            facts = model_facts(model) | {"name": self.point.name, "source": "sweep"}
+            report = analyze_blocks(model, blocks, settings, facts=facts, processes=processes, progress=False)
+            if processes.is_main:
+                report.save(self.folder / name)
+        count = max(1, self.specification.scoring.loss_tokens // settings.block_size)
+        rows = self.corpus.held_out_blocks(count, settings.block_size).input_ids
+        return held_out_loss(model, rows, processes)
+
+    def _settings(self) -> Settings:
+        return self.specification.scoring.settings(self.block_size)
+
+    def _blocks(self, settings: Settings) -> Any:
+        return self.corpus.held_out_blocks(settings.fit_blocks + settings.eval_blocks, settings.block_size)
+
+    def record_failure(self, error: str) -> None:
+        """Record that the point could not be finished; it is tried again in the next run."""
+        self._write("result.json", {**self._facts(), "status": FAILED, "error": error})
+
+    # Records
+
+    def _facts(self) -> dict[str, Any]:
+        point = self.point
+        return {
+            "point": point.name,
+            "variant": point.variant,
+            "seed": point.seed,
+            "settings": point.varied,
+            "identity": identity(point, self.specification),
+            "model": point.model,
+            "training": point.training.model_dump(),
+        }
+
+    def _write(self, name: str, content: dict[str, Any]) -> None:
+        write_atomically(self.folder / name, json.dumps(content, indent=1) + "\n")
+
+    def _environment(self, arguments: TrainingArguments, model: Any, seconds: float) -> None:
+        self._write(
+            "environment.json",
+            {
+                "versions": {name: version(name) for name in PACKAGES},
+                "python": platform.python_version(),
+                "processor": _processor(),
+                "processes": arguments.world_size,
+                "threads": torch.get_num_threads(),
+                "precision": "bfloat16" if arguments.bf16 else "float32",
+                "attention": model.config._attn_implementation,
+                "seconds": round(seconds, 1),
+            },
+        )
+
+
+def status_if_done(folder: Path) -> str | None:
+    """The status of the point in a folder, if it need not be run again: finished or diverged."""
+    try:
+        status = json.loads((folder / "result.json").read_text())["status"]
+    except FileNotFoundError:
+        return None
+    return status if status in (FINISHED, DIVERGED) else None
+
+
+def identity(point: Point, specification: Specification) -> str:
+    """A digest of all that decides what a point comes to."""
+    parts = (specification.data, specification.tokenizer, specification.scoring)
+    return digest([point.identity, *(part.model_dump() for part in parts)])
+
+
+@torch.no_grad()
+def held_out_loss(model: DepthLMForCausalLM, rows: Tensor, processes: Processes, batch: int = 8) -> float:
+    """The mean loss [nats a token] over blocks [N, T], in the model's own precision; each process takes its share."""
+    total = torch.zeros(2, dtype=torch.float64)
+    with evaluating(model):
+        for first in processes.share(range(0, len(rows), batch)):
+            ids = rows[first : first + batch].to(processes.device)
+            loss = model(ids, labels=ids, use_cache=False).loss
+            predicted = ids.numel() - len(ids)
+            total += torch.tensor([float(loss) * predicted, predicted], dtype=torch.float64)
+    processes.add_up(total)
+    return float(total[0] / total[1])
+
+
+def save_model(trainer: Trainer, folder: Path, processes: Processes) -> None:
+    """Save a model, its tokenizer and code, whole or not at all; every process takes part."""
+    part = folder.with_name(f".{folder.name}.part")
+    if processes.is_main:
+        shutil.rmtree(part, ignore_errors=True)
+        part.parent.mkdir(parents=True, exist_ok=True)
+    _wait(processes)
+    with quiet():
+        trainer.save_model(str(part))
+    if processes.is_main:
+        (part / "training_args.bin").unlink(missing_ok=True)  # a pickle, and point.json says the same
+        os.replace(part, folder)
+    _wait(processes)
+
+
+class _Watch(TrainerCallback):
+    """Tells the progress, keeps published steps, marks checkpoints that are complete, and stops what diverges."""
+
+    def __init__(self, run: PointRun, trainer: Trainer) -> None:
+        self._run, self._trainer = run, trainer
+        self._every = run.specification.tracking.publish_every
+        self.diverged_at: int | None = None
+        self._loss: float | None = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._publish(state)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._run.told("training", state.global_step, state.max_steps, self._loss)
+        self._publish(state)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        self._loss = (logs or {}).get("loss", self._loss)
+        if self._loss is not None and not math.isfinite(self._loss) and self.diverged_at is None:
+            self.diverged_at = state.global_step
+            control.should_training_stop = True
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        # From a checkpoint of weights that are not finite, nothing would be logged any more to find that out by.
+        if state.is_world_process_zero and self.diverged_at is None:
+            write_atomically(self._run.folder / f"checkpoint-{state.global_step}" / COMPLETE, "")
+
+    def _publish(self, state: Any) -> None:
+        step = state.global_step
+        late = step > EARLY_STEPS[-1] and self._every is not None and step % self._every == 0
+        if self._every is None or not (late or step in EARLY_STEPS):
+            return
+        folder = self._run.folder / "steps" / f"step-{step}"
+        if not folder.is_dir():
+            save_model(self._trainer, folder, Processes.here())
+
+
+def _usable_checkpoint(folder: Path, processes: Processes) -> Path | None:
+    """The last complete checkpoint; what was interrupted while it was written is removed."""
+    found = {path: int(path.name.rpartition("-")[2]) for path in folder.glob("checkpoint-*")}
+    complete = {path: step for path, step in found.items() if (path / COMPLETE).is_file()}
+    _wait(processes)
+    if processes.is_main:
+        for path in found.keys() - complete.keys():
+            shutil.rmtree(path)
+    _wait(processes)
+    return max(complete, key=lambda path: complete[path], default=None)
+
+
+def _next_multiple(number: int, of: int) -> int:
+    return -(-number // of) * of
+
+
+def _wait(processes: Processes) -> None:
+    if processes.count > 1:
+        torch.distributed.barrier()
+
+
+def _finite(row: dict[str, Any]) -> dict[str, Any]:
+    """A row of the log as JSON knows it; layers are in layer_stats.jsonl."""
+    numbers = {name: value for name, value in row.items() if not name.startswith("layers/")}
+    return {name: value if math.isfinite(value) else None for name, value in numbers.items()}
+
+
+def _processor() -> str:
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()

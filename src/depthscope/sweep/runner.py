@@ -1,0 +1,291 @@
+"""Runs a sweep: point after point, or several at once in worker processes, or each on all processes of torchrun.
+
+    OUT/sweep.yaml     the specification, everything that it extends included
+    OUT/sweep.json     the points and families, for those who read the results
+    OUT/data/          the tokens (`depthscope.sweep.data`)
+    OUT/points/        one folder a point (`depthscope.sweep.point`)
+    OUT/report/        tables and the page (`depthscope.sweep.page`)
+
+Whatever is finished is skipped. A point that fails is recorded and the sweep goes on; it is tried again next time.
+"""
+
+import fnmatch
+import json
+import os
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from filelock import FileLock, Timeout
+
+from depthscope.errors import SweepError
+from depthscope.files import write_atomically
+from depthscope.messages import one_line
+from depthscope.processes import Processes
+from depthscope.sweep.data import Corpus, open_corpus, prepare_corpus
+from depthscope.sweep.grid import Grid, Point, expand
+from depthscope.sweep.point import DIVERGED, FAILED, FINISHED, PointRun, Told, identity, status_if_done
+from depthscope.sweep.shown import Shown, showing_points
+from depthscope.sweep.specification import Specification, Sweep
+
+__all__ = ["FAILED", "Outcome", "default_folder", "describe", "run_point", "run_sweep", "select"]
+
+SCHEMA_VERSION = 1
+POLL = 0.5  # seconds
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of a sweep: status by point, and what was skipped since it was finished before."""
+
+    out: Path
+    statuses: dict[str, str]
+    skipped: int
+
+    @property
+    def failed(self) -> list[str]:
+        """The points that failed."""
+        return [point for point, status in self.statuses.items() if status == FAILED]
+
+    @property
+    def diverged(self) -> list[str]:
+        """The points whose losses or activations were not finite."""
+        return [point for point, status in self.statuses.items() if status == DIVERGED]
+
+
+def default_folder(sweep: Sweep) -> Path:
+    """Where a sweep is written if nothing else is said."""
+    return Path("sweeps") / sweep.specification.name
+
+
+def select(sweep: Sweep, grid: Grid, only: Sequence[str]) -> list[Point]:
+    """The points whose name, variant or family one of the patterns matches; all where there is none.
+
+    Raises:
+        SweepError: a pattern matches nothing.
+    """
+    chosen: dict[str, Point] = {}
+    for pattern in only:
+        families = [family for family in grid.families if fnmatch.fnmatch(family.name, pattern)]
+        variants = {variant for family in families for variant in family.variants}
+        found = [
+            point
+            for point in grid.points
+            if point.variant in variants or any(fnmatch.fnmatch(name, pattern) for name in (point.name, point.variant))
+        ]
+        if not found:
+            names = ", ".join([*(family.name for family in grid.families), *(point.name for point in grid.points)])
+            raise SweepError(f"--only {pattern} matches no point. There are the families and points {names}.")
+        chosen |= {point.name: point for point in found}
+    return [point for point in grid.points if not only or point.name in chosen]
+
+
+def run_sweep(
+    sweep: Sweep, out: Path | None = None, *, only: Sequence[str] = (), jobs: int | None = None, progress: bool = True
+) -> Outcome:
+    """Run what is not done yet of a sweep.
+
+    Args:
+        sweep: what to run.
+        out: its folder; `sweeps/<name>` by default.
+        only: names or patterns of points, variants or families; everything where empty.
+        jobs: points at once, each in a process of its own with its share of the cores, or a GPU; chosen by the hardware
+            where nothing is given. Under torchrun every point runs on all processes.
+        progress: show it on a terminal.
+
+    Raises:
+        SpecificationError: the grid is not allowed.
+        SweepError: the folder cannot be used (not writable, of another sweep, or another process is at work in it), or
+            the processes of torchrun cannot share a step evenly.
+        CorpusError: the text is missing or too short.
+    """
+    grid = expand(sweep)
+    chosen = select(sweep, grid, only)
+    out = default_folder(sweep) if out is None else out
+    processes = Processes.here()
+    _require_even_shares(chosen, processes.count)
+    lock = FileLock(out / ".lock")
+    if processes.is_main:
+        _make_folder(out)
+        _take(lock, out)
+    try:
+        if processes.is_main:
+            _refuse_other_settings(sweep, grid, out)
+        with showing_points(len(chosen), visible=progress and processes.is_main) as shown:
+            if processes.is_main:
+                prepare_corpus(sweep, grid, out, shown.say)
+                _write_index(sweep, grid, out)
+            if processes.count > 1:
+                _wait_for_tokens(out)
+            shown.begin()
+            return _run_points(sweep.specification, grid, chosen, out, jobs, shown, processes)
+    finally:
+        lock.release()
+
+
+def run_point(
+    point: Point, specification: Specification, corpus: Corpus, block_size: int, out: Path, told: Told
+) -> str:
+    """Run one point, and record a failure instead of raising it, so that the others go on."""
+    run = PointRun(point, specification, corpus, block_size, out, told)
+    try:
+        return run.run()
+    except Exception as error:
+        if Processes.here().count > 1:
+            raise  # the other processes wait for this one
+        run.folder.mkdir(parents=True, exist_ok=True)
+        run.record_failure(f"{type(error).__name__}: {one_line(error)}")
+        return FAILED
+
+
+def _run_points(
+    specification: Specification,
+    grid: Grid,
+    chosen: list[Point],
+    out: Path,
+    jobs: int | None,
+    shown: Shown,
+    processes: Processes,
+) -> Outcome:
+    statuses: dict[str, str] = {}
+    to_do = []
+    for point in chosen:
+        status = status_if_done(out / "points" / point.name)
+        if status is None:
+            to_do.append(point)
+        else:
+            statuses[point.name] = status
+            shown.finished(point.name, status, before=True)
+    skipped = len(statuses)
+    # By all points of the grid, not by those that are left: a point has the same share of the cores in every run.
+    jobs = _jobs(jobs, len(grid.points), processes)
+    alone = jobs == 1 and torch.cuda.device_count() < 2  # Trainer would spread a point over all GPUs that it sees
+    if to_do and not alone and processes.count == 1:
+        from depthscope.sweep.workers import run_in_workers
+
+        statuses |= run_in_workers(to_do, specification, grid, out, jobs, shown)
+    elif to_do:
+        corpus = open_corpus(out, grid.longest)
+        for point in to_do:
+            status = run_point(point, specification, corpus, grid.shortest, out, shown.teller(point.name))
+            statuses[point.name] = status
+            shown.finished(point.name, status)
+    ordered = {point.name: statuses[point.name] for point in chosen}
+    return Outcome(out, ordered, skipped)
+
+
+def _jobs(wanted: int | None, points: int, processes: Processes) -> int:
+    """How many points to run at once: one a GPU, or one a core, since small models gain little from several."""
+    if processes.count > 1:
+        return 1
+    if wanted is None:
+        gpus = torch.cuda.device_count()
+        available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        wanted = gpus or available
+    return max(1, min(wanted, points))
+
+
+def _take(lock: FileLock, out: Path) -> None:
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise SweepError(
+            f"another process is running a sweep in {out}. Wait for it, stop it, or choose another --out."
+        ) from None
+
+
+def _make_folder(out: Path) -> None:
+    try:
+        (out / "points").mkdir(parents=True, exist_ok=True)
+        (out / ".lock").touch()
+    except OSError as error:
+        raise SweepError(f"the folder {out} cannot be written: {error.strerror}. Choose another --out.") from error
+
+
+def _wait_for_tokens(out: Path) -> None:
+    """Tokenizing may take hours, which is longer than processes wait for each other in a barrier.
+
+    Should the main process fail instead, torchrun ends the others.
+    """
+    while not (out / "data" / "data.json").is_file():
+        time.sleep(POLL)
+    torch.distributed.barrier()
+
+
+def _require_even_shares(points: list[Point], processes: int) -> None:
+    """Each process takes as many sequences of a step as any other, in whole micro-batches, so that none is left out."""
+    for point in points:
+        sequences, micro = point.training.sequences, point.training.micro_batch_size
+        share = sequences // processes
+        if sequences % processes or (micro is not None and share % min(micro, share)):
+            raise SweepError(
+                f"{point.name}: an optimiser step has {sequences} sequences, which {processes} processes cannot share "
+                f"evenly{'' if micro is None else f' in micro-batches of {micro}'}. Start a number of processes that "
+                "divides it, or change batch_tokens or micro_batch_size."
+            )
+
+
+def _refuse_other_settings(sweep: Sweep, grid: Grid, out: Path) -> None:
+    """Refuse a folder whose points were trained with other settings; write down the settings of one that is not."""
+    for point in grid.points:
+        facts = out / "points" / point.name / "point.json"
+        if not facts.is_file():
+            continue
+        known = json.loads(facts.read_text())
+        if known["identity"] != identity(point, sweep.specification):
+            raise SweepError(
+                f"{facts.parent} was trained with other settings than the sweep has now ({_difference(known, point)}). "
+                "Choose another --out, or delete that folder to train it anew."
+            )
+    write_atomically(out / "sweep.yaml", yaml.safe_dump(sweep.specification.model_dump(mode="json"), sort_keys=False))
+
+
+def _difference(known: dict[str, Any], point: Point) -> str:
+    now = {"model": point.model, "training": point.training.model_dump()}
+    for part, settings in now.items():
+        for key in [*settings, *known[part]]:
+            before, after = known[part].get(key), settings.get(key)
+            if before != after:
+                return f"{key} was {before}, is now {after}"
+    return "text, tokenizer or measurements"
+
+
+def _write_index(sweep: Sweep, grid: Grid, out: Path) -> None:
+    data = json.loads((out / "data" / "data.json").read_text())
+    content = {
+        "schema_version": SCHEMA_VERSION,
+        "name": sweep.specification.name,
+        "description": sweep.specification.description,
+        "families": [
+            {"name": family.name, "variants": list(family.variants), "axes": list(family.axes)}
+            for family in grid.families
+        ],
+        "seeds": sweep.specification.seeds,
+        "block_size": sweep.specification.scoring.settings(grid.shortest).block_size,
+        "data": {"name": data["name"], "fingerprint": data["fingerprint"], "vocab_size": data["vocab_size"]},
+        "points": [
+            {
+                "point": point.name,
+                "variant": point.variant,
+                "seed": point.seed,
+                "settings": point.varied,
+                "model": point.model,
+                "training": point.training.model_dump(),
+            }
+            for point in grid.points
+        ],
+    }
+    write_atomically(out / "sweep.json", json.dumps(content, indent=1) + "\n")
+
+
+def describe(outcome: Outcome) -> str:
+    """What came of a sweep, in one line."""
+    counts = Counter(outcome.statuses.values())
+    parts = [f"{counts[status]} {status}" for status in (FINISHED, DIVERGED, FAILED) if counts[status]]
+    before = f" ({outcome.skipped} of them before)" if outcome.skipped else ""
+    return ", ".join(parts) + before

@@ -1,0 +1,237 @@
+"""The variance of the residual stream layer by layer, predicted from the sizes of the weights.
+
+With random weights that are independent of one another, what a sublayer writes is uncorrelated with the stream, so that
+second moments add up. `k_ij` is the second moment between the streams at positions i and j, the mean over features; the
+variance is the mean of `k_ii`. A Pre-LN layer adds twice to all of them:
+
+    k <- k + output * value * (what attention averages out of the correlations of k)
+    k <- k + down * E[(act(g) u)^2] * (how the gated product passes correlations on)
+
+`gains` has the factors, `moments` the two functions of correlations; docs/theory.md has the derivation. Correlations
+between positions matter because attention averages: independent values cancel, and what positions share does not.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from depthscope.anatomy import LayerStack
+from depthscope.errors import SettingsError
+from depthscope.models.configuration_depthlm import DepthLMConfig
+from depthscope.models.modeling_depthlm import DepthLMForCausalLM
+from depthscope.models.native import to_depthlm
+from depthscope.models.native_sources import SOURCES
+from depthscope.modes import evaluating
+from depthscope.theory.gains import LayerGains, MLPGains, gains_at_initialisation, gains_of_model
+from depthscope.theory.moments import (
+    OVERLAPS,
+    Array,
+    averaged_correlation,
+    correlation,
+    gated_correlation,
+    gated_second_moment,
+    router_moments,
+)
+
+__all__ = ["VariancePrediction", "predict_from_model", "predict_variance"]
+
+Tokens: TypeAlias = int | Sequence[Sequence[int]] | np.ndarray | Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class VariancePrediction:
+    """What random weights would make of the residual stream: arrays [L], named as the columns of a report.
+
+    Attributes:
+        variance: of the stream after each layer.
+        attention_variance: of what the layer's attention returns, before any norm that follows it.
+        mlp_variance: the same of its MLP or experts.
+        position_correlation: after each layer, the mean correlation between the streams of two different positions.
+        input_variance: of the stream before layer 0.
+        sequence_length: T.
+    """
+
+    variance: Array
+    attention_variance: Array
+    mlp_variance: Array
+    position_correlation: Array
+    input_variance: float
+    sequence_length: int
+
+
+def predict_variance(
+    config: PreTrainedConfig,
+    tokens: Tokens,
+    *,
+    density: float = 1.0,
+    weight_std: float | Sequence[float] | None = None,
+    attention_density: float = 1.0,
+) -> VariancePrediction:
+    """Predict the variance after each layer of a freshly initialised model, in squared activation units.
+
+    Args:
+        config: a `DepthLMConfig`, or the configuration of an architecture that `to_depthlm` reads.
+        tokens: the sequence length, for tokens that all differ; or token ids [B, T], whose repetitions then count.
+        density: the share of the weights that is kept where a random mask sets the others to zero, in (0, 1].
+        weight_std: standard deviation of the layers' matrices, one or one a layer, in place of the configuration's:
+            what weight decay leaves, say (`decayed_std`). Embeddings keep theirs.
+        attention_density: the share of the visible positions that attention does not mask, in (0, 1].
+
+    Raises:
+        SettingsError: a density outside its range, or a configuration of another architecture.
+    """
+    if not 0 < attention_density <= 1:
+        raise SettingsError(
+            f"attention_density is {attention_density!r}; give the share of positions that is seen, above 0, at most 1."
+        )
+    settings = _as_depthlm(config)
+    gains = gains_at_initialisation(settings, density, weight_std)
+    start = settings.initializer_range**2 * _repetitions(tokens)
+    return _predict(settings, gains, start, attention_density)
+
+
+@torch.no_grad()
+def predict_from_model(model: PreTrainedModel, token_ids: Tensor) -> VariancePrediction:
+    """Predict the variance that random weights would give that are as large as those of this model.
+
+    It starts from the model's own embeddings of the tokens, and takes of each layer only how large its matrices and
+    norm weights are. What the model does beyond it has been learnt: directions that fit one another.
+
+    Args:
+        model: a DepthLM, or a model that `to_depthlm` reads; trained or not.
+        token_ids: the text that it will be measured on, [B, T]; each sequence costs T x T numbers.
+
+    Raises:
+        ConversionError: the model is of another architecture.
+    """
+    ours = model if isinstance(model, DepthLMForCausalLM) else to_depthlm(model)
+    with evaluating(ours):
+        stack = LayerStack(ours)
+        with stack.capturing(outputs=False) as seen:
+            stack.run_through(0, token_ids)
+    hidden = seen.inputs[0].double().cpu().numpy()  # [B, T, d]
+    start = hidden @ hidden.swapaxes(-1, -2) / hidden.shape[-1]
+    return _predict(ours.config, gains_of_model(ours), start)
+
+
+def _as_depthlm(config: PreTrainedConfig) -> DepthLMConfig:
+    """The configuration as DepthLM's; one with a shared expert of Qwen2-MoE's kind cannot be told without weights."""
+    if isinstance(config, DepthLMConfig):
+        return config
+    if config.model_type not in SOURCES or config.model_type == "qwen2_moe":
+        known = ", ".join(name for name in SOURCES if name != "qwen2_moe")
+        raise SettingsError(f"There is no theory of {config.model_type!r}; give a configuration of depthlm, {known}.")
+    settings, _ = SOURCES[config.model_type](config, {})
+    return DepthLMConfig(**settings)
+
+
+def _repetitions(tokens: Tokens) -> Array:
+    """1 where two positions hold the same token, [B, T, T]: random embeddings of different tokens are uncorrelated."""
+    if isinstance(tokens, int):
+        return np.eye(tokens)[None]
+    ids = np.asarray(tokens)
+    if ids.ndim != 2:
+        raise SettingsError(f"Token ids are a matrix [B, T], but {ids.ndim} dimensions were given.")
+    return (ids[:, :, None] == ids[:, None, :]).astype(float)
+
+
+# ------------------------------------------------------------------------------------------------------ recursion
+
+
+def _predict(
+    config: DepthLMConfig, gains: Sequence[LayerGains], start: Array, attention_density: float = 1.0
+) -> VariancePrediction:
+    """Follow the second moments [B, T, T] from before layer 0 through all layers."""
+    moments = start
+    rows: dict[str, list[float]] = {"variance": [], "attention": [], "mlp": [], "correlation": []}
+    for layer, gain in enumerate(gains):
+        written = _attention(config, layer, gain, moments, attention_density)
+        rows["attention"].append(_mean_square(written))
+        moments = _added(config, moments, written, gain.attention_output_norm, gain.attention_sum_norm)
+        written = _mlp(config, layer, gain, moments)
+        rows["mlp"].append(_mean_square(written))
+        moments = _added(config, moments, written, gain.mlp_output_norm, gain.mlp_sum_norm)
+        rows["variance"].append(_mean_square(moments))
+        rows["correlation"].append(_mean_correlation(moments))
+    return VariancePrediction(
+        variance=np.array(rows["variance"]),
+        attention_variance=np.array(rows["attention"]),
+        mlp_variance=np.array(rows["mlp"]),
+        position_correlation=np.array(rows["correlation"]),
+        input_variance=_mean_square(start),
+        sequence_length=start.shape[-1],
+    )
+
+
+def _attention(config: DepthLMConfig, layer: int, gain: LayerGains, moments: Array, density: float) -> Array:
+    """Second moments [B, T, T] of what attention returns.
+
+    Heads that share keys and values change nothing: the output projection adds them with independent weights.
+    """
+    scale = _input_scale(config, layer, moments)
+    queries = gain.query * scale if gain.query_norm is None else gain.query_norm
+    keys = gain.key * scale if gain.key_norm is None else gain.key_norm
+    slides = config.layer_types is not None and config.layer_types[layer] == "sliding_attention"
+    window = config.sliding_window if slides else None
+    mixed = averaged_correlation(correlation(moments), queries * keys, config.head_dim or 1, window, density)
+    return gain.output * gain.value * scale * mixed
+
+
+def _mlp(config: DepthLMConfig, layer: int, gain: LayerGains, moments: Array) -> Array:
+    """Second moments [B, T, T] of what the MLP, or the chosen experts and the shared one, return."""
+    scale, correlations = _input_scale(config, layer, moments), correlation(moments)
+    written = _gated(config, gain.mlp, scale, correlations)
+    if gain.router is not None:
+        # Experts are independent of one another, so their weights count squared, and two tokens share what they share.
+        square, overlaps = router_moments(
+            config.num_experts or 1, config.num_experts_per_tok, gain.router * scale, config.norm_topk_prob
+        )
+        written = written * square * np.interp(correlations, OVERLAPS, overlaps)
+    if gain.shared is not None:
+        written = written + _gated(config, gain.shared, scale, correlations)
+    return written
+
+
+def _gated(config: DepthLMConfig, gain: MLPGains, scale: float, correlations: Array) -> Array:
+    gate = float(gain.gate * scale)
+    size = gain.down * gated_second_moment(config.hidden_act, gate, gain.up * scale)
+    return size * gated_correlation(config.hidden_act, gate, correlations)
+
+
+def _input_scale(config: DepthLMConfig, layer: int, moments: Array) -> float:
+    """The mean square of what a sublayer reads: about 1 behind a norm, times LayerNorm Scaling's squared factor."""
+    if config.norm_placement_of(layer) in ("pre", "peri"):
+        return config.norm_factor_of(layer) ** 2 * _mean_square(_normalised(config, moments))
+    return _mean_square(moments)
+
+
+def _added(
+    config: DepthLMConfig, moments: Array, written: Array, output_norm: float | None, sum_norm: float | None
+) -> Array:
+    """The second moments of the stream after a sublayer has been added, with the norms on the way."""
+    if output_norm is not None:
+        written = output_norm * _normalised(config, written)
+    moments = moments + written
+    return moments if sum_norm is None else sum_norm * _normalised(config, moments)
+
+
+def _normalised(config: DepthLMConfig, moments: Array) -> Array:
+    """The second moments of vectors that went through an RMSNorm with weights of 1."""
+    root = np.sqrt(np.diagonal(moments, axis1=-2, axis2=-1) + config.rms_norm_eps)
+    return np.asarray(moments / (root[..., :, None] * root[..., None, :]))
+
+
+def _mean_square(moments: Array) -> float:
+    return float(np.diagonal(moments, axis1=-2, axis2=-1).mean())
+
+
+def _mean_correlation(moments: Array) -> float:
+    """The mean correlation between different positions."""
+    size = moments.shape[-1]
+    found: Any = (correlation(moments).sum((-2, -1)) - size) / max(size * (size - 1), 1)
+    return float(found.mean())

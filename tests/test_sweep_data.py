@@ -1,0 +1,225 @@
+"""The tokens of a sweep: the same for every point in the same order, tokenized once, whatever interrupts it."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from depthscope.cli import app
+from depthscope.errors import CorpusError, SpecificationError, SweepError
+from depthscope.sweep import data as data_module
+from depthscope.sweep.data import Corpus, Sequences, open_corpus, prepare_corpus
+from depthscope.sweep.grid import expand
+from depthscope.sweep.specification import load_sweep
+from sweeps import write_sweep, write_text
+from tiny_tokenizer import save_tokenizer
+
+
+def prepared(folder: Path, out: str = "out", **parts: Any) -> Corpus:
+    sweep = load_sweep(write_sweep(folder, **parts))
+    return prepare_corpus(sweep, expand(sweep), folder / out)
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    names = ("train.bin", "held_out.bin", "tokenizer/tokenizer.json", "data.json")
+    return {name: (folder / "data" / name).read_bytes() for name in names}
+
+
+def read(corpus: Corpus, length: int, count: int, seed: int = 0) -> list[int]:
+    """The tokens of a training, one after the other."""
+    sequences = Sequences(corpus, length, count, seed)
+    assert len(sequences) == count
+    return torch.cat([sequences[index]["input_ids"] for index in range(count)]).tolist()
+
+
+def test_points_of_every_sequence_length_read_the_same_tokens_in_the_same_order(tmp_path: Path) -> None:
+    corpus = prepared(tmp_path, grid={"length": {"sequence_length": [8, 16, 32]}})
+    assert corpus.span == 32
+    longest = read(corpus, 32, 24)
+    assert read(corpus, 16, 48) == longest
+    assert read(corpus, 8, 96) == longest
+    assert sorted(longest) == sorted(corpus.train[:768].tolist())
+    assert longest != corpus.train[:768].tolist()
+
+
+def test_every_seed_draws_its_own_order_and_the_same_one_every_time(tmp_path: Path) -> None:
+    corpus = prepared(tmp_path)
+    assert read(corpus, 16, 48, seed=1) == read(corpus, 16, 48, seed=1)
+    assert read(corpus, 16, 48, seed=1) != read(corpus, 16, 48, seed=0)
+    alone = Sequences(corpus, 16, 48, seed=1)
+    assert alone[40]["input_ids"].tolist() == read(corpus, 16, 48, seed=1)[640:656]
+
+
+def test_a_further_epoch_reads_all_again_in_another_order(tmp_path: Path) -> None:
+    write_text(tmp_path)
+    corpus = prepared(tmp_path, training={"tokens": 40_000}, data={"epochs": 9})
+    assert 16_000 < corpus.used < 20_000
+    sequences, spans = Sequences(corpus, 16, 2500, 0), corpus.used // 16
+    one, two = ([sequences[epoch * spans + index]["input_ids"].tolist() for index in range(spans)] for epoch in (0, 1))
+    assert sorted(one) == sorted(two)
+    assert one != two
+
+
+def test_more_tokens_than_the_text_has_are_refused_without_epochs(tmp_path: Path) -> None:
+    with pytest.raises(CorpusError, match=r"has [\d,]+ training tokens, but the sweep reads 24,000") as refused:
+        prepared(tmp_path, training={"tokens": 24_000})
+    times = float(str(refused.value).rpartition("data.epochs: ")[2].rstrip("."))
+    assert prepared(tmp_path, training={"tokens": 24_000}, data={"epochs": times}).used * times >= 23_000
+    shown = CliRunner().invoke(
+        app,
+        ["sweep", "run", str(write_sweep(tmp_path, training={"tokens": 24_000})), "--out", str(tmp_path / "b")],
+    )
+    assert shown.exit_code == 2
+    assert "training tokens, but the sweep reads" in shown.output
+    assert not list((tmp_path / "b" / "points").iterdir())
+
+
+def test_too_little_text_for_measuring_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(CorpusError, match="held-out tokens, but measuring takes 4,096"):
+        prepared(tmp_path, scoring={"loss_tokens": 4096})
+    write_text(tmp_path / "short", documents=1)
+    with pytest.raises(CorpusError, match="fewer than one sequence"):
+        prepared(
+            tmp_path,
+            data={"text": "short/text", "epochs": 1000, "held_out": {"text": "text"}},
+            training={"sequence_length": 512, "batch_tokens": 512},
+        )
+
+
+def test_text_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(CorpusError, match="no file or folder"):
+        prepared(tmp_path, data={"text": "nowhere"})
+    with pytest.raises(CorpusError, match=r"No file matches .*\*\.txt"):
+        prepared(tmp_path, data={"text": "*.txt"})
+
+
+def test_held_out_documents_are_not_trained_on(tmp_path: Path) -> None:
+    corpus = prepared(tmp_path, training={"tokens": 8000}, scoring={"loss_tokens": 500})
+    decode = corpus.tokenizer.decode
+    train, held_out = (set(decode(ids).split("<|endoftext|>")) for ids in (corpus.train, corpus.held_out))
+    documents = {path.read_text() for path in (tmp_path / "text").iterdir()}
+    assert len(train & documents) > 30
+    assert held_out & documents
+    assert not train & held_out & documents
+
+
+def test_a_held_out_text_of_its_own_is_measured_on(tmp_path: Path) -> None:
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "a.txt").write_text("XYZ " * 500)
+    corpus = prepared(tmp_path, data={"held_out": {"text": "other/*.txt"}})
+    assert set(corpus.tokenizer.decode(corpus.held_out).split()) <= {"XYZ", "X", "XY"}
+    assert "XYZ" not in corpus.tokenizer.decode(corpus.train)
+    blocks = corpus.held_out_blocks(2, 16)
+    assert blocks.input_ids.flatten().tolist() == corpus.held_out[:32].tolist()
+
+
+def test_a_tokenizer_that_is_given_is_used(tmp_path: Path) -> None:
+    save_tokenizer(tmp_path / "tokenizer")
+    corpus = prepared(tmp_path, tokenizer={"name": "tokenizer", "vocab_size": 300}, training={"tokens": 1024})
+    given = json.loads((tmp_path / "tokenizer/tokenizer.json").read_text())["model"]["vocab"]
+    assert corpus.tokenizer.get_vocab().items() >= given.items()
+    text = corpus.tokenizer.decode(corpus.train[:50])
+    first = [path.read_text() for path in sorted((tmp_path / "text").iterdir())]
+    assert any(text[:30] in document for document in first)
+    shutil.rmtree(tmp_path / "tokenizer")
+    with pytest.raises(SpecificationError, match=r"line \d+: the tokenizer 'tokenizer' cannot be loaded"):
+        prepared(tmp_path, "new", tokenizer={"name": "tokenizer", "vocab_size": 300})
+
+
+def test_every_document_is_read_once_in_its_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(data_module, "BATCH_CHARACTERS", 1000)
+    corpus = prepared(tmp_path, training={"tokens": 8000}, data={"held_out": {"text": "text"}})
+    documents = [path.read_text() for path in sorted((tmp_path / "text").iterdir())]
+    *whole, _ = corpus.tokenizer.decode(corpus.train).split("<|endoftext|>")
+    assert len(whole) > 30
+    assert whole == documents[: len(whole)]
+
+
+def test_long_documents_are_cut_at_lines_and_nothing_is_lost(tmp_path: Path) -> None:
+    lines = [f"line {index} " + "word " * 30 + "\n" for index in range(1000)]
+    (tmp_path / "long.txt").write_text("".join(lines))
+    source = data_module.find_source(str(tmp_path / "long.txt"))
+    pieces = list(data_module._pieces(source))
+    assert len(pieces) > 3
+    assert "".join(text for _, text in pieces) == "".join(lines)
+    assert all(text.endswith("\n") and len(text) <= data_module.PIECE_CHARACTERS for _, text in pieces)
+    assert len({name for name, _ in pieces}) == len(pieces)
+
+
+@pytest.mark.parametrize("held_out", [False, True])
+@pytest.mark.parametrize("before", [True, False])
+def test_interrupted_tokenizing_goes_on_and_gives_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, held_out: bool, before: bool
+) -> None:
+    monkeypatch.setattr(data_module, "BATCH_CHARACTERS", 1000)
+    data = {"held_out": {"text": "text"}} if held_out else {}
+    parts = {"training": {"tokens": 6000}, "data": data, "scoring": {"loss_tokens": 400 if held_out else 64}}
+    prepared(tmp_path, "whole", **parts)
+    append = data_module._Stream._append
+    calls = 0
+
+    def dying(self: Any, *args: Any) -> None:
+        nonlocal calls
+        calls += 1
+        if calls % 3 == 0 and before:
+            raise KeyboardInterrupt
+        append(self, *args)
+        if calls % 3 == 0:
+            # As if killed between the tokens and the record of them.
+            with (tmp_path / "out/data.part/train.bin").open("ab") as file:
+                file.write(b"12345")
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(data_module._Stream, "_append", dying)
+    interrupted = 0
+    while True:
+        try:
+            prepared(tmp_path, **parts)
+        except KeyboardInterrupt:
+            interrupted += 1
+            continue
+        break
+    assert interrupted >= 2
+    assert files(tmp_path / "out") == files(tmp_path / "whole")
+
+
+def test_what_an_interrupted_run_left_of_another_tokenizer_is_not_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepared(tmp_path, "whole")
+    monkeypatch.setattr(data_module._Stream, "fill", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        prepared(tmp_path, tokenizer={"vocab_size": 400})
+    assert (tmp_path / "out/data.part/tokenizer").is_dir()
+    monkeypatch.undo()
+    assert len(prepared(tmp_path).tokenizer) == 280
+    assert files(tmp_path / "out") == files(tmp_path / "whole")
+
+
+def test_the_tokens_of_other_text_or_another_tokenizer_are_refused(tmp_path: Path) -> None:
+    prepared(tmp_path)
+    prepared(tmp_path)
+    for parts in ({"tokenizer": {"vocab_size": 300}}, {"training": {"tokens": 1024}}, {"data": {"epochs": 2}}):
+        with pytest.raises(SweepError, match="holds the tokens of other text"):
+            prepared(tmp_path, **parts)
+
+
+def test_tokens_are_counted_written_and_opened_as_they_are(tmp_path: Path) -> None:
+    corpus = prepared(tmp_path)
+    facts = json.loads((tmp_path / "out/data/data.json").read_text())
+    assert facts["tokens"] == {"train": len(corpus.train), "held_out": len(corpus.held_out)}
+    assert (facts["dtype"], facts["vocab_size"]) == ("uint16", 280)
+    assert np.array_equal(corpus.train, np.fromfile(tmp_path / "out/data/train.bin", np.uint16))
+    again = open_corpus(tmp_path / "out", corpus.span)
+    assert (again.used, again.fingerprint) == (corpus.used, corpus.fingerprint)
+
+
+def test_the_embedded_corpus_is_read_where_no_text_is_named(tmp_path: Path) -> None:
+    corpus = prepared(tmp_path, data={"text": None}, tokenizer={"characters": 20_000})
+    assert corpus.name.startswith("python-stdlib-")
+    assert "def " in corpus.tokenizer.decode(corpus.train)

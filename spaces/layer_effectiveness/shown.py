@@ -3,7 +3,9 @@
 import io
 import json
 import re
+import shutil
 import tempfile
+import time
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
@@ -50,6 +52,8 @@ CONFIG = {
     "modeBarButtons": [["toImage", "zoom2d", "pan2d", "resetScale2d"]],
 }
 MAP_HEIGHT = 430  # two maps side by side are about as wide
+FILES = "depthscope-space-files-"
+COPIED_SECONDS = 600
 TABLE_SCORES = (
     *("skip_ratio", "usefulness_ratio", "causal", "permutation", "jacobian", "block_influence", "variance"),
     *("angular_distance", "update_norm", "update_cosine", "attention_variance", "mlp_variance"),
@@ -116,7 +120,8 @@ def facts(report: LayerReport) -> str:
 
 def files(reports: Sequence[LayerReport], folder: Path | None = None) -> dict[str, str]:
     """Write what can be downloaded: the report as JSON, its layers as CSV, and a self-contained page; paths by kind."""
-    place = folder or Path(tempfile.mkdtemp(prefix="depthscope-space-files-"))
+    _remove_old_files()
+    place = folder or Path(tempfile.mkdtemp(prefix=FILES))
     stem = _stem(reports[0].model["name"]) if len(reports) == 1 else "comparison"
     page = write_page(place / f"{stem}.html", list(reports))
     if len(reports) == 1:
@@ -141,6 +146,13 @@ def code(report: LayerReport) -> str:
 def listing(text: str, label: str) -> str:
     """Lines of code as HTML; a long line is scrolled, also with the keyboard."""
     return f"<pre class='ds-code' tabindex='0' role='region' aria-label='{escape(label)}'>{escape(text)}</pre>"
+
+
+def _remove_old_files() -> None:
+    """Remove what was written earlier: Gradio has copied it into its own cache, which it empties by age."""
+    for place in Path(tempfile.gettempdir()).glob(f"{FILES}*"):
+        if time.time() - place.stat().st_mtime > COPIED_SECONDS:
+            shutil.rmtree(place, ignore_errors=True)
 
 
 def _stem(name: str) -> str:

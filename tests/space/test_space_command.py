@@ -1,0 +1,73 @@
+"""`depthscope space` and `push-space`."""
+
+import subprocess
+import sys
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+from typer.testing import CliRunner
+
+from depthscope.cli import app
+from depthscope.cli.space import space_files, space_folder
+
+
+def run(*words):
+    return CliRunner().invoke(app, list(words))
+
+
+def test_the_space_on_the_hub_is_the_folder_and_nothing_else(hub):
+    ended = run("push-space", "--to", "ada/layers")
+    assert ended.exit_code == 0, ended.output
+    repository = hub.repository("ada/layers", kind="space")
+    pushed = {name: file.content for name, file in repository.files("main").items() if name != ".gitattributes"}
+    assert pushed == space_files()
+    assert {"app.py", "requirements.txt", "README.md", "style.css", "depth_sweep.json"} <= pushed.keys()
+
+
+def test_pushing_again_brings_it_up_to_date(hub):
+    assert run("push-space", "--to", "ada/layers").exit_code == 0
+    line = "depthscope[gguf] @ git+https://example.org/depthscope"
+    assert run("push-space", "--to", "ada/layers", "--requirement", line).exit_code == 0
+    files = hub.repository("ada/layers", kind="space").files("main")
+    assert line in files["requirements.txt"].content.decode().splitlines()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--to", "layers"], "give NAMESPACE/NAME"),
+        (["--to", "nobody/layers"], "hf auth"),
+        (["--to", "ada/la yers"], "no name on the Hub"),
+        (["--to", "ada/layers", "--requirement", "numpy"], "installs depthscope"),
+    ],
+)
+def test_what_cannot_be_pushed_ends_with_one_message(hub, words, said):
+    ended = run("push-space", *words)
+    assert ended.exit_code == 2
+    assert said in " ".join(ended.output.split())
+
+
+def test_a_dry_run_writes_what_would_be_pushed(tmp_path):
+    assert run("push-space", "--to", "ada/layers", "--dry-run", str(tmp_path / "out")).exit_code == 0
+    assert (tmp_path / "out" / "app.py").read_bytes() == (space_folder() / "app.py").read_bytes()
+    assert run("push-space", "--to", "ada/layers", "--dry-run", str(tmp_path / "out")).exit_code == 2
+
+
+def test_the_front_matter_and_the_requirements_name_the_versions_that_are_tested():
+    front = yaml.safe_load((space_folder() / "README.md").read_text().split("---")[1])
+    lines = (space_folder() / "requirements.txt").read_text().splitlines()
+    pinned = {requirement.name: str(requirement.specifier) for requirement in map(Requirement, lines)}
+    assert pinned["gradio"] == f"=={front['sdk_version']}"
+    assert front["app_file"] == "app.py"
+    assert len(front["short_description"]) <= 60
+    tested = (space_folder().parents[1] / "requirements-dev.txt").read_text().splitlines()
+    for name in ("gradio", "torch", "transformers", "huggingface-hub"):
+        assert f"{name}{pinned[name]}" in tested
+
+
+def test_every_module_of_the_space_is_imported_by_its_program():
+    code = "import interface, service, worker, measuring; import sys; print(*sys.modules, sep='\\n')"
+    done = subprocess.run([sys.executable, "-c", code], cwd=space_folder(), capture_output=True, text=True, check=True)
+    modules = {path.stem for path in space_folder().glob("*.py")} - {"app"}
+    assert modules <= set(done.stdout.split())

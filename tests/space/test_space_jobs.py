@@ -1,0 +1,265 @@
+"""The queue, the limits of a job's process, and the results that are kept."""
+
+import threading
+import time
+from dataclasses import replace
+from functools import partial
+
+import anyio
+import pytest
+
+from estimate import Shape
+from jobs import Job, Jobs, Results
+from limits import Limits
+from problems import Problem
+from processes import run, run_apart
+from repository import HubModel
+from service import Service
+from tasks import SAMPLE, Task, Text, choose_settings
+from visitor import Planned
+
+LIMITS = Limits(max_jobs=1, max_waiting=3, max_jobs_per_visitor=2, max_job_bytes=3 * 2**30, max_job_seconds=60)
+
+
+def task(name="model", restricted=False, **changes):
+    model = HubModel(name, "c0ffee", (), 0, 0, {}, restricted)
+    settings = choose_settings(["variance"], 32, 16, layers=4, width=1, limits=LIMITS)
+    return replace(Task(name, model, "c0ffee", SAMPLE, settings), **changes)
+
+
+def heard(jobs, job):
+    """All messages of a job."""
+
+    async def listen():
+        return [message async for message in jobs.listen(job)]
+
+    return anyio.run(listen)
+
+
+class Gate:
+    """A runner whose jobs end when they are let through; each gives its own task's name."""
+
+    def __init__(self):
+        self.open = threading.Event()
+        self.runs = []
+
+    def __call__(self, task, limits, stop):
+        self.runs.append(task.name)
+        while not self.open.wait(0.01):
+            if stop.is_set():
+                raise Problem("stopped", "Stopped, as you asked.")
+        yield {"event": "done", "report": f"report of {task.name}"}
+
+
+@pytest.fixture
+def gate():
+    return Gate()
+
+
+@pytest.fixture
+def jobs(gate):
+    made = Jobs(LIMITS, runner=gate)
+    yield made
+    gate.open.set()
+    made.close()
+
+
+def wait_for(condition, seconds=20):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not happen"
+        time.sleep(0.01)
+
+
+def test_every_visitor_gets_the_result_of_their_own_job(jobs, gate):
+    started = [jobs.submit(task(f"model {index}"), f"visitor {index}") for index in range(4)]
+    gate.open.set()
+    assert [heard(jobs, job)[-1]["report"] for job in started] == [f"report of model {index}" for index in range(4)]
+
+
+def test_a_full_queue_is_said_to_be_full_and_takes_jobs_again_later(jobs, gate):
+    started = [jobs.submit(task("first"), "visitor")]
+    wait_for(lambda: gate.runs)
+    started += [jobs.submit(task(f"model {index}"), f"visitor {index}") for index in range(3)]
+    assert [jobs.place(job) for job in started[1:]] == [0, 1, 2]
+    with pytest.raises(Problem, match="queue is full") as refused:
+        jobs.submit(task("one too many"), "somebody")
+    assert refused.value.kind == "queue_full"
+    gate.open.set()
+    for job in started:
+        heard(jobs, job)
+    assert heard(jobs, jobs.submit(task("again"), "somebody"))[-1]["report"] == "report of again"
+
+
+def test_one_visitor_cannot_fill_the_queue(jobs):
+    for index in range(LIMITS.max_jobs_per_visitor):
+        jobs.submit(task(f"model {index}"), "the same")
+    with pytest.raises(Problem, match="not over yet"):
+        jobs.submit(task("another"), "the same")
+
+
+def test_stop_ends_the_jobs_of_one_visitor_only(jobs, gate):
+    mine, waiting, other = (
+        jobs.submit(task(name), owner) for name, owner in (("a", "me"), ("b", "me"), ("c", "somebody"))
+    )
+    wait_for(lambda: gate.runs)
+    assert jobs.stop("me") == 2
+    for job in (mine, waiting):
+        with pytest.raises(Problem, match="Stopped"):
+            heard(jobs, job)
+    gate.open.set()
+    assert heard(jobs, other)[-1]["event"] == "done"
+
+
+def test_a_job_that_nobody_listens_to_is_stopped(jobs, gate, monkeypatch):
+    monkeypatch.setattr("jobs.DESERTED_SECONDS", 0.2)
+    job = jobs.submit(task(), "gone")
+    wait_for(lambda: job.is_over)
+    assert job.problem.kind == "stopped"
+
+
+def test_a_runner_that_breaks_is_logged_and_told_and_the_next_job_runs(caplog):
+    def broken(task, limits, stop):
+        raise ZeroDivisionError("of the runner")
+        yield
+
+    jobs = Jobs(LIMITS, runner=broken)
+    with pytest.raises(Problem, match="log of this Space"):
+        heard(jobs, jobs.submit(task(), "me"))
+    wait_for(lambda: "of the runner" in caplog.text)
+    jobs._runner = lambda task, limits, stop: iter([{"event": "done", "report": "whole"}])
+    assert heard(jobs, jobs.submit(task(), "me"))[-1]["report"] == "whole"
+    jobs.close()
+
+
+def test_what_ends_is_cleaned_up_once(jobs, gate):
+    ended = []
+    gate.open.set()
+    job = jobs.submit(task(), "me", lambda: ended.append(1))
+    heard(jobs, job)
+    heard(jobs, jobs.submit(task(), "me", lambda: ended.append(2)))  # kept: nothing runs
+    assert ended == [1, 2]
+
+
+def test_the_same_question_is_answered_at_once_and_a_different_one_measured(jobs, gate):
+    gate.open.set()
+    for asked in (
+        task(),
+        task(),
+        task(text=Text("pasted", "other words")),
+        task(dtype="bfloat16"),
+        task(identity="beef"),
+    ):
+        heard(jobs, jobs.submit(asked, "me"))
+    assert len(gate.runs) == 4
+
+
+def test_results_of_models_that_not_everybody_may_read_are_not_kept(jobs, gate):
+    gate.open.set()
+    for _ in range(2):
+        heard(jobs, jobs.submit(task(restricted=True, token="secret"), "me"))
+    assert len(gate.runs) == 2
+    assert "secret" not in repr(task(token="secret"))
+
+
+def test_only_so_many_results_are_kept():
+    results = Results(most=2)
+    asked = [task(f"model {index}") for index in range(3)]
+    for one in asked:
+        results.put(one, one.name)
+    assert [results.get(one) for one in asked] == [None, "model 1", "model 2"]
+
+
+def sleep_for(seconds, folder, limits, emit):
+    (folder / "file").write_bytes(bytes(1000))
+    emit({"event": "stage", "stage": "sleeping", "share": 0.0})
+    time.sleep(seconds)
+
+
+def take(gigabytes, folder, limits, emit):
+    taken = [bytearray(2**28) for _ in range(4 * gigabytes)]
+    emit({"event": "done", "bytes": sum(map(len, taken))})
+
+
+def crash(folder, limits, emit):
+    raise ZeroDivisionError
+
+
+def write(mebibytes, folder, limits, emit):
+    (folder / "file").write_bytes(bytes(mebibytes << 20))
+    emit({"event": "done"})
+
+
+def ended(job, limits=LIMITS, stop=None):
+    return list(run_apart(job, limits, stop or threading.Event()))
+
+
+@pytest.fixture
+def own_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    yield tmp_path
+    assert not list(tmp_path.glob("depthscope-space-*"))
+
+
+def test_a_job_that_hangs_is_ended_when_its_time_is_over(own_folder):
+    with pytest.raises(Problem) as problem:
+        ended(partial(sleep_for, 600), replace(LIMITS, max_job_seconds=3))
+    assert problem.value.kind == "timed_out"
+    assert "sleeping" in str(problem.value) or "starting" in str(problem.value)
+
+
+def test_a_job_that_takes_too_much_memory_is_ended(own_folder):
+    with pytest.raises(Problem) as problem:
+        ended(partial(take, 8))
+    assert problem.value.kind in ("out_of_memory", "crashed")
+
+
+def test_a_job_that_writes_too_much_is_ended(own_folder):
+    with pytest.raises(Problem):
+        ended(partial(write, 64), replace(LIMITS, max_unpacked_bytes=2**20, max_download_bytes=2**20))
+
+
+def test_a_job_that_crashes_says_so_and_the_next_one_runs(own_folder):
+    with pytest.raises(Problem) as problem:
+        ended(crash)
+    assert problem.value.kind == "crashed"
+    assert ended(partial(write, 1))[-1]["event"] == "done"
+
+
+def test_a_stopped_job_ends_at_once_and_leaves_nothing(own_folder):
+    stop = threading.Event()
+    threading.Timer(2.0, stop.set).start()
+    begun = time.monotonic()
+    with pytest.raises(Problem) as problem:
+        ended(partial(sleep_for, 600), stop=stop)
+    assert problem.value.kind == "stopped"
+    assert time.monotonic() - begun < 60
+
+
+def test_an_iterator_that_is_closed_early_ends_its_process(own_folder):
+    messages = run_apart(partial(sleep_for, 600), LIMITS, threading.Event())
+    assert next(messages)["stage"] == "sleeping"
+    messages.close()
+
+
+def test_a_job_is_what_the_runner_of_the_space_takes():
+    assert Jobs(LIMITS)._runner is run
+    assert Job(task(), "me").problem is None
+
+
+def test_the_upload_of_a_visitor_who_is_turned_away_is_deleted(tmp_path, own_folder, gate):
+    upload = tmp_path / "model.zip"
+    upload.write_bytes(b"zip")
+    service = Service(LIMITS)
+    service.jobs = Jobs(replace(LIMITS, max_jobs_per_visitor=1), runner=gate)
+    service.jobs.submit(task(), "me")
+
+    async def ask():
+        planned = Planned(task(model=(str(upload),)), Shape(1, 1, 1.0, 1), 1.0)
+        return [step async for step in service.follow(planned, "me")]
+
+    with pytest.raises(Problem, match="not over yet"):
+        anyio.run(ask)
+    assert not upload.exists()
+    gate.open.set()
+    service.jobs.close()

@@ -1,0 +1,217 @@
+"""Limits, estimates, headlines, figures: what the page says before and after a job."""
+
+import json
+from dataclasses import replace
+
+import pytest
+
+import depthscope
+import shown
+from depth_figure import against_depth, of_reports
+from depthscope import Blocks, LayerReport, Settings
+from drops import measure_drop, run_to_drop
+from estimate import Estimator, Shape, in_words, shape_of, work
+from headline import headline, tiles
+from limits import Limits
+from measuring import measure
+from models import make_identity, random_blocks, tiny_llama
+from problems import Problem
+from reports import sample_report
+from sparsity_figure import sparsity
+from tasks import STAGES, choose_settings, make_text
+from visitor import read_report
+
+LIMITS = Limits(max_job_bytes=2**30)
+EVERY = tuple(score for scores in STAGES.values() for score in scores)
+
+
+def loaded(model):
+    return depthscope.LoadedModel(model, None, {"name": "tiny", "num_layers": 6, "hidden_size": 24, "vocab_size": 90})
+
+
+def test_limits_come_from_the_environment():
+    limits = Limits.from_environment({"DEPTHSCOPE_SPACE_MAX_PARAMETERS": "3e9", "DEPTHSCOPE_SPACE_MAX_JOBS": "2"})
+    assert (limits.max_parameters, limits.max_jobs, limits.max_waiting) == (3_000_000_000, 2, 20)
+    assert 0 < limits.max_job_bytes < Limits.from_environment({}).max_job_bytes
+
+
+@pytest.mark.parametrize("text", ["many", "-1", "0", "1.5", "", "nan", "inf"])
+def test_a_limit_that_is_no_number_is_named(text):
+    with pytest.raises(ValueError, match="DEPTHSCOPE_SPACE_MAX_TOKENS"):
+        Limits.from_environment({"DEPTHSCOPE_SPACE_MAX_TOKENS": text})
+
+
+def test_measuring_in_stages_gives_the_report_of_one_analysis():
+    model, ids = tiny_llama(6), random_blocks(6, 16)
+    settings = Settings(scores=EVERY, fit_blocks=4, eval_blocks=2, block_size=16, probes=2)
+    blocks = Blocks.from_ids(ids)
+    parts = list(measure(loaded(model), blocks, settings, lambda stage, share: None))
+    whole = depthscope.analyze(model, blocks=blocks, settings=settings)
+    assert len(parts) >= len(STAGES)
+    assert set(parts[0].pairs) == set()
+    for name in ("scores", "layers", "pairs", "data"):
+        assert getattr(parts[-1], name) == getattr(whole, name)
+    assert parts[-1].settings["scores"] == whole.settings["scores"]
+
+
+def test_progress_goes_up_to_the_whole_and_names_every_stage():
+    told = []
+    settings = Settings(scores=EVERY, fit_blocks=4, eval_blocks=2, block_size=16, probes=2)
+    list(
+        measure(loaded(tiny_llama(6)), Blocks.from_ids(random_blocks(6, 16)), settings, lambda *line: told.append(line))
+    )
+    shares = [share for _, share in told]
+    assert shares == sorted(shares)
+    assert 0 <= shares[0] < 0.2
+    assert shares[-1] == pytest.approx(1, abs=1e-6)
+    assert {stage.split(":")[0] for stage, _ in told} == set(STAGES)
+
+
+def test_layers_that_do_nothing_are_the_ones_to_drop_and_cost_nothing():
+    model = tiny_llama(6)
+    for layer in (2, 3):
+        make_identity(model.model.layers[layer])
+    blocks = Blocks.from_ids(random_blocks(6, 16))
+    report = depthscope.analyze(model, blocks=blocks, scores="skip", fit_blocks=2, eval_blocks=4)
+    assert [report.column("skip_ratio")[layer] for layer in (2, 3)] == pytest.approx([1, 1])
+    rows = [row if row["layer"] in (2, 3) else dict(row, skip_ratio=2.0) for row in report.layers]
+    drop = measure_drop(loaded(model), blocks, report.model_copy(update={"layers": rows}))
+    assert (drop.first, drop.last) == (2, 3)
+    assert drop.ratio == pytest.approx(1, abs=1e-6)
+    noted = report.model_copy(update={"notes": [drop.in_words()]})
+    assert headline(noted).endswith("dropping layers 2-3 together costs nothing")
+
+
+def test_dropping_is_measured_together_and_not_summed_up():
+    model, blocks = tiny_llama(8, seed=3), Blocks.from_ids(random_blocks(4, 16))
+    report = depthscope.analyze(model, blocks=blocks, scores="skip", fit_blocks=0, eval_blocks=4)
+    near = replace(report.near_identity(), layers=(3, 4))
+    rows = [dict(row, skip_ratio=1.0 if row["layer"] in near.layers else 2.0) for row in report.layers]
+    drop = measure_drop(loaded(model), blocks, report.model_copy(update={"layers": rows}))
+    assert (drop.first, drop.last) == (3, 4)
+    stack = depthscope.LayerStack(model)
+    with stack.skipping(3, 4):
+        skipped = depthscope.analyze(model, blocks=blocks, scores="variance", fit_blocks=0, eval_blocks=4)
+    assert drop.ratio == pytest.approx(skipped.scores["loss"] / report.scores["loss"], rel=1e-5)
+
+
+def test_a_report_without_a_run_of_idle_layers_has_no_drop():
+    rows = [{"layer": layer, "skip_ratio": 1.5} for layer in range(6)]
+    report = sample_report(6).model_copy(update={"layers": rows})
+    assert run_to_drop(report) is None
+    assert (
+        headline(report) == "None of the 6 layers is near the identity; dropping layer 0, the cheapest, costs 50% loss"
+    )
+
+
+def test_a_headline_counts_the_layers_that_are_near_the_identity():
+    report = sample_report(30)
+    near = len(report.near_identity().layers)
+    assert headline(report).startswith(f"{near} of 30 layers are near the identity; dropping layer")
+    assert tiles(report).count("ds-tile'") == 4
+
+
+def test_names_from_strangers_are_shown_and_not_read_as_html():
+    report = sample_report(6)
+    named = report.model_copy(
+        update={"model": {**report.model, "name": "<script>alert(1)</script>"}, "notes": ["<b>x</b>"]}
+    )
+    assert "<script>" not in shown.facts(named) + tiles(named)
+    assert "<b>" not in shown.facts(named)
+    assert ".." not in shown.files([named])["html"].rsplit("/", 1)[-1]
+
+
+def test_every_figure_of_a_report_is_drawn_without_its_title(tmp_path):
+    drawn = shown.drawn(sample_report(12))
+    assert list(drawn) == ["effectiveness", "skip_cost", "variance_growth", "causal_map", "permutation_map"]
+    for data in drawn.values():
+        content = json.loads(data.plot)
+        assert "title" not in content["layout"]
+        assert content["config"]["toImageButtonOptions"]["format"] == "png"
+
+
+def test_sparsity_is_drawn_where_it_was_measured():
+    report = sample_report(6)
+    assert sparsity(report) is None
+    rows = [dict(row, weights_below_10pct=0.08, attention_below_fair=0.7) for row in report.layers]
+    assert len(sparsity(report.model_copy(update={"layers": rows})).data) == 2
+
+
+def test_scores_are_drawn_against_depth_only_where_depths_differ():
+    assert against_depth(of_reports([sample_report(6), sample_report(6, seed=1)])) is None
+    assert len(against_depth(of_reports([sample_report(6), sample_report(12)])).data) >= 5
+
+
+def test_the_work_of_an_analysis_grows_as_it_should():
+    settings = choose_settings(EVERY, 512, 128, layers=12, width=768, limits=LIMITS)
+    small = sum(work(Shape(12, 768, 7e6, 50_000), settings).values())
+    deep = sum(work(Shape(24, 768, 7e6, 50_000), settings).values())
+    assert 3.5 < deep / small < 9  # between L^2 and L^3
+    assert set(work(Shape(12, 768, 7e6, 50_000), settings)) == set(STAGES)
+
+
+def test_estimates_learn_from_what_jobs_took():
+    estimator, shape = Estimator(), Shape(12, 768, 7e6, 50_000)
+    settings = choose_settings(EVERY, 512, 128, layers=12, width=768, limits=LIMITS)
+    before = estimator.seconds(shape, settings)
+    estimator.learn(shape, settings, 3 * (before + 3))
+    assert estimator.seconds(shape, settings) > 1.3 * before
+
+
+def test_an_absurd_config_is_refused_before_anything_is_reckoned():
+    with pytest.raises(Problem, match=r"num_hidden_layers in config\.json is 1,000,000,000"):
+        shape_of({"num_hidden_layers": 10**9}, None, LIMITS)
+    assert shape_of({"n_layer": 12, "n_embd": 768, "vocab_size": 50257}, None, LIMITS).layers == 12
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"), [(2, "5 seconds"), (31, "30 seconds"), (70, "a minute"), (200, "3 minutes")]
+)
+def test_times_are_said_as_people_say_them(seconds, words):
+    assert in_words(seconds) == words
+
+
+@pytest.mark.parametrize(
+    ("kind", "given", "words"),
+    [
+        ("pasted", {"pasted": "  "}, "No text was pasted"),
+        ("pasted", {"pasted": "x" * 5_000_000}, "larger than 4 MiB"),
+        ("file", {}, "No text file"),
+        ("dataset", {"dataset": "/etc/passwd"}, "not a dataset's name"),
+        ("dataset", {"dataset": "../secret"}, "not a dataset's name"),
+        ("dataset", {"dataset": "org/name", "column": "a b; c"}, "no column or split"),
+        ("poem", {}, "no kind of text"),
+    ],
+)
+def test_a_text_that_cannot_be_had_is_refused(kind, given, words):
+    with pytest.raises(Problem, match=words):
+        make_text(kind, **given, limits=LIMITS)
+
+
+@pytest.mark.parametrize(("tokens", "block"), [(64, 128), (10**6, 128), (512, 1), (4096, 4096)])
+def test_sizes_beyond_the_limits_are_refused(tokens, block):
+    with pytest.raises(Problem, match="choose"):
+        choose_settings(["skip"], tokens, block, layers=12, width=64, limits=LIMITS)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("not json", "not JSON"),
+        ("[" * 100_000, "nested too deep|not JSON"),
+        ("{}", "no schema_version"),
+        ('{"schema_version": 99}', "newer depthscope"),
+        ("x" * (17 << 20), "larger than 16 MiB"),
+    ],
+)
+def test_a_report_that_is_none_is_refused_without_its_place(content, words, tmp_path):
+    path = tmp_path / "report.json"
+    path.write_text(content)
+    with pytest.raises(Problem, match=words) as problem:
+        read_report(str(path), LIMITS)
+    assert str(tmp_path) not in str(problem.value)
+
+
+def test_a_report_is_shown_as_it_was_saved(tmp_path):
+    report = sample_report(6)
+    assert read_report(str(report.save(tmp_path / "r.json")), LIMITS) == LayerReport.from_json(report.to_json())

@@ -1,4 +1,4 @@
-"""The cards of the checkpoints that this project releases.
+"""The cards of the checkpoints that this project releases, those of its study.
 
     python model_cards/make_cards.py                              # records -> cards and figures (make cards)
     python model_cards/make_cards.py --sweep DIR --namespace NAME # first make records of a sweep's finished points
@@ -46,10 +46,10 @@ def read_records(place: Path) -> dict[str, DepthCardData]:
 def index(records: dict[str, DepthCardData]) -> str:
     """A table of all cards."""
     lines = [
-        "# Released checkpoints",
+        "# Checkpoints of the study",
         "",
-        "The cards of the checkpoints that are released with depthscope, made by `make cards` from `records/`. Layers",
-        "count from 0; losses are in nats a token, on held-out text.",
+        "Cards of checkpoints of the study ([docs/study.md](../docs/study.md)), as `depthscope push` publishes them,",
+        "made by `make cards` from `records/`. Layers count from 0; losses are in nats a token, on held-out text.",
         "",
     ]
     if not records:

@@ -134,7 +134,10 @@ class Jobs:
             return sum(1 for _ in itertools.takewhile(lambda other: other is not job, self._waiting()))
 
     async def listen(self, job: Job) -> AsyncIterator[dict[str, Any]]:
-        """A job's messages as they come, and {"event": "waiting", "place": n} while it waits; the last one is "done".
+        """A job's news as it comes, and {"event": "waiting", "place": n} while it waits; the last one is "done".
+
+        Who listens slower than the job tells (a page on a busy machine) gets the newest message of each kind alone, and
+        so hears in time that it has ended.
 
         Raises:
             Problem: how the job failed.
@@ -143,9 +146,10 @@ class Jobs:
         while True:
             job.heard = time.monotonic()
             over = job.is_over  # before the messages are read: none comes after it
-            while told < len(job.messages):
-                told += 1
-                yield job.messages[told - 1]
+            news = job.messages[told:]
+            told += len(news)
+            for message in _newest(news):
+                yield message
             if over:
                 break
             if not job.is_running and (now := self.place(job)) != place:
@@ -200,6 +204,12 @@ class Jobs:
             if time.monotonic() - job.heard > DESERTED_SECONDS:
                 job.stop.set()
             time.sleep(1.0)
+
+
+def _newest(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The last message of each kind, in the order in which they were told."""
+    last = {message["event"]: number for number, message in enumerate(messages)}
+    return [messages[number] for number in sorted(last.values())]
 
 
 def _log(work: Future[None]) -> None:

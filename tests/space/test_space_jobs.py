@@ -77,6 +77,32 @@ def test_every_visitor_gets_the_result_of_their_own_job(jobs, gate):
     assert [heard(jobs, job)[-1]["report"] for job in started] == [f"report of model {index}" for index in range(4)]
 
 
+def test_a_slow_listener_hears_only_what_is_new_and_then_the_end():
+    def runner(task, limits, stop):
+        for share in range(100):
+            yield {"event": "stage", "stage": "skip", "share": share / 100}
+            if share % 50 == 49:
+                yield {"event": "partial", "report": str(share)}
+        raise Problem("stopped", "Stopped, as you asked.")
+
+    jobs = Jobs(LIMITS, runner=runner)
+    job = jobs.submit(task(), "visitor")
+    wait_for(lambda: job.is_over)
+    news = []
+
+    async def listen():
+        async for message in jobs.listen(job):
+            news.append(message)
+
+    with pytest.raises(Problem, match="Stopped"):
+        anyio.run(listen)
+    assert news == [
+        {"event": "stage", "stage": "skip", "share": 0.99},
+        {"event": "partial", "report": "99"},
+    ]
+    jobs.close()
+
+
 def test_a_full_queue_is_said_to_be_full_and_takes_jobs_again_later(jobs, gate):
     started = [jobs.submit(task("first"), "visitor")]
     wait_for(lambda: gate.runs)

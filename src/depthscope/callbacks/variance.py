@@ -89,6 +89,7 @@ class VarianceCallback(WindowCallback):
         self._seen: dict[str, list[_Spreads]] = {}  # of the pass that is running: by "stream", "attention", "mlp"
         self._seen_moments: list[tuple[int, Tensor]] = []
         self._previous: tuple[Tensor, _Spread] | None = None
+        self._rooms = _Rooms()
         self._moments = False
         self._told = False
 
@@ -106,7 +107,7 @@ class VarianceCallback(WindowCallback):
         """Take the hooks off."""
         if self._watch is not None:
             self._watch.remove()
-        self._watch, self._sums = None, None
+        self._watch, self._sums, self._rooms = None, None, _Rooms()
         self._begin_pass()
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -174,19 +175,18 @@ class VarianceCallback(WindowCallback):
         if self._previous is not None and self._previous[0] is before:
             into = self._previous[1]
         else:
-            into = _Spread.of(self._stack.features(before))  # [B, T, S, d]
+            into = _Spread.of(self._stack.features(before), self._rooms, "before")  # [B, T, S, d]
         view = self._stack.features(after)
-        out = _Spread.of(view)
-        self._seen["stream"].append(
-            _Spreads(index, out, into, torch.linalg.vector_norm(out.centred - into.centred, dim=-1))
-        )
+        out = _Spread.of(view, self._rooms, "after" if into.room == "before" else "before")
+        update = self._rooms.difference("scratch", out.centred, into.centred)
+        self._seen["stream"].append(_Spreads(index, out, into, torch.linalg.vector_norm(update, dim=-1)))
         self._previous = (after, out)
         if self._moments:
             self._seen_moments.append((index, _moments(view)))
 
     def _on_part(self, index: int, part: str, output: Tensor) -> None:
         # All tokens in one row, as some mixtures of experts return them.
-        spread = _Spread.of(output.reshape(1, -1, 1, output.shape[-1]))
+        spread = _Spread.of(output.reshape(1, -1, 1, output.shape[-1]), self._rooms, "scratch")
         self._seen[part].append(_Spreads(index, spread, spread, spread.length))
 
     def _end_pass(self, mask: Tensor | None) -> None:
@@ -214,17 +214,38 @@ class _Spread:
     From these come variance and norm: not by `torch.var`, which takes twenty times as long on a CPU.
     """
 
-    def __init__(self, centred: Tensor, mean: Tensor) -> None:
-        self.centred = centred  # [B, T, S, d]
+    def __init__(self, centred: Tensor, mean: Tensor, room: str) -> None:
+        self.centred = centred  # [B, T, S, d], until its room is used again
         self.mean = mean  # [B, T, S, 1]
         self.length = torch.linalg.vector_norm(centred, dim=-1)  # [B, T, S]
+        self.room = room
 
     @classmethod
-    def of(cls, view: Tensor) -> "_Spread":
+    def of(cls, view: Tensor, rooms: "_Rooms", room: str) -> "_Spread":
         """The spread of a stream [B, T, S, d]."""
         values = view.float()
         mean = values.mean(-1, keepdim=True)
-        return cls(values - mean, mean)
+        return cls(rooms.difference(room, values, mean), mean, room)
+
+
+class _Rooms:
+    """Memory that every layer uses again on a CPU.
+
+    Allocated and freed in each layer, so much memory goes back to the system and comes again page by page, for the
+    model's own tensors too: that cost more than computing what goes into it. CUDA keeps what is freed by itself.
+    """
+
+    def __init__(self) -> None:
+        self._rooms: dict[str, Tensor] = {}
+
+    def difference(self, name: str, one: Tensor, other: Tensor) -> Tensor:
+        """`one - other` in float32, in the room called `name`."""
+        if one.device.type != "cpu" or torch.compiler.is_compiling():  # a compiler sees to its memory
+            return one - other
+        size = one.numel()
+        if name not in self._rooms or self._rooms[name].numel() < size:
+            self._rooms[name] = torch.empty(size)
+        return torch.sub(one, other, out=self._rooms[name][:size].view(one.shape))
 
 
 class _Spreads:

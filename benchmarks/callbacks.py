@@ -131,13 +131,14 @@ def _fetch_each(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a small model only")
+    parser.add_argument("--only", choices=("10M", "134M"), help="this model alone")
     parser.add_argument("--rounds", type=int, default=25)
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     table = Table("model", "side", "ms a step", "time / plain (95%)", "overhead", "target")
-    for name in ["quick"] if options.quick else ["10M", "134M"]:
+    for name in ["quick"] if options.quick else [options.only] if options.only else ["10M", "134M"]:
         model, ids = build(SHAPES[name], device)
         count = 1 if name == "134M" else 2
         steps, stack = Steps(model, ids, count), LayerStack(model)

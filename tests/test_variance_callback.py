@@ -14,6 +14,7 @@ from transformers import AutoModelForSeq2SeqLM, Seq2SeqTrainer, T5Config, Traine
 from depthlm import tiny_depthlm
 from depthscope import LayerStack, NoLayerStackError, SettingsError
 from depthscope.callbacks import VarianceCallback, read_history
+from depthscope.callbacks.variance import _Spread
 from models import tiny_llama
 from runs import Recorder, Sentences, arguments, naive_variances, trainer
 
@@ -56,6 +57,51 @@ def test_equals_a_naive_computation(name: str, accumulation: int, tmp_path: Path
         for metric, expected in naive_variances(seen).items():
             close(row["layers"][metric], expected)
         assert row["tokens"] == sum(int(mask.sum()) for _, _, mask in seen)
+
+
+@pytest.mark.parametrize("changed", [False, True])
+def test_a_stream_is_measured_once_unless_it_is_changed_in_place(
+    changed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def scale(stream: torch.Tensor) -> None:
+        stream.mul_(2)
+
+    measured = []
+    of = _Spread.of
+    monkeypatch.setattr(_Spread, "of", lambda *args: measured.append(args) or of(*args))
+    model = tiny_llama()
+    run = Recorder(
+        model,
+        arguments(tmp_path, max_steps=1, logging_steps=1),
+        train_dataset=Sentences(),
+        callbacks=[VarianceCallback(sublayers=False)],
+        layers=list(model.model.layers),
+    )
+    if changed:
+        model.model.layers[2].register_forward_pre_hook(lambda module, args: scale(args[0]))
+    run.train()
+    # Four outputs, the embeddings, and what the third layer gets if that is no longer what the second gave.
+    assert len(measured) == 4 + 1 + changed
+    for metric, expected in naive_variances(run.seen).items():
+        close(read_history(tmp_path)[0]["layers"][metric], expected)
+
+
+def test_the_default_type_of_tensors_does_not_matter(tmp_path: Path) -> None:
+    model = tiny_llama()
+    run = Recorder(
+        model,
+        arguments(tmp_path, max_steps=1, logging_steps=1),
+        train_dataset=Sentences(),
+        callbacks=[VarianceCallback()],
+        layers=list(model.model.layers),
+    )
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        run.train()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for metric, expected in naive_variances(run.seen).items():
+        close(read_history(tmp_path)[0]["layers"][metric], expected)
 
 
 def test_sublayers_are_what_attention_and_mlp_return(tmp_path: Path) -> None:

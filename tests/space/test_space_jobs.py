@@ -27,13 +27,16 @@ def task(name="model", restricted=False, **changes):
     return replace(Task(name, model, "c0ffee", SAMPLE, settings), **changes)
 
 
-def heard(jobs, job):
-    """All messages of a job."""
+def heard(jobs, job, messages=None):
+    """All messages of a job; `messages` has what came before the problem of one that fails."""
+    messages = [] if messages is None else messages
 
     async def listen():
-        return [message async for message in jobs.listen(job)]
+        async for message in jobs.listen(job):
+            messages.append(message)
 
-    return anyio.run(listen)
+    anyio.run(listen)
+    return messages
 
 
 class Gate:
@@ -89,13 +92,8 @@ def test_a_slow_listener_hears_only_what_is_new_and_then_the_end():
     job = jobs.submit(task(), "visitor")
     wait_for(lambda: job.is_over)
     news = []
-
-    async def listen():
-        async for message in jobs.listen(job):
-            news.append(message)
-
     with pytest.raises(Problem, match="Stopped"):
-        anyio.run(listen)
+        heard(jobs, job, news)
     assert news == [
         {"event": "stage", "stage": "skip", "share": 0.99},
         {"event": "partial", "report": "99"},

@@ -88,7 +88,7 @@ class VarianceCallback(WindowCallback):
         self._sums: _Sums | None = None
         self._seen: dict[str, list[_Spreads]] = {}  # of the pass that is running: by "stream", "attention", "mlp"
         self._seen_moments: list[tuple[int, Tensor]] = []
-        self._previous: tuple[Tensor, _Spread] | None = None
+        self._previous: tuple[Tensor, int, _Spread] | None = None  # the last stream, its version, and its spread
         self._rooms = _Rooms()
         self._moments = False
         self._told = False
@@ -171,16 +171,17 @@ class VarianceCallback(WindowCallback):
 
     def _on_layer(self, index: int, before: Tensor, after: Tensor) -> None:
         assert self._stack is not None
-        # A layer's input is the output of the one before it, which has been measured already.
-        if self._previous is not None and self._previous[0] is before:
-            into = self._previous[1]
+        # A layer's input is the output of the one before it, which has been measured already, unless it was changed in
+        # place since then.
+        if self._previous is not None and self._previous[0] is before and self._previous[1] == before._version:
+            into = self._previous[2]
         else:
             into = _Spread.of(self._stack.features(before), self._rooms, "before")  # [B, T, S, d]
         view = self._stack.features(after)
         out = _Spread.of(view, self._rooms, "after" if into.room == "before" else "before")
         update = self._rooms.difference("scratch", out.centred, into.centred)
         self._seen["stream"].append(_Spreads(index, out, into, torch.linalg.vector_norm(update, dim=-1)))
-        self._previous = (after, out)
+        self._previous = (after, after._version, out)
         if self._moments:
             self._seen_moments.append((index, _moments(view)))
 
@@ -244,7 +245,7 @@ class _Rooms:
             return one - other
         size = one.numel()
         if name not in self._rooms or self._rooms[name].numel() < size:
-            self._rooms[name] = torch.empty(size)
+            self._rooms[name] = one.new_empty(size)  # not torch.empty: the default type may be another
         return torch.sub(one, other, out=self._rooms[name][:size].view(one.shape))
 
 

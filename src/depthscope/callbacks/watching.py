@@ -21,7 +21,8 @@ class Watch:
 
     Args:
         stack: the layers.
-        on_layer: gets a layer's index, and the stream before it and after it.
+        on_layer: gets a layer's index, and the stream before it and after it: the model's own tensors, so that one
+            layer's output can be known again as the next one's input.
         on_part: gets a layer's index, "attention" or "mlp", and what that returned; None: not watched.
         others: further modules to watch, each with a function that gets what it returned.
         begin: called when a training pass begins.
@@ -89,7 +90,7 @@ class Watch:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
             if self._inside:
                 with torch.no_grad():
-                    function(index, hidden_among(args, kwargs).detach(), hidden_of(result).detach())
+                    function(index, hidden_among(args, kwargs), hidden_of(result))
 
         return hook
 
@@ -97,7 +98,7 @@ class Watch:
         def hook(module: nn.Module, args: tuple[Any, ...], result: Any) -> None:
             if self._inside:
                 with torch.no_grad():
-                    function(index, part, hidden_of(result).detach())
+                    function(index, part, hidden_of(result))
 
         return hook
 

@@ -81,7 +81,7 @@ SMALL_MODELS: dict[str, Finding] = {
         "differ beyond the noise",
     ),
     "weight decay": Finding(
-        "agree", "loss 4.284, 4.215, 4.378 at 0, 0.1, 1, in this order with each seed, and variance 38,500, 1,060, 0.19"
+        "agree", "loss 4.284, 4.215, 4.378 at 0, 0.1, 1, the least at 0.1 with each seed; variance 38,500, 1,060, 0.19"
     ),
     "GQA groups": Finding("open", "loss 4.215, 4.193 at G = 1, 4: no difference beyond the noise"),
     "experts": Finding(

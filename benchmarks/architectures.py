@@ -1,6 +1,6 @@
 """Times DepthLM against the architectures that it is made of, with the same weights, in one run.
 
-    python benchmarks/architectures.py            # about half an hour on one core
+    python benchmarks/architectures.py            # about a quarter of an hour on one core
     python benchmarks/architectures.py --only dense
     python benchmarks/architectures.py --quick    # small shapes, some seconds: shows that it runs, not how fast
     python benchmarks/architectures.py --bf16     # training steps under bfloat16 autocast

@@ -1,6 +1,6 @@
 """Times what the callbacks add to a training step, and what collecting the same in the paper's way adds.
 
-    python benchmarks/callbacks.py            # about ten minutes on one core
+    python benchmarks/callbacks.py            # about half an hour on one core; --only 10M takes ten minutes
     python benchmarks/callbacks.py --quick    # a small model, one minute
 
 A step is forward, backward and AdamW, in float32 on a CPU (bf16 autocast on a GPU), in one process. Every side trains
@@ -8,11 +8,16 @@ the same model on the same batch, in short alternating rounds. `VarianceCallback
 once a round, as at a log. The paper's way, re-implemented from a description of its code: variances of the streams and
 of what attention and MLP return by `torch.var`, norms by `torch.norm`, each of the five fetched by `.item()` in every
 layer and pass.
+
+The difference of two steps has all that a callback costs, and the noise of two steps; the time within its functions has
+less of either.
 """
 
 import argparse
+import statistics
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
@@ -33,6 +38,8 @@ SHAPES = {
     "134M": (576, 1536, 9, 49152, 2, 256),
     "quick": (64, 172, 4, 1024, 2, 64),
 }
+REPEATS = 5
+OURS = ("_on_layer", "_on_part", "_end_pass", "fetch", "finish")  # what `VarianceCallback` does while a model trains
 TARGETS = {"variance": 0.02, "variance, sublayers": 0.04, "sparsity, measured every 100th step": 0.05}
 
 
@@ -118,6 +125,32 @@ class Steps:
                 handle.remove()
 
 
+def seconds_within(owner: Any, names: Sequence[str], work: Callable[[], object]) -> float:
+    """How long functions of `owner`, none of which calls another, run in `work`: the median of some times."""
+    originals = {name: getattr(owner, name) for name in names}
+    seconds: list[float] = []
+
+    def timed(function: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            begun = time.perf_counter()
+            result = function(*args, **kwargs)
+            seconds[-1] += time.perf_counter() - begun
+            return result
+
+        return run
+
+    try:
+        for name, original in originals.items():
+            setattr(owner, name, timed(original))
+        for _ in range(REPEATS):
+            seconds.append(0.0)
+            work()
+    finally:
+        for name, original in originals.items():
+            setattr(owner, name, original)
+    return statistics.median(seconds)
+
+
 @torch.no_grad()
 def _fetch_each(
     found: dict[tuple[int, str], float], index: int, name: str, module: nn.Module, args: Any, out: Any
@@ -163,6 +196,10 @@ def main() -> None:
         table.add_row(name, name_of, f"{1000 * once:.0f} once", "", f"{share:+.1%}", f"{TARGETS[name_of]:.0%}")
         times = overheads["the paper's way"] / max(overheads["variance, sublayers"], 1e-4)
         table.add_row(name, "the paper's overhead / ours with sublayers", "", f"{times:.1f}", "", "5")
+        ours = seconds_within(VarianceCallback, OURS, sides["variance, sublayers"])
+        theirs = seconds_within(sys.modules[__name__], ("_fetch_each",), sides["the paper's way"])
+        spent = f"{1000 * theirs / count:.0f} and {1000 * ours / count:.0f}"
+        table.add_row(name, "the same of the time within", spent, f"{theirs / ours:.1f}", "", "5")
     Console(width=120).print(table)
 
 

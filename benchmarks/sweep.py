@@ -1,12 +1,12 @@
 """Times training through a sweep against the same Trainer call without depthscope, and what "auto" chooses on a CPU.
 
-    python benchmarks/sweep.py            # about five minutes on one core
-    python benchmarks/sweep.py --quick    # a minute, with wider intervals
+    python benchmarks/sweep.py            # five to twenty minutes on one core, by the processor
+    python benchmarks/sweep.py --quick    # a third of that, with wider intervals
 
-Training: the model and settings of the preset `smoke` at 8 layers. On one side a point of a sweep without tracking,
-with all that its run adds to the Trainer; on the other a Trainer that is given the same model, data and arguments. A
-round is some steps of each, checkpoints and saving left out on both sides, in an order that is drawn anew. A sweep
-that tracks the variance stands beside them.
+Training: the model and settings of the preset `smoke` at 8 layers, in steps of 1,024 tokens. On one side a point of a
+sweep without tracking, with all that its run adds to the Trainer; on the other a Trainer that is given the same model,
+data and arguments. A round is some steps of each, checkpoints and saving left out on both sides, in an order that is
+drawn anew. A sweep that tracks the variance stands beside them.
 
 Choices: forward, backward and AdamW at hidden 64 with sequences of 128, 256 and 512, in float32 and bfloat16 with eager
 and fused attention; what `depthscope.sweep.hardware` chooses is marked, and how far it is from the fastest.
@@ -43,7 +43,7 @@ class Trainings:
     """The same training through a sweep and without one."""
 
     def __init__(self, folder: Path, layers: int, steps: int) -> None:
-        changes = {"training": {"tokens": steps * TOKENS}, "grid": {"depth": {"num_hidden_layers": layers}}}
+        changes = {"training": {"tokens": steps * TOKENS, "batch_tokens": TOKENS}, "grid": {"depth": {"num_hidden_layers": layers}}}
         untracked = load_sweep("smoke", {**changes, "tracking": {"variance": False}})
         tracked = load_sweep("smoke", changes)
         grid = expand(untracked)

@@ -146,6 +146,14 @@ def test_weight_decay_is_that_of_the_nearest_depth_that_was_swept(layers: int, d
     assert ("weight decay" in made.extrapolated) == (layers not in (16, 32))
 
 
+@pytest.mark.parametrize(
+    ("width", "rate"), [(32, 1e-2), (64, 1e-2), (128, 5.6e-3), (256, 3.2e-3), (768, 1.3e-3), (1024, 1e-3), (4096, 1e-3)]
+)
+def test_the_learning_rate_falls_with_the_width_from_the_studys_to_the_papers(width: int, rate: float) -> None:
+    made = recipe(16, width, tokens=1e9)
+    assert made.training.learning_rate == pytest.approx(rate)
+
+
 def test_narrow_models_start_with_the_gain_of_the_papers_1b_model() -> None:
     made = recipe(**SMALL, tokens=2e6)
     assert made.config.initializer_range**2 * 64 == pytest.approx(0.02**2 * 2048, rel=0.01)

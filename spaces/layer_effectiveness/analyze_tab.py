@@ -13,9 +13,10 @@ from depthscope import LayerReport
 from problems import Problem
 from results_panel import ResultsPanel
 from service import Service
-from visitor import progress_bar, read_report
+from start_stop import QUIETLY, StartStop
+from visitor import failed, progress_bar, read_report
 
-__all__ = ["build", "failed"]
+__all__ = ["build"]
 
 HUB, UPLOAD, REPORT = "Model on the Hub", "Upload a model", "Upload a report"
 SOURCES = (HUB, UPLOAD, REPORT)
@@ -67,9 +68,7 @@ def build(service: Service, page: gr.Blocks, kept: gr.State) -> None:
                 gr.HTML("<p class='ds-caption ds-inside'>As <code>depthscope analyze --out</code> writes it.</p>")
             panel = ChoicesPanel.build(service.limits)
             estimated = gr.HTML(elem_id="estimate")
-            with gr.Row():
-                start = gr.Button("Analyze", variant="primary", elem_id="analyze", min_width=120)
-                stop = gr.Button("Stop", variant="stop", interactive=False, elem_id="stop", min_width=120)
+            buttons = StartStop.build("Analyze", "analyze", "stop")
             if service.offers_login:
                 gr.LoginButton(size="sm")
                 gr.HTML(
@@ -84,15 +83,13 @@ def build(service: Service, page: gr.Blocks, kept: gr.State) -> None:
         lambda chosen: [gr.update(visible=chosen == name) for name in SOURCES],
         source,
         [hub_group, upload_group, report_group],
-        api_visibility="private",
-        show_progress="hidden",
+        **QUIETLY,
     )
 
     async def analyse(token: str | None, owner: str, values: tuple[Any, ...]) -> AsyncIterator[dict[Any, Any]]:
         chosen, name, wanted, uploaded, given, reports, named, *choices = values
         yield {
-            start: gr.update(interactive=False),
-            stop: gr.update(interactive=True),
+            **buttons.busy,
             status: progress_bar("Looking at what you chose", 0.0),
             estimated: "",
             **results.hide(),
@@ -113,7 +110,7 @@ def build(service: Service, page: gr.Blocks, kept: gr.State) -> None:
                         yield await anyio.to_thread.run_sync(partial(results.update, step, is_whole=False))
         except Problem as problem:
             said = failed(problem, partly=finished is not None)
-        last: dict[Any, Any] = {start: gr.update(interactive=True), stop: gr.update(interactive=False), status: said}
+        last: dict[Any, Any] = {**buttons.idle, status: said}
         if chosen == UPLOAD:
             last[upload] = None  # the job has removed the files
         if finished is not None and not said:
@@ -125,20 +122,9 @@ def build(service: Service, page: gr.Blocks, kept: gr.State) -> None:
         yield last
 
     inputs = [source, model, revision, upload, report, kept, recent, *panel.inputs]
-    outputs = [status, start, stop, estimated, upload, kept, recent, *results.outputs]
-    start.click(
-        _with_token(analyse) if service.offers_login else _without_token(analyse),
-        inputs,
-        outputs,
-        concurrency_limit=None,
-        show_progress="hidden",
-        api_visibility="private",
-    )
-
-    def stop_mine(request: gr.Request) -> None:
-        service.jobs.stop(str(request.session_hash))
-
-    stop.click(stop_mine, None, None, queue=False, api_visibility="private", show_progress="hidden")
+    outputs = [status, estimated, upload, kept, recent, *results.outputs]
+    work = _with_token(analyse) if service.offers_login else _without_token(analyse)
+    buttons.bind(service, work, inputs, outputs)
 
     async def say_estimate(*values: Any) -> str:
         chosen, name, wanted, uploaded, *choices = values
@@ -158,23 +144,14 @@ def build(service: Service, page: gr.Blocks, kept: gr.State) -> None:
         estimated,
         trigger_mode="always_last",
         concurrency_limit=8,
-        show_progress="hidden",
-        api_visibility="private",
+        **QUIETLY,
     )
     recent.change(
         lambda named: gr.update(choices=[*named, *(name for name in service.examples if name not in named)]),
         recent,
         model,
-        api_visibility="private",
-        show_progress="hidden",
+        **QUIETLY,
     )
-
-
-def failed(problem: Problem, *, partly: bool = False) -> str:
-    """Say what went wrong, as HTML."""
-    rest = " What was measured until then is below." if partly else ""
-    title = "Stopped" if problem.kind == "stopped" else "Not analysed"
-    return f"<div class='ds-problem' role='alert'><strong>{title}.</strong> {escape(str(problem))}{rest}</div>"
 
 
 def _welcome(service: Service) -> str:

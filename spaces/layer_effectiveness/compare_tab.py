@@ -10,7 +10,6 @@ import gradio as gr
 import pandas as pd
 
 import shown
-from analyze_tab import failed
 from choices_panel import ChoicesPanel
 from depth_figure import COURSE_EXPLANATION, against_depth, of_reports, over_training
 from depth_figure import EXPLANATION as DEPTH_EXPLANATION
@@ -20,7 +19,8 @@ from depthscope.plots import EXPLANATIONS, compare_layers
 from problems import Problem
 from published_sweeps import Sweep, read_sweep
 from service import Service
-from visitor import progress_bar, read_report
+from start_stop import QUIETLY, StartStop
+from visitor import failed, progress_bar, read_report
 
 __all__ = ["build", "compared"]
 
@@ -57,9 +57,7 @@ def build(service: Service, kept: gr.State) -> None:
                 elem_id="compare-sweep",
             )
             panel = ChoicesPanel.build(service.limits)
-            with gr.Row():
-                start = gr.Button("Compare", variant="primary", elem_id="compare", min_width=120)
-                stop = gr.Button("Stop", variant="stop", interactive=False, elem_id="compare-stop", min_width=120)
+            buttons = StartStop.build("Compare", "compare", "compare-stop")
         with gr.Column(scale=3, min_width=320):
             status = gr.HTML(elem_id="compare-status")
             with gr.Column(visible=False, elem_id="compared") as area:
@@ -86,7 +84,7 @@ def build(service: Service, kept: gr.State) -> None:
                     interactive=False, show_label=False, label="Scores", elem_id="compare-table", pinned_columns=1
                 )
 
-    outputs = [status, start, stop, reports, area, title, layers, depth_area, depth]
+    outputs = [status, reports, area, title, layers, depth_area, depth]
     outputs += [course_area, course, table, csv, page]
 
     def show(found: Sequence[LayerReport], read: Sweep | None) -> dict[Any, Any]:
@@ -108,8 +106,7 @@ def build(service: Service, kept: gr.State) -> None:
     async def run(request: gr.Request, *values: Any) -> AsyncIterator[dict[Any, Any]]:
         chosen, uploaded, named, published, own, *choices = values
         yield {
-            start: gr.update(interactive=False),
-            stop: gr.update(interactive=True),
+            **buttons.busy,
             area: gr.update(visible=False),
             status: progress_bar("Reading the reports", 0.0),
         }
@@ -135,21 +132,9 @@ def build(service: Service, kept: gr.State) -> None:
             change = await anyio.to_thread.run_sync(partial(show, found, read))
         except Problem as problem:
             said = failed(problem)
-        yield {start: gr.update(interactive=True), stop: gr.update(interactive=False), status: said, **change}
+        yield {**buttons.idle, status: said, **change}
 
-    start.click(
-        run,
-        [mine, reports, models, sweep, kept, *panel.inputs],
-        outputs,
-        concurrency_limit=None,
-        show_progress="hidden",
-        api_visibility="private",
-    )
-
-    def stop_mine(request: gr.Request) -> None:
-        service.jobs.stop(str(request.session_hash))
-
-    stop.click(stop_mine, None, None, queue=False, api_visibility="private", show_progress="hidden")
+    buttons.bind(service, run, [mine, reports, models, sweep, kept, *panel.inputs], outputs)
 
     def offer(own: list[str]) -> dict[str, Any]:
         names = [LayerReport.from_json(text).model["name"] for text in own]
@@ -158,7 +143,7 @@ def build(service: Service, kept: gr.State) -> None:
         ]
         return gr.update(choices=offered, value=[index for _, index in offered], visible=bool(own))
 
-    kept.change(offer, kept, mine, api_visibility="private", show_progress="hidden")
+    kept.change(offer, kept, mine, **QUIETLY)
 
 
 def compared(reports: Sequence[LayerReport], sweep: Sweep | None = None) -> dict[str, Any]:

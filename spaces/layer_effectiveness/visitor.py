@@ -15,7 +15,7 @@ from tasks import DTYPES, SAMPLE, Task, Text, choose_settings
 from uploads import fingerprint, require_upload
 from weights_check import gguf_facts
 
-__all__ = ["Choices", "Planned", "from_hub", "from_upload", "progress_bar", "read_report"]
+__all__ = ["Choices", "Planned", "failed", "from_hub", "from_upload", "progress_bar", "read_report"]
 
 LARGE_VOCABULARY_SHARE = 0.3
 
@@ -127,6 +127,13 @@ def progress_bar(stage: str, share: float, left: float | None = None) -> str:
         f"class='ds-line'><span>{escape(stage)}</span><span>{percent}%{escape(rest)}</span></div><div class='ds-track' "
         f"aria-hidden='true'><div style='width: {percent}%'></div></div></div>"
     )
+
+
+def failed(problem: Problem, *, partly: bool = False) -> str:
+    """Say what went wrong, as HTML."""
+    rest = " What was measured until then is below." if partly else ""
+    title = "Stopped" if problem.kind == "stopped" else "Not analysed"
+    return f"<div class='ds-problem' role='alert'><strong>{title}.</strong> {escape(str(problem))}{rest}</div>"
 
 
 def _settings(choices: Choices, shape: Shape, limits: Limits) -> Any:

@@ -94,6 +94,10 @@ SMALL_MODELS: dict[str, Finding] = {
         "LayerNorm Scaling has the lower loss (4.161 against 4.215, lower with each seed) and an eighth of the "
         "variance",
     ),
+    "learning rate": Finding(
+        "agree",
+        "narrow models take more: loss 5.441, 4.956, 4.788 at 1e-3, 3e-3, 1e-2 at width 64, after .6 M tokens with one seed",
+    ),
     "initialisation": Finding(
         "agree",
         "in an earlier run (Python source, one seed) loss 3.639 at std 0.02, 3.619 at 0.113, and only then does "

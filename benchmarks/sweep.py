@@ -43,7 +43,10 @@ class Trainings:
     """The same training through a sweep and without one."""
 
     def __init__(self, folder: Path, layers: int, steps: int) -> None:
-        changes = {"training": {"tokens": steps * TOKENS, "batch_tokens": TOKENS}, "grid": {"depth": {"num_hidden_layers": layers}}}
+        changes = {
+            "training": {"tokens": steps * TOKENS, "batch_tokens": TOKENS},
+            "grid": {"depth": {"num_hidden_layers": layers}},
+        }
         untracked = load_sweep("smoke", {**changes, "tracking": {"variance": False}})
         tracked = load_sweep("smoke", changes)
         grid = expand(untracked)

@@ -23,6 +23,7 @@ from depthscope.sweep.data import Sequences, open_corpus
 from depthscope.sweep.grid import expand
 from depthscope.sweep.runner import run_sweep, select
 from depthscope.sweep.specification import load_sweep
+from depthscope.sweep.workers import costliest_first
 from sweeps import reported, run, weights, write_sweep
 
 POINTS = ["depth-L2-seed0", "depth-L3-seed0"]
@@ -250,6 +251,14 @@ def test_a_damaged_checkpoint_is_not_gone_on_from(tmp_path: Path) -> None:
     processes = point_module.Processes(0, 1, torch.device("cpu"))
     assert point_module._usable_checkpoint(folder, processes) == folder / "checkpoint-8"
     assert {path.name for path in folder.iterdir()} == {"checkpoint-4", "checkpoint-8"}
+
+
+def test_workers_take_the_costliest_point_of_a_seed_first(tmp_path: Path) -> None:
+    sweep = load_sweep(write_sweep(tmp_path, grid={"depth": {"num_hidden_layers": [2, 4, 3]}}, seeds=[0, 1]))
+    ordered = costliest_first(expand(sweep).points, vocab_size=300)
+    assert [(point.seed, point.model["num_hidden_layers"]) for point in ordered] == [
+        (seed, layers) for seed in (0, 1) for layers in (4, 3, 2)
+    ]
 
 
 @pytest.mark.slow

@@ -18,7 +18,7 @@ from huggingface_hub.errors import StrictDataclassError
 from pydantic import ValidationError
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from depthscope.models import PRESETS, DepthLMConfig
+from depthscope.models import PRESETS, DepthLMConfig, model_size
 from depthscope.sweep.specification import NAME_PATTERN, Sweep, Training
 from depthscope.sweep.yaml_lines import Path_
 
@@ -74,6 +74,12 @@ class Point:
         """The configuration of its model, for a tokenizer with so many entries."""
         fields = {"max_position_embeddings": self.training.sequence_length, **self.model, "vocab_size": vocab_size}
         return DepthLMConfig(**fields, **tokens)
+
+    def flops(self, vocab_size: int) -> int:
+        """Floating-point operations of its whole training, with a tokenizer with so many entries."""
+        training = self.training
+        size = model_size(self.config(vocab_size), training.sequence_length)
+        return size.training_flops_per_token * training.steps * training.batch_tokens
 
     @cached_property
     def identity(self) -> str:

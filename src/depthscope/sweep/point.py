@@ -235,7 +235,7 @@ class PointRun:
         result: dict[str, Any] = {"status": FINISHED}
         size = model_size(self.config(), self.point.training.sequence_length)
         result |= {"parameters": size.total, "active_parameters": size.active}
-        result["flops"] = size.training_flops_per_token * self.point.training.steps * self.point.training.batch_tokens
+        result["flops"] = self.point.flops(self.config().vocab_size)
         if self.specification.scoring.untrained:
             self.told("untrained", 0, 0, None)
             result["untrained_loss"] = self._score(self._control(), "untrained_report.json", processes)

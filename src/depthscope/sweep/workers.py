@@ -22,7 +22,7 @@ from depthscope.sweep.point import FAILED, PointRun, status_if_done
 from depthscope.sweep.shown import Shown
 from depthscope.sweep.specification import Specification
 
-__all__ = ["run_in_workers"]
+__all__ = ["costliest_first", "run_in_workers"]
 
 GPUS = "CUDA_VISIBLE_DEVICES"
 
@@ -52,7 +52,8 @@ def run_in_workers(
 ) -> dict[str, str]:
     """Run points in at most `jobs` processes, each with one `jobs`-th of the cores, and return the status of each."""
     work = _Work(specification, grid, out, jobs)
-    waiting = deque(points)
+    rows = specification.tokenizer.rows(len(open_corpus(out, grid.longest).tokenizer))
+    waiting = deque(costliest_first(points, rows))
     statuses: dict[str, str] = {}
     workers = [_start(index, work) for index in range(min(jobs, len(points)))]
     try:
@@ -79,6 +80,11 @@ def run_in_workers(
         for worker in workers:
             worker.process.join()
     return statuses
+
+
+def costliest_first(points: Sequence[Point], vocab_size: int) -> list[Point]:
+    """Seed by seed the largest first, so that no worker is left with a large model when the others are done."""
+    return sorted(points, key=lambda point: (point.seed, -point.flops(vocab_size)))
 
 
 def _give(worker: _Worker, waiting: deque[Point]) -> None:

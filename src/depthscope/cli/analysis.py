@@ -7,39 +7,46 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
+from depthscope.cli.options import (
+    HOW,
+    OUTPUT,
+    TEXT,
+    BlockSize,
+    Column,
+    Dataset,
+    Device,
+    Dtype,
+    Model,
+    Quiet,
+    ReportOut,
+    Revision,
+    Split,
+    Text,
+    TrustRemoteCode,
+)
 from depthscope.cli.shared import app, errors_for_people, say
 from depthscope.errors import ReportError, SettingsError
 
 if TYPE_CHECKING:
     from depthscope.report import LayerReport
 
-TEXT, DEPTH, HOW, OUTPUT = "Text", "What to measure", "Model and device", "Output"
+DEPTH = "What to measure"  # a panel of the help
 
 
 @app.command()
 def analyze(
-    model: Annotated[
-        str, typer.Argument(help="A Hub id, a folder, a [bold].gguf[/] file or a PEFT adapter folder.", metavar="MODEL")
-    ],
-    text: Annotated[
-        list[Path] | None,
-        typer.Option(
-            help="Text file or directory; may be given several times. Default: Python's own library source.",
-            rich_help_panel=TEXT,
-        ),
-    ] = None,
-    dataset: Annotated[
-        str | None, typer.Option(help="A datasets name, or name:config, instead of --text.", rich_help_panel=TEXT)
-    ] = None,
-    column: Annotated[str | None, typer.Option(help="The column that holds the text.", rich_help_panel=TEXT)] = None,
-    split: Annotated[str | None, typer.Option(help="The split of the dataset.", rich_help_panel=TEXT)] = None,
+    model: Model,
+    text: Text = None,
+    dataset: Dataset = None,
+    column: Column = None,
+    split: Split = None,
     fit_blocks: Annotated[
         int, typer.Option(help="Blocks, from the start of the text, that fit the linear maps.", rich_help_panel=TEXT)
     ] = 16,
     eval_blocks: Annotated[
         int, typer.Option(help="Blocks after those, that measure everything.", rich_help_panel=TEXT)
     ] = 8,
-    block_size: Annotated[int, typer.Option(help="Tokens in a block.", rich_help_panel=TEXT)] = 256,
+    block_size: BlockSize = 256,
     scores: Annotated[
         str,
         typer.Option(
@@ -73,23 +80,15 @@ def analyze(
     batch_size: Annotated[
         int | None, typer.Option(help="Blocks in a forward pass; scores do not depend on it.", rich_help_panel=HOW)
     ] = None,
-    dtype: Annotated[
-        str, typer.Option(help="auto, float32, bfloat16 or float16; auto is float32 on a CPU.", rich_help_panel=HOW)
-    ] = "auto",
-    device: Annotated[
-        str | None,
-        typer.Option(help="cpu, cuda, cuda:1, mps, or auto to split over several devices.", rich_help_panel=HOW),
-    ] = None,
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.", rich_help_panel=HOW)] = None,
-    trust_remote_code: Annotated[
-        bool,
-        typer.Option("--trust-remote-code", help="Run the code in the model's repository.", rich_help_panel=HOW),
-    ] = False,
-    out: Annotated[Path | None, typer.Option(help="Write the report as JSON.", rich_help_panel=OUTPUT)] = None,
+    dtype: Dtype = "auto",
+    device: Device = None,
+    revision: Revision = None,
+    trust_remote_code: TrustRemoteCode = False,
+    out: ReportOut = None,
     html: Annotated[
         Path | None, typer.Option(help="Write a page with interactive plots.", rich_help_panel=OUTPUT)
     ] = None,
-    quiet: Annotated[bool, typer.Option("--quiet", help="No table, no progress.", rich_help_panel=OUTPUT)] = False,
+    quiet: Quiet = False,
 ) -> None:
     """Measure how much every layer of MODEL contributes.
 

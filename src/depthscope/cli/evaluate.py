@@ -7,19 +7,27 @@ import typer
 from rich.console import Console
 
 from depthscope.cli.analysis import require_places
+from depthscope.cli.options import (
+    HOW,
+    OUTPUT,
+    Device,
+    Dtype,
+    Model,
+    Quiet,
+    Revision,
+    TrustRemoteCode,
+)
 from depthscope.cli.shared import app, errors_for_people, say
 
 if TYPE_CHECKING:
     from depthscope.downstream.record import Downstream
 
-TASKS, HOW, OUTPUT = "Tasks", "Model and device", "Output"
+TASKS = "Tasks"  # a panel of the help
 
 
 @app.command()
 def evaluate(
-    model: Annotated[
-        str, typer.Argument(help="A Hub id, a folder, a [bold].gguf[/] file or a PEFT adapter folder.", metavar="MODEL")
-    ],
+    model: Model,
     tasks: Annotated[
         str,
         typer.Option(help="Tasks of lm-eval, separated by commas, or the group [bold]paper[/].", rich_help_panel=TASKS),
@@ -38,24 +46,16 @@ def evaluate(
         typer.Option(help="Solved examples before each question; the task's own by default.", rich_help_panel=TASKS),
     ] = None,
     batch_size: Annotated[int, typer.Option(help="Answers in a forward pass.", rich_help_panel=HOW)] = 8,
-    dtype: Annotated[
-        str, typer.Option(help="auto, float32, bfloat16 or float16; auto is float32 on a CPU.", rich_help_panel=HOW)
-    ] = "auto",
-    device: Annotated[
-        str | None,
-        typer.Option(help="cpu, cuda, cuda:1, mps, or auto to split over several devices.", rich_help_panel=HOW),
-    ] = None,
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.", rich_help_panel=HOW)] = None,
-    trust_remote_code: Annotated[
-        bool,
-        typer.Option("--trust-remote-code", help="Run the code in the model's repository.", rich_help_panel=HOW),
-    ] = False,
+    dtype: Dtype = "auto",
+    device: Device = None,
+    revision: Revision = None,
+    trust_remote_code: TrustRemoteCode = False,
     out: Annotated[Path | None, typer.Option(help="Write the accuracies as JSON.", rich_help_panel=OUTPUT)] = None,
     report: Annotated[
         Path | None,
         typer.Option(help="A report of analyze, to add the accuracies to.", rich_help_panel=OUTPUT),
     ] = None,
-    quiet: Annotated[bool, typer.Option("--quiet", help="No table, no progress.", rich_help_panel=OUTPUT)] = False,
+    quiet: Quiet = False,
 ) -> None:
     """Measure the accuracy of MODEL on downstream tasks, through lm-eval (the extra `eval`)."""
     with errors_for_people():

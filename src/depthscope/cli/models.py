@@ -6,16 +6,15 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from depthscope.cli.options import HOW, Model, Revision, TrustRemoteCode
 from depthscope.cli.shared import app, errors_for_people, say
 
-SHAPE, HOW = "Another shape", "How"
+SHAPE = "Another shape"  # a panel of the help
 
 
 @app.command()
 def convert(
-    model: Annotated[
-        str, typer.Argument(help="A Hub id, a folder, a [bold].gguf[/] file or a PEFT adapter folder.", metavar="MODEL")
-    ],
+    model: Model,
     out: Annotated[Path, typer.Argument(help="The folder to write; it must not exist yet.", metavar="OUT")],
     to: Annotated[
         str,
@@ -45,11 +44,8 @@ def convert(
             rich_help_panel=HOW,
         ),
     ] = "auto",
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.", rich_help_panel=HOW)] = None,
-    trust_remote_code: Annotated[
-        bool,
-        typer.Option("--trust-remote-code", help="Run the code in the model's repository.", rich_help_panel=HOW),
-    ] = False,
+    revision: Revision = None,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Turn MODEL into a DepthLM or into a native architecture, exactly, or give it another shape.
 

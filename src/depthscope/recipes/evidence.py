@@ -96,7 +96,7 @@ SMALL_MODELS: dict[str, Finding] = {
     ),
     "learning rate": Finding(
         "agree",
-        "narrow models take more: loss 5.441, 4.956, 4.788 at 1e-3, 3e-3, 1e-2 at width 64, after .6 M tokens with one seed",
+        "narrow models take more: loss 5.441, 4.956, 4.788 at 1e-3, 3e-3, 1e-2 (width 64, .6 M tokens, one seed)",
     ),
     "initialisation": Finding(
         "agree",

@@ -27,8 +27,8 @@ FEWEST_STEPS = 1000
 FEWEST_SEQUENCES = 8
 # Four sequences of 4,096 tokens, as in the released configuration of the recipe's model.
 MICRO_TOKENS = 4 * LENGTH
-# Width -> learning rate: the paper's, and the best of our own study (docs/study.md). Between them log(rate) is linear in
-# log(width), which is a little less than the 1 / width of arXiv 2203.03466.
+# The paper's width and learning rate, and the best rate of our own study (docs/study.md). Between them log(rate) is
+# linear in log(width); the slope is -0.83, a little less than the 1 / width of arXiv 2203.03466.
 WIDE, WIDE_RATE = 1024, 1e-3
 NARROW, NARROW_RATE = 64, 1e-2
 WARMUP = 1000

@@ -1,0 +1,60 @@
+"""Arguments and options that several commands take, each told once."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+__all__ = [
+    "HOW",
+    "OUTPUT",
+    "TEXT",
+    "BlockSize",
+    "Column",
+    "Dataset",
+    "Device",
+    "Dtype",
+    "Model",
+    "Quiet",
+    "ReportOut",
+    "Revision",
+    "Split",
+    "Text",
+    "TrustRemoteCode",
+]
+
+# Panels of the help.
+TEXT, HOW, OUTPUT = "Text", "Model and device", "Output"
+
+Model = Annotated[
+    str, typer.Argument(help="A Hub id, a folder, a [bold].gguf[/] file or a PEFT adapter folder.", metavar="MODEL")
+]
+
+Text = Annotated[
+    list[Path] | None,
+    typer.Option(
+        help="Text file or directory; may be given several times. Default: Python's own library source.",
+        rich_help_panel=TEXT,
+    ),
+]
+Dataset = Annotated[
+    str | None, typer.Option(help="A datasets name, or name:config, instead of --text.", rich_help_panel=TEXT)
+]
+Column = Annotated[str | None, typer.Option(help="The column that holds the text.", rich_help_panel=TEXT)]
+Split = Annotated[str | None, typer.Option(help="The split of the dataset.", rich_help_panel=TEXT)]
+BlockSize = Annotated[int, typer.Option(help="Tokens in a block.", rich_help_panel=TEXT)]
+
+Dtype = Annotated[
+    str, typer.Option(help="auto, float32, bfloat16 or float16; auto is float32 on a CPU.", rich_help_panel=HOW)
+]
+Device = Annotated[
+    str | None,
+    typer.Option(help="cpu, cuda, cuda:1, mps, or auto to split over several devices.", rich_help_panel=HOW),
+]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.", rich_help_panel=HOW)]
+TrustRemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run the code in the model's repository.", rich_help_panel=HOW)
+]
+
+ReportOut = Annotated[Path | None, typer.Option(help="Write the report as JSON.", rich_help_panel=OUTPUT)]
+Quiet = Annotated[bool, typer.Option("--quiet", help="No table, no progress.", rich_help_panel=OUTPUT)]

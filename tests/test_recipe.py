@@ -321,7 +321,7 @@ def test_the_files_are_read_by_those_who_read_such_files(tmp_path: Path) -> None
     assert type(loaded) is DepthLMConfig
     assert loaded.to_diff_dict() == made.config.to_diff_dict()
     fields = json.loads((folder / "training_arguments.json").read_text())
-    fields |= {"bf16": False, "use_cpu": True, "fsdp": ""}  # of the machine that trains, not of this one
+    fields |= {"bf16": False, "use_cpu": True, "fsdp": False}  # of the machine that trains, not of this one
     (arguments,) = HfArgumentParser(TrainingArguments).parse_dict(fields)
     assert (arguments.weight_decay, arguments.max_steps) == (made.training.weight_decay, made.training.steps)
     assert expand(load_sweep(folder / "sweep.yaml")).points[-1].training == Training(**made.training.model_dump())

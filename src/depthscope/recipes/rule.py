@@ -17,6 +17,7 @@ from depthscope.recipes.shape import Shape, possible_experts
 from depthscope.sweep.hardware import choose_precision
 from depthscope.sweep.plan import ROOM
 from depthscope.sweep.specification import Training
+from depthscope.sweep.trainer_fields import trainer_fields
 
 __all__ = ["Recipe", "recipe"]
 
@@ -82,28 +83,7 @@ class Recipe:
 
     def training_fields(self) -> dict[str, Any]:
         """The fields of `TrainingArguments` that differ from its defaults, but for the folder."""
-        training, gpus = self.training, self.request.gpus
-        micro = training.micro_batch_size or training.sequences // gpus
-        fields: dict[str, Any] = {
-            "max_steps": training.steps,
-            "per_device_train_batch_size": micro,
-            "gradient_accumulation_steps": training.sequences // gpus // micro,
-            "learning_rate": training.learning_rate,
-            "lr_scheduler_type": "cosine_with_min_lr",
-            "lr_scheduler_kwargs": {"min_lr_rate": training.min_learning_rate},
-            "warmup_steps": training.warmup_steps,
-            "weight_decay": training.weight_decay,
-            "adam_beta1": training.adam_beta1,
-            "adam_beta2": training.adam_beta2,
-            "adam_epsilon": training.adam_epsilon,
-            "max_grad_norm": training.max_grad_norm,
-            "bf16": True,
-        }
-        if training.gradient_checkpointing:
-            fields["gradient_checkpointing"] = True
-        if training.fsdp:
-            fields["fsdp"] = "full_shard auto_wrap"
-        return fields
+        return {**trainer_fields(self.training, self.request.gpus), "bf16": True}
 
     def training_arguments(self, output_dir: str, **changes: Any) -> TrainingArguments:
         """The arguments for transformers' Trainer, on this machine.

@@ -51,6 +51,7 @@ from depthscope.sweep.data import Corpus, Sequences
 from depthscope.sweep.grid import Point, digest
 from depthscope.sweep.hardware import choose_attention, choose_precision
 from depthscope.sweep.specification import Specification
+from depthscope.sweep.trainer_fields import trainer_fields
 
 __all__ = ["DIVERGED", "FAILED", "FINISHED", "PointRun", "Told", "identity", "status_if_done"]
 
@@ -160,33 +161,12 @@ class PointRun:
         """The arguments of the Trainer: the settings in its words."""
         training, tracking = self.point.training, self.specification.tracking
         steps = training.steps
-        world = int(os.environ.get("WORLD_SIZE", "1"))
-        per_device = training.sequences // world
-        micro = min(training.micro_batch_size or per_device, per_device)
         log_every = tracking.log_every or max(1, steps // 100)
         # A checkpoint does not hold the losses since the last log, so there is one only where there is a log too.
         save_every = _next_multiple(tracking.checkpoint_every or math.ceil(steps / 5), log_every)
-        kinds = {"cosine": "cosine_with_min_lr", "linear": "linear", "constant": "constant_with_warmup"}
-        schedule = {"min_lr_rate": training.min_learning_rate} if training.schedule == "cosine" else {}
-        options: dict[str, Any] = {}
-        if training.fsdp and world > 1:  # Trainer refuses it in a single process, where there is nothing to share
-            options |= {"fsdp": True, "fsdp_config": {"version": 2}}
-        if training.gradient_checkpointing:
-            options["gradient_checkpointing"] = True
         return TrainingArguments(
             output_dir=str(self.folder),
-            max_steps=steps,
-            per_device_train_batch_size=micro,
-            gradient_accumulation_steps=per_device // micro,
-            learning_rate=training.learning_rate,
-            lr_scheduler_type=kinds[training.schedule],
-            lr_scheduler_kwargs=schedule,
-            warmup_steps=min(training.warmup_steps, steps),
-            weight_decay=training.weight_decay,
-            adam_beta1=training.adam_beta1,
-            adam_beta2=training.adam_beta2,
-            adam_epsilon=training.adam_epsilon,
-            max_grad_norm=training.max_grad_norm,
+            **trainer_fields(training, int(os.environ.get("WORLD_SIZE", "1"))),
             bf16=choose_precision(training.precision) == "bfloat16",
             torch_compile=training.compile,
             use_cpu=not (torch.cuda.is_available() or torch.backends.mps.is_available()),
@@ -199,7 +179,6 @@ class PointRun:
             report_to=[],
             disable_tqdm=True,
             dataloader_pin_memory=torch.cuda.is_available(),
-            **options,
         )
 
     def _callbacks(self) -> list[TrainerCallback]:

@@ -55,6 +55,14 @@ def test_every_seed_draws_its_own_order_and_the_same_one_every_time(tmp_path: Pa
     assert alone[40]["input_ids"].tolist() == read(corpus, 16, 48, seed=1)[640:656]
 
 
+def test_the_text_is_called_what_the_file_calls_it_or_by_its_own_name(tmp_path: Path) -> None:
+    assert prepared(tmp_path).name == "text"
+    named = prepared(tmp_path, "named", data={"name": "my books"})
+    assert named.name == "my books"
+    assert named.held_out_blocks(1, 16).name == "my books, held out"
+    assert prepared(tmp_path, data={"name": "my books"}).train.tolist() == named.train.tolist()
+
+
 def test_a_further_epoch_reads_all_again_in_another_order(tmp_path: Path) -> None:
     write_text(tmp_path)
     corpus = prepared(tmp_path, training={"tokens": 40_000}, data={"epochs": 9})

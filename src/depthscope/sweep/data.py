@@ -152,7 +152,8 @@ def open_corpus(out: Path, longest: int) -> Corpus:
 
 def _made_from(sweep: Sweep, needed: Needs) -> str:
     specification = sweep.specification
-    return digest([specification.data.model_dump(), specification.tokenizer.model_dump(), asdict(needed)])
+    data = specification.data.model_dump(exclude={"name"})  # which changes no token
+    return digest([data, specification.tokenizer.model_dump(), asdict(needed)])
 
 
 def _make(sweep: Sweep, grid: Grid, part: Path, needed: Needs, made_from: str, said: Callable[[str], None]) -> None:
@@ -173,7 +174,7 @@ def _make(sweep: Sweep, grid: Grid, part: Path, needed: Needs, made_from: str, s
     _require_enough(sweep, grid, source.name, stream.counts, needed)
     facts = {
         "made_from": made_from,
-        "name": source.name,
+        "name": data.name or source.name,
         "vocab_size": len(tokenizer),
         "dtype": stream.dtype,
         "needed": asdict(needed),

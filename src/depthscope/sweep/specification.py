@@ -85,10 +85,12 @@ class Data(Text):
         held_out: the text that models are measured on; by default a twentieth of the documents of the training text,
             which are then not trained on.
         epochs: how often the training text may be read; more tokens than that are refused.
+        name: what reports and model cards call the text; by default the name of the file, folder or dataset.
     """
 
     held_out: Text | None = None
     epochs: float = Field(default=1.0, gt=0)
+    name: str | None = Field(default=None, min_length=1)
 
 
 class Tokenizer(Part):

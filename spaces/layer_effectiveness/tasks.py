@@ -43,8 +43,8 @@ DATASET = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?(:[\w.-]+)?", re.
 WORD = re.compile(r"[\w.\[\]:%-]{1,100}", re.ASCII)
 
 TextKind = Literal["sample", "pasted", "file", "dataset"]
-SHARE_FOR_90_PAIRS = 90.0  # pairs="all" up to 10 layers, 10% of them at 30 layers
-PROBES = 8
+ORDERED_PAIRS = 60.0  # to swap: all pairs up to 7 layers, 7% of them at 30 layers
+PROBES = 4
 FITTING = 3.5  # tokens to fit a linear map on, for each of its inputs
 
 
@@ -162,7 +162,7 @@ def choose_settings(
     if not block_size <= tokens <= limits.max_tokens:
         raise Problem("settings", f"{tokens} tokens were asked for; choose {block_size} to {limits.max_tokens}.")
     fit_tokens = min(max(2 * tokens, math.ceil(FITTING * width)), 4 * limits.max_tokens)
-    share = SHARE_FOR_90_PAIRS / layers**2
+    share = ORDERED_PAIRS / layers**2
     try:
         return Settings(
             scores=tuple(scores),

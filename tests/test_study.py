@@ -59,3 +59,16 @@ def test_the_study_gives_each_loss_with_its_spread(variants) -> None:
     assert len(variants) == 10
     for _, seeds in variants:
         assert f"{seeds.loss.mean():.3f} ± {seeds.loss.std():.3f}" in text
+
+
+def test_the_study_tells_the_depths_on_pythons_source_as_they_were_measured() -> None:
+    text = (ROOT / "docs" / "study.md").read_text().partition("## The same on Python's own source")[2]
+    results = pd.read_csv(ROOT / "benchmarks" / "study" / "results-python.csv")
+    assert set(results.status) == {"finished"}
+    depths = results.groupby("variant")
+    assert set(depths.groups) == set(DEPTHS)
+    for column, digits in {"loss": 3, "variance_growth": 2, "causal": 3, "permutation": 3, "jacobian_last": 3}.items():
+        means, spreads = depths[column].mean(), depths[column].std()
+        told = [f"{means[depth]:.{digits}f} ± {spreads[depth]:.{digits}f}" for depth in DEPTHS]
+        assert f"| {' | '.join(told)} |" in text
+    assert f"| {' | '.join(str(len(depths.get_group(depth))) for depth in DEPTHS)} |" in text

@@ -406,6 +406,12 @@ def test_the_command_prints_a_table_writes_the_accuracies_and_adds_them_to_a_rep
     added = LayerReport.load(report)
     assert added.downstream == found.accuracies
     assert (added.layers, added.scores) == (made.layers, made.scores)
+    shown = CliRunner().invoke(app, ["show", str(report)])
+    assert shown.exit_code == 0, shown.output
+    table = [line.split() for line in shown.stdout.splitlines()]
+    assert [cells[:2] for cells in table if cells[:1] in (["arc_easy"], ["piqa"])] == [
+        [one.task, one.metric] for one in added.downstream
+    ]
 
 
 def test_an_unknown_task_ends_the_command_with_2_and_a_hint(saved: Path, tmp_path: Path) -> None:

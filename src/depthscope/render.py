@@ -17,6 +17,8 @@ from rich.table import Table
 from rich.text import Text
 
 from depthscope.comparison import Comparison
+from depthscope.downstream.record import Accuracy
+from depthscope.downstream.table import accuracy_table
 from depthscope.glossary import (
     GLOBAL_SCORES,
     LAYER_SCORES,
@@ -148,17 +150,22 @@ def scores_table(report: LayerReport, width: int | None = None) -> Table:
 def print_report(report: LayerReport, console: Console | None = None) -> None:
     """Print a report: what it shows in words, its global scores, its layers, and what a reader must know."""
     console = console or Console()
-    parts = [
+    parts: list[RenderableType] = [
         _headline(report),
         Text(),
         scores_table(report, console.width),
         Text(),
         table := layer_table(report, console.width),
         _legend(report, with_bars=any(str(column.header) == "" for column in table.columns)),
+        *_downstream(report.downstream),
         *_notes(report.notes, "Notes"),
         _origin(report),
     ]
     _print(Group(*parts), console)
+
+
+def _downstream(accuracies: Sequence[Accuracy]) -> list[RenderableType]:
+    return [Text(), accuracy_table(accuracies)] if accuracies else []
 
 
 def print_comparison(comparison: Comparison, console: Console | None = None) -> None:

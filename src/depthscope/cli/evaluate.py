@@ -91,6 +91,6 @@ def _show(found: "Downstream") -> None:
     from depthscope.downstream.table import accuracy_table
 
     console = Console()
-    console.print(accuracy_table(found))
+    console.print(accuracy_table(found.accuracies))
     for note in found.notes:
         say(f"Note: {note}")

@@ -10,6 +10,7 @@ Values and standard errors are shares between 0 and 1, not per cent.
 
 import math
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, TypeAlias
 
@@ -22,7 +23,7 @@ from depthscope.strict_json import canonical, encode, parse
 if TYPE_CHECKING:
     from depthscope.report import LayerReport
 
-__all__ = ["ACC", "ACC_NORM", "Accuracy", "Downstream"]
+__all__ = ["ACC", "ACC_NORM", "Accuracy", "Downstream", "mean_accuracy"]
 
 SCHEMA_VERSION: Final = 1
 MAX_BYTES = 16 * 2**20
@@ -60,6 +61,25 @@ class Accuracy(BaseModel):
     documents: Text | None = None
 
 
+def mean_accuracy(accuracies: Sequence[Accuracy], metric: str = ACC) -> tuple[float, float | None] | None:
+    """The unweighted mean over tasks and its standard error, the tasks being independent; None without tasks.
+
+    Args:
+        accuracies: one row a task and metric.
+        metric: `acc`, or `acc_norm`, which counts as `acc` where a task has no other.
+    """
+    wanted = (metric, ACC) if metric == ACC_NORM else (metric,)
+    found: dict[str, Accuracy] = {}
+    for name in reversed(wanted):
+        found |= {row.task: row for row in accuracies if row.metric == name}
+    rows = list(found.values())
+    if not rows:
+        return None
+    errors = [row.stderr for row in rows if row.stderr is not None]
+    error = math.sqrt(sum(error**2 for error in errors)) / len(rows) if len(errors) == len(rows) else None
+    return sum(row.value for row in rows) / len(rows), error
+
+
 class Downstream(BaseModel):
     """The accuracies of one model on downstream tasks; see the module's docstring for the fields."""
 
@@ -74,24 +94,8 @@ class Downstream(BaseModel):
     notes: list[str] = Field(default_factory=list)
 
     def mean(self, metric: str = ACC) -> tuple[float, float | None] | None:
-        """The unweighted mean over tasks and its standard error, the tasks being independent; None without tasks.
-
-        Args:
-            metric: `acc`, or `acc_norm`, which counts as `acc` where a task has no other.
-        """
-        rows = self._rows(metric)
-        if not rows:
-            return None
-        errors = [row.stderr for row in rows if row.stderr is not None]
-        error = math.sqrt(sum(error**2 for error in errors)) / len(rows) if len(errors) == len(rows) else None
-        return sum(row.value for row in rows) / len(rows), error
-
-    def _rows(self, metric: str) -> list[Accuracy]:
-        wanted = (metric, ACC) if metric == ACC_NORM else (metric,)
-        found: dict[str, Accuracy] = {}
-        for name in reversed(wanted):
-            found |= {row.task: row for row in self.accuracies if row.metric == name}
-        return list(found.values())
+        """The mean over tasks and its standard error, as `mean_accuracy` gives it."""
+        return mean_accuracy(self.accuracies, metric)
 
     def added_to(self, report: "LayerReport") -> "LayerReport":
         """Give a report that carries these accuracies, and those that it had of other tasks.

@@ -12,8 +12,8 @@ from choices_panel import ChoicesPanel
 from depthscope import LayerReport
 from problems import Problem
 from results_panel import ResultsPanel
-from service import Service
-from start_stop import QUIETLY, StartStop
+from service import Service, Visit
+from start_stop import QUIETLY, StartStop, with_token
 from visitor import failed, progress_bar, read_report
 
 __all__ = ["build"]
@@ -27,7 +27,7 @@ MOST_KEPT = 6  # reports of a visitor that Compare offers
 
 def build(service: Service, page: gr.Blocks, kept: gr.State) -> None:
     """Draw the tab of a `page`; finished reports go into `kept`, a visitor's own list of JSON texts."""
-    recent = gr.BrowserState([], storage_key="depthscope-recent")
+    recent = gr.BrowserState([], storage_key="depthscope-recent", secret="depthscope")  # names only
     with gr.Row(equal_height=False):
         with gr.Column(scale=1, min_width=300):
             source = gr.Radio(list(SOURCES), value=HUB, label="What to look at", elem_id="source")
@@ -66,7 +66,7 @@ def build(service: Service, page: gr.Blocks, kept: gr.State) -> None:
                     elem_id="report",
                 )
                 gr.HTML("<p class='ds-caption ds-inside'>As <code>depthscope analyze --out</code> writes it.</p>")
-            panel = ChoicesPanel.build(service.limits)
+            panel = ChoicesPanel.build(service.limits, "analyze")
             estimated = gr.HTML(elem_id="estimate")
             buttons = StartStop.build("Analyze", "analyze", "stop")
             if service.offers_login:
@@ -86,7 +86,11 @@ def build(service: Service, page: gr.Blocks, kept: gr.State) -> None:
         **QUIETLY,
     )
 
-    async def analyse(token: str | None, owner: str, values: tuple[Any, ...]) -> AsyncIterator[dict[Any, Any]]:
+    async def draw(report: LayerReport, *, is_whole: bool) -> dict[Any, Any]:
+        work = partial(results.update, report, is_whole=is_whole)
+        return await anyio.to_thread.run_sync(work, limiter=service.drawing)
+
+    async def analyse(visit: Visit, token: str | None, values: tuple[Any, ...]) -> AsyncIterator[dict[Any, Any]]:
         chosen, name, wanted, uploaded, given, reports, named, *choices = values
         yield {
             **buttons.busy,
@@ -98,23 +102,24 @@ def build(service: Service, page: gr.Blocks, kept: gr.State) -> None:
         said = ""
         try:
             if chosen == REPORT:
-                finished = await anyio.to_thread.run_sync(read_report, given, service.limits)
+                read = partial(read_report, given, service.limits)
+                finished = await anyio.to_thread.run_sync(read, limiter=service.drawing)
             else:
                 on_hub = (name or "") if chosen == HUB else None
                 planned = await service.plan(on_hub, wanted or "", uploaded, panel.read(choices, service.limits), token)
-                async for step in service.follow(planned, owner):
+                async for step in service.follow(planned, visit):
                     if isinstance(step, str):
                         yield {status: step}
                     else:
                         finished = step
-                        yield await anyio.to_thread.run_sync(partial(results.update, step, is_whole=False))
+                        yield await draw(step, is_whole=False)
         except Problem as problem:
             said = failed(problem, partly=finished is not None)
         last: dict[Any, Any] = {**buttons.idle, status: said}
         if chosen == UPLOAD:
             last[upload] = None  # the job has removed the files
         if finished is not None and not said:
-            last |= await anyio.to_thread.run_sync(partial(results.update, finished, is_whole=True))
+            last |= await draw(finished, is_whole=True)
             text = finished.to_json()
             last[kept] = [*(other for other in reports if other != text), text][-MOST_KEPT:]
             if chosen == HUB:
@@ -122,24 +127,24 @@ def build(service: Service, page: gr.Blocks, kept: gr.State) -> None:
         yield last
 
     inputs = [source, model, revision, upload, report, kept, recent, *panel.inputs]
-    outputs = [status, estimated, upload, kept, recent, *results.outputs]
-    work = _with_token(analyse) if service.offers_login else _without_token(analyse)
-    buttons.bind(service, work, inputs, outputs)
+    buttons.bind(service, analyse, inputs, status, [estimated, upload, kept, recent, *results.outputs])
 
-    async def say_estimate(*values: Any) -> str:
+    async def say_estimate(owner: str, token: str | None, values: tuple[Any, ...]) -> AsyncIterator[str]:
         chosen, name, wanted, uploaded, *choices = values
         if chosen == REPORT or (chosen == UPLOAD and not uploaded) or (chosen == HUB and not name):
-            return ""
+            yield ""
+            return
         try:
             on_hub = name if chosen == HUB else None
-            planned = await service.plan(on_hub, wanted or "", uploaded, panel.read(choices, service.limits))
+            planned = await service.plan(on_hub, wanted or "", uploaded, panel.read(choices, service.limits), token)
+            said = planned.in_words()
         except Problem as problem:
-            return f"<p class='ds-caption'>{escape(str(problem))}</p>"
-        return f"<p class='ds-caption'>{escape(planned.in_words())}</p>"
+            said = str(problem)
+        yield f"<p class='ds-caption'>{escape(said)}</p>"
 
     gr.on(
         [page.load, source.change, model.change, revision.blur, upload.change, *(part.change for part in panel.costly)],
-        say_estimate,
+        with_token(service, say_estimate),
         [source, model, revision, upload, *panel.inputs],
         estimated,
         trigger_mode="always_last",
@@ -164,19 +169,3 @@ def _welcome(service: Service) -> str:
         "parameters, in safetensors or GGUF. No code of a model is run. What you upload is deleted when its analysis "
         "ends.</p></div>"
     )
-
-
-def _with_token(analyse: Any) -> Any:
-    async def run(request: gr.Request, oauth: gr.OAuthToken | None, *values: Any) -> AsyncIterator[dict[Any, Any]]:
-        async for change in analyse(oauth.token if oauth else None, str(request.session_hash), values):
-            yield change
-
-    return run
-
-
-def _without_token(analyse: Any) -> Any:
-    async def run(request: gr.Request, *values: Any) -> AsyncIterator[dict[Any, Any]]:
-        async for change in analyse(None, str(request.session_hash), values):
-            yield change
-
-    return run

@@ -5,6 +5,7 @@ Everything is imported inside the guard, because each job's process imports this
 
 if __name__ == "__main__":
     import os
+    import sys
 
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
@@ -15,7 +16,12 @@ if __name__ == "__main__":
         zero_gpu.lent()  # the platform looks for the decorated function when the app starts
 
     from interface import build, launch_options
+    from processes import remove_stale_folders
     from service import Service
 
-    service = Service()
+    remove_stale_folders()
+    try:
+        service = Service()
+    except ValueError as error:  # a limit that is none
+        sys.exit(str(error))
     build(service).launch(**launch_options(service))

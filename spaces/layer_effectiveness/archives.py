@@ -24,6 +24,7 @@ ZIP64_LOCATOR, ZIP64_LOCATOR_SIZE, ZIP64_SIZE = b"PK\x06\x07", 20, 56
 DIRECTORY_BYTES_A_FILE = 4096  # more than any honest entry of the central directory takes
 JUNK = ("__MACOSX/", ".git/", ".ipynb_checkpoints/")
 ENCRYPTED = 0x1
+LONGEST_NAME = 255  # bytes, which is what file systems take
 
 
 def unpack(archive: Path, folder: Path, limits: Limits) -> None:
@@ -39,8 +40,9 @@ def unpack(archive: Path, folder: Path, limits: Limits) -> None:
             for entry, name in chosen:
                 _write(opened, entry, folder / name)
     except (zipfile.BadZipFile, zlib.error, EOFError, struct.error, NotImplementedError, ValueError, OSError) as error:
+        reason = getattr(error, "strerror", None) or error  # without the paths here
         raise Problem(
-            "upload", f"{archive.name} is not a .zip file that can be read ({error}). Pack it again."
+            "upload", f"{archive.name} is not a .zip file that can be read ({reason}). Pack it again."
         ) from error
 
 
@@ -97,7 +99,7 @@ def _checked_path(entry: zipfile.ZipInfo, limits: Limits) -> PurePosixPath:
         or path.is_absolute()
         or ".." in path.parts
         or not path.parts
-        or len(name) > 255
+        or len(name.encode()) > LONGEST_NAME
     )
     if hostile:
         raise Problem(

@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import gradio as gr
@@ -9,10 +11,11 @@ import gradio as gr
 from depthscope.scores import EXPLANATIONS
 from depthscope.settings import SCORE_NAMES, SPARSITY_NAMES
 from limits import Limits
-from tasks import PRECISIONS, make_text
+from problems import Problem
+from tasks import PRECISIONS, make_text, read_text_file
 from visitor import Choices
 
-__all__ = ["DEFAULT_SCORES", "ChoicesPanel"]
+__all__ = ["DEFAULT_SCORES", "DEFAULT_TOKENS", "ChoicesPanel", "default_block_size", "up_to"]
 
 DEFAULT_SCORES = (*SCORE_NAMES, *SPARSITY_NAMES)
 TEXTS = {
@@ -22,6 +25,7 @@ TEXTS = {
     "Hub dataset": "dataset",
 }
 TOKENS, BLOCK_SIZES = (256, 512, 1024, 2048, 4096, 8192), (64, 128, 256, 512, 1024)
+DEFAULT_TOKENS, DEFAULT_BLOCK_SIZE = 512, 128
 
 
 @dataclass(frozen=True)
@@ -32,13 +36,20 @@ class ChoicesPanel:
     costly: list[Any]  # those that the time depends on
 
     @classmethod
-    def build(cls, limits: Limits) -> "ChoicesPanel":
-        """Draw the panel into the Blocks that are being built."""
+    def build(cls, limits: Limits, tab: str) -> "ChoicesPanel":
+        """Draw the panel into a tab of the Blocks that are being built."""
         with gr.Accordion("Text, scores and precision", open=False):
             gr.Markdown("The defaults suit most models. More tokens make the numbers surer, and take longer.")
             text = gr.Radio(list(TEXTS), value=next(iter(TEXTS)), label="Text to measure on")
             pasted = gr.Textbox(label="Your text", lines=5, visible=False, placeholder="A few thousand words")
-            file = gr.File(label="Your text file (UTF-8)", file_types=[".txt", ".md", ".py"], visible=False, height=120)
+            file = gr.File(
+                label="Your text file (UTF-8)",
+                file_types=[".txt", ".md", ".py"],
+                visible=False,
+                height=120,
+                elem_id=f"{tab}-text",
+            )
+            content = gr.State(None, time_to_live=3600)  # of that file, which is deleted as soon as it is read
             with gr.Row(visible=False) as dataset_row:
                 dataset = gr.Textbox(label="Dataset", placeholder="Salesforce/wikitext:wikitext-2-v1", min_width=160)
                 column = gr.Textbox(label="Column", placeholder="found by itself", min_width=120)
@@ -50,14 +61,14 @@ class ChoicesPanel:
             )
             with gr.Row():
                 tokens = gr.Dropdown(
-                    [n for n in TOKENS if n <= limits.max_tokens],
-                    value=512,
+                    up_to(limits.max_tokens, TOKENS),
+                    value=min(DEFAULT_TOKENS, limits.max_tokens),
                     label="Tokens to measure on",
                     min_width=140,
                 )
                 block = gr.Dropdown(
-                    [n for n in BLOCK_SIZES if n <= limits.max_block_size],
-                    value=128,
+                    up_to(min(limits.max_block_size, limits.max_tokens), BLOCK_SIZES),
+                    value=default_block_size(limits),
                     label="Tokens in a block",
                     min_width=140,
                 )
@@ -73,7 +84,12 @@ class ChoicesPanel:
             api_visibility="private",
             show_progress="hidden",
         )
-        return cls([text, pasted, file, dataset, column, split, scores, tokens, block, dtype], [scores, tokens, block])
+        file.change(
+            partial(_taken, limits=limits), file, [content, file], api_visibility="private", show_progress="hidden"
+        )
+        return cls(
+            [text, pasted, content, dataset, column, split, scores, tokens, block, dtype], [scores, tokens, block]
+        )
 
     @staticmethod
     def read(values: Sequence[Any], limits: Limits) -> Choices:
@@ -82,14 +98,37 @@ class ChoicesPanel:
         Raises:
             Problem: they make no sense.
         """
-        text, pasted, file, dataset, column, split, scores, tokens, block, dtype = values
+        text, pasted, content, dataset, column, split, scores, tokens, block, dtype = values
         chosen = make_text(
             TEXTS.get(text, "sample"),
             pasted=pasted or "",
-            file=file,
+            file=content,
             dataset=dataset or "",
             column=column or "",
             split=split or "",
             limits=limits,
         )
         return Choices(tuple(scores or ()), int(tokens), int(block), dtype, chosen)
+
+
+def up_to(most: int, choices: Sequence[int]) -> list[int]:
+    """The choices within a limit, and the limit itself where it lies below the largest of them."""
+    return sorted({number for number in choices if number <= most} | {min(most, max(choices))})
+
+
+def default_block_size(limits: Limits) -> int:
+    """Tokens in a block, where nothing else is asked for: not more than there are tokens."""
+    return min(DEFAULT_BLOCK_SIZE, limits.max_block_size, limits.max_tokens)
+
+
+def _taken(path: str | None, limits: Limits) -> tuple[str | None, Any]:
+    """Read an uploaded text and delete its file; one that is none is taken off the page, with a warning."""
+    if not path:
+        return None, gr.skip()
+    try:
+        return read_text_file(Path(path), limits), gr.skip()
+    except Problem as problem:
+        gr.Warning(str(problem))
+        return None, None
+    finally:
+        Path(path).unlink(missing_ok=True)

@@ -18,7 +18,7 @@ from depthscope.glossary import GLOBAL_SCORES, format_with_error
 from depthscope.plots import EXPLANATIONS, compare_layers
 from problems import Problem
 from published_sweeps import Sweep, read_sweep
-from service import Service
+from service import Service, Visit
 from start_stop import QUIETLY, StartStop
 from visitor import failed, progress_bar, read_report
 
@@ -56,7 +56,7 @@ def build(service: Service, kept: gr.State) -> None:
                 placeholder="NAMESPACE/NAME",
                 elem_id="compare-sweep",
             )
-            panel = ChoicesPanel.build(service.limits)
+            panel = ChoicesPanel.build(service.limits, "compare")
             buttons = StartStop.build("Compare", "compare", "compare-stop")
         with gr.Column(scale=3, min_width=320):
             status = gr.HTML(elem_id="compare-status")
@@ -84,8 +84,7 @@ def build(service: Service, kept: gr.State) -> None:
                     interactive=False, show_label=False, label="Scores", elem_id="compare-table", pinned_columns=1
                 )
 
-    outputs = [status, reports, area, title, layers, depth_area, depth]
-    outputs += [course_area, course, table, csv, page]
+    outputs = [reports, area, title, layers, depth_area, depth, course_area, course, table, csv, page]
 
     def show(found: Sequence[LayerReport], read: Sweep | None) -> dict[Any, Any]:
         drawn = compared(found, read)
@@ -103,7 +102,7 @@ def build(service: Service, kept: gr.State) -> None:
             page: files["html"],
         }
 
-    async def run(request: gr.Request, *values: Any) -> AsyncIterator[dict[Any, Any]]:
+    async def run(visit: Visit, token: str | None, values: tuple[Any, ...]) -> AsyncIterator[dict[Any, Any]]:
         chosen, uploaded, named, published, own, *choices = values
         yield {
             **buttons.busy,
@@ -113,28 +112,36 @@ def build(service: Service, kept: gr.State) -> None:
         said: str = ""
         change: dict[Any, Any] = {}
         try:
-            found = [LayerReport.from_json(own[index]) for index in chosen or () if index < len(own)]
-            found += [await anyio.to_thread.run_sync(read_report, path, service.limits) for path in uploaded or ()]
+            picked = [own[index] for index in chosen or () if index < len(own)]
             names = [line.strip() for line in (named or "").splitlines() if line.strip()]
             read: Sweep | None = None
+            count = len(picked) + len(uploaded or ()) + len(names)
             if (published or "").strip():
-                read = await anyio.to_thread.run_sync(read_sweep, published, service.limits)
-                found = _one_a_depth([*read.trained, *found])
+                _require_count(count, fewest=0)
+                work = partial(read_sweep, published, service.limits, visit.stop)
+                read = await anyio.to_thread.run_sync(work, limiter=service.reading)
+            else:
+                _require_count(count)
+            found = [LayerReport.from_json(text) for text in picked]
+            for path in uploaded or ():
+                found.append(await anyio.to_thread.run_sync(read_report, path, service.limits, limiter=service.drawing))
+            if read is not None:
+                found += _one_a_depth(read.trained, MOST - count)
             _require_count(len(found) + len(names))
             for index, name in enumerate(names):
-                planned = await service.plan(name, "", None, panel.read(choices, service.limits))
-                async for step in service.follow(planned, str(request.session_hash)):
+                planned = await service.plan(name, "", None, panel.read(choices, service.limits), token)
+                async for step in service.follow(planned, visit):
                     if isinstance(step, str):
                         yield {status: f"<p class='ds-eyebrow'>{escape(name)} ({index + 1} of {len(names)})</p>{step}"}
                     else:
                         last = step
                 found.append(last)
-            change = await anyio.to_thread.run_sync(partial(show, found, read))
+            change = await anyio.to_thread.run_sync(partial(show, found, read), limiter=service.drawing)
         except Problem as problem:
             said = failed(problem)
         yield {**buttons.idle, status: said, **change}
 
-    buttons.bind(service, run, [mine, reports, models, sweep, kept, *panel.inputs], outputs)
+    buttons.bind(service, run, [mine, reports, models, sweep, kept, *panel.inputs], status, outputs)
 
     def offer(own: list[str]) -> dict[str, Any]:
         names = [LayerReport.from_json(text).model["name"] for text in own]
@@ -175,14 +182,17 @@ def compared(reports: Sequence[LayerReport], sweep: Sweep | None = None) -> dict
     }
 
 
-def _one_a_depth(reports: Sequence[LayerReport]) -> list[LayerReport]:
-    """The first report of each depth, as many as are set side by side."""
+def _one_a_depth(reports: Sequence[LayerReport], most: int) -> list[LayerReport]:
+    """The first report of each depth; where there are too many depths, some of them, spread evenly."""
     by_depth: dict[int, LayerReport] = {}
     for report in reports:
         by_depth.setdefault(report.model["num_layers"], report)
-    return [by_depth[depth] for depth in sorted(by_depth)][:MOST]
+    depths = sorted(by_depth)
+    if len(depths) > most:
+        depths = [depths[round(place * (len(depths) - 1) / max(1, most - 1))] for place in range(most)]
+    return [by_depth[depth] for depth in depths]
 
 
-def _require_count(count: int) -> None:
-    if not FEWEST <= count <= MOST:
+def _require_count(count: int, fewest: int = FEWEST) -> None:
+    if not fewest <= count <= MOST:
         raise Problem("settings", f"{count} models or reports were chosen; choose {FEWEST} to {MOST}.")

@@ -7,11 +7,11 @@ from typing import Any
 import anyio
 import gradio as gr
 
-from choices_panel import DEFAULT_SCORES
+from choices_panel import DEFAULT_SCORES, DEFAULT_TOKENS, default_block_size
 from depthscope import LayerReport
 from headline import headline
 from problems import Problem
-from service import Service
+from service import Service, Visit
 from tasks import make_text
 from visitor import Choices, Planned, read_report
 
@@ -24,10 +24,11 @@ client = Client("{place}")
 report = client.predict("HuggingFaceTB/SmolLM2-135M", api_name="/analyze")     # a LayerReport as a dictionary
 report = client.predict("EleutherAI/pythia-70m", scores="skip,causal", tokens=256, api_name="/analyze")
 report = client.predict(handle_file("model.zip"), api_name="/analyze_upload")  # or a .gguf file
-plan = client.predict("openai-community/gpt2", api_name="/estimate")           # seconds, layers, bytes
+plan = client.predict("openai-community/gpt2", api_name="/estimate")           # seconds, layers, revision
 words = client.predict(handle_file("report.json"), api_name="/summarize")
 
 job = client.submit("HuggingFaceTB/SmolLM2-135M", api_name="/analyze")         # without waiting
+client.predict(api_name="/stop")                                               # ends this client's analyses
 """
 
 
@@ -36,8 +37,8 @@ def build(service: Service) -> None:
     model = gr.Textbox(label="model", visible=False)
     revision = gr.Textbox("", label="revision", visible=False)
     scores = gr.Textbox(",".join(DEFAULT_SCORES), label="scores", visible=False)
-    tokens = gr.Number(512, precision=0, label="tokens", visible=False)
-    block_size = gr.Number(128, precision=0, label="block_size", visible=False)
+    tokens = gr.Number(min(DEFAULT_TOKENS, service.limits.max_tokens), precision=0, label="tokens", visible=False)
+    block_size = gr.Number(default_block_size(service.limits), precision=0, label="block_size", visible=False)
     precision = gr.Textbox("auto", label="precision", visible=False)
     text = gr.Textbox("", label="text", visible=False)
     upload = gr.File(label="upload", visible=False)
@@ -51,9 +52,9 @@ def build(service: Service) -> None:
         names = tuple(name.strip() for name in scores.split(","))
         return Choices(names, int(tokens), int(block_size), precision, chosen)
 
-    async def finished(planned: Planned, owner: str) -> dict[str, Any]:
+    async def finished(planned: Planned, visit: Visit) -> dict[str, Any]:
         last: LayerReport | None = None
-        async for step in service.follow(planned, owner):
+        async for step in service.follow(planned, visit):
             last = step if isinstance(step, LayerReport) else last
         return {} if last is None else json.loads(last.to_json())
 
@@ -68,9 +69,9 @@ def build(service: Service) -> None:
         precision: str,
         text: str,
     ) -> dict[str, Any]:
-        with _told():
+        with _told(), service.visit(str(request.session_hash)) as visit:
             planned = await service.plan(model, revision, None, choices(scores, tokens, block_size, precision, text))
-            return await finished(planned, str(request.session_hash))
+            return await finished(planned, visit)
 
     async def analyze_upload(
         request: gr.Request,
@@ -81,11 +82,11 @@ def build(service: Service) -> None:
         precision: str,
         text: str,
     ) -> dict[str, Any]:
-        with _told():
+        with _told(), service.visit(str(request.session_hash)) as visit:
             planned = await service.plan(
                 None, "", [upload] if upload else [], choices(scores, tokens, block_size, precision, text)
             )
-            return await finished(planned, str(request.session_hash))
+            return await finished(planned, visit)
 
     async def estimate(
         model: str, revision: str, scores: str, tokens: float, block_size: float, precision: str, text: str
@@ -101,11 +102,11 @@ def build(service: Service) -> None:
 
     async def summarize(report: str | None) -> str:
         with _told():
-            found = await anyio.to_thread.run_sync(read_report, report, service.limits)
+            found = await anyio.to_thread.run_sync(read_report, report, service.limits, limiter=service.drawing)
         return f"{headline(found)}\n{found.summary()}"
 
     def stop(request: gr.Request) -> None:
-        service.jobs.stop(str(request.session_hash))
+        service.stop(str(request.session_hash))
 
     _endpoint(
         "analyze",

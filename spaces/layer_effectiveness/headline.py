@@ -9,7 +9,9 @@ from depthscope.summary import ranges
 
 __all__ = ["headline", "tiles"]
 
-JOINT_DROP = re.compile(r"Dropping layers (\d+)-(\d+) together multiplies the loss by ([\d.]+), measured", re.ASCII)
+JOINT_DROP = re.compile(
+    r"Dropping layers (\d+)-(\d+) together multiplies the loss by (\d+(?:\.\d+)?), measured", re.ASCII
+)
 
 
 def headline(report: LayerReport) -> str:

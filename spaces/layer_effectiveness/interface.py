@@ -1,10 +1,12 @@
 """The page: its tabs, its style, and how it is launched."""
 
+import os
 from html import escape
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
+from gradio_client.utils import is_file_obj_with_meta, is_http_url_like, traverse
 
 import analyze_tab
 import compare_tab
@@ -22,9 +24,19 @@ FONT = ["system-ui", "-apple-system", "Segoe UI", "sans-serif"]
 MONO = ["ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "monospace"]
 
 
+class Page(gr.Blocks):
+    """Blocks that take uploads only: Gradio itself would fetch any link given as a file, of whatever size."""
+
+    async def preprocess_data(self, block_fn: Any, inputs: list[Any], *rest: Any, **options: Any) -> list[Any]:
+        """Refuse links, and go on as Gradio does."""
+        traverse(inputs, _refuse_link, is_file_obj_with_meta)
+        prepared: list[Any] = await super().preprocess_data(block_fn, inputs, *rest, **options)
+        return prepared
+
+
 def build(service: Service) -> gr.Blocks:
     """Build the page of a service."""
-    with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=CACHE_SECONDS) as page:
+    with Page(title=TITLE, analytics_enabled=False, delete_cache=CACHE_SECONDS) as page:
         gr.HTML(
             "<header class='ds-header'><h1>depthscope</h1><p>How much does each layer of a language model "
             "contribute?</p></header>"
@@ -42,12 +54,16 @@ def build(service: Service) -> gr.Blocks:
                     "<h2>The same from a program</h2><p>Every analysis can be called with <code>gradio_client</code>, "
                     "through the same queue and limits.</p>"
                 )
-                gr.HTML(shown.listing(endpoints.EXAMPLES.format(place="NAMESPACE/NAME"), "Examples"))
+                gr.HTML(
+                    shown.listing(
+                        endpoints.EXAMPLES.format(place=os.environ.get("SPACE_ID", "NAMESPACE/NAME")), "Examples"
+                    )
+                )
                 gr.HTML(f"<p class='ds-caption'>{escape(_limits(service))}</p>")
         endpoints.build(service)
 
         def leave(request: gr.Request) -> None:
-            service.jobs.stop(str(request.session_hash))
+            service.stop(str(request.session_hash))
 
         page.unload(leave)
     # Our own queue bounds what is worked on; Gradio's only has to hold the visitors that are told so.
@@ -70,6 +86,12 @@ def launch_options(service: Service) -> dict[str, Any]:
         "ssr_mode": False,
         "enable_monitoring": False,
     }
+
+
+def _refuse_link(file: dict[str, Any]) -> dict[str, Any]:
+    if is_http_url_like(str(file.get("path"))):
+        raise gr.Error("upload: Links are not fetched here. Upload the file itself.", print_exception=False)
+    return file
 
 
 def _theme() -> gr.themes.Base:

@@ -19,7 +19,7 @@ import anyio
 
 import processes
 from limits import Limits
-from problems import Problem
+from problems import Problem, stopped
 from tasks import Task
 
 __all__ = ["Job", "Jobs", "Results"]
@@ -31,7 +31,7 @@ DESERTED_SECONDS = 90.0
 Runner = Callable[[Task, Limits, threading.Event], Iterator[dict[str, Any]]]
 
 
-@dataclass
+@dataclass(eq=False)
 class Job:
     """One analysis of one visitor: what it has told so far, and how it ended."""
 
@@ -65,14 +65,14 @@ class Results:
             if key in self._kept:
                 self._kept.move_to_end(key)
                 return self._kept[key]
-        found = self.store.get(key) if self.store is not None else None
+        found = self.store.get(key) if self.store is not None and task.is_storable else None
         return found if found is None else self._keep(key, found)
 
     def put(self, task: Task, report: str) -> None:
         """Keep a report; nothing is kept of a model that not everybody may read."""
         if task.is_shareable:
             self._keep(task.key(), report)
-            if self.store is not None:
+            if self.store is not None and task.is_storable:
                 self.store.put(task, report)
 
     def _keep(self, key: str, report: str) -> str:
@@ -117,6 +117,7 @@ class Jobs:
                     "on your own machine: pip install depthscope.",
                 )
             self._open.append(job)
+        threading.Thread(target=self._watch, args=(job,), daemon=True).start()
         self._pool.submit(contextvars.copy_context().run, self._work, job).add_done_callback(_log)
         return job
 
@@ -125,7 +126,7 @@ class Jobs:
         with self._lock:
             mine = [job for job in self._open if job.owner == owner]
         for job in mine:
-            job.stop.set()
+            self._end(job)
         return len(mine)
 
     def place(self, job: Job) -> int:
@@ -164,7 +165,7 @@ class Jobs:
         with self._lock:
             jobs = list(self._open)
         for job in jobs:
-            job.stop.set()
+            self._end(job)
         self._pool.shutdown(wait=True)
 
     def _waiting(self) -> list[Job]:
@@ -172,6 +173,8 @@ class Jobs:
 
     def _work(self, job: Job) -> None:
         with self._lock:
+            if job.is_over or job not in self._open:  # stopped while it waited
+                return
             job.is_running, job.began = True, time.monotonic()
         try:
             self._follow(job)
@@ -187,22 +190,31 @@ class Jobs:
 
     def _follow(self, job: Job) -> None:
         if job.stop.is_set():
-            raise Problem("stopped", "Stopped, as you asked.")
+            raise stopped()
         if (kept := self.results.get(job.task)) is not None:  # somebody asked the same while this one waited
             job.messages.append({"event": "done", "report": kept})
             return
-        watch = threading.Thread(target=self._watch, args=(job,), daemon=True)
-        watch.start()
         for message in self._runner(job.task, self.limits, job.stop):
             job.messages.append(message)
             if message["event"] == "done":
                 self.results.put(job.task, message["report"])
 
+    def _end(self, job: Job) -> None:
+        """Stop a job: one that waits leaves the queue at once, one that runs is told to."""
+        job.stop.set()
+        with self._lock:
+            if job.is_running or job not in self._open:
+                return
+            self._open.remove(job)
+        job.problem = stopped()
+        job.on_end()
+        job.is_over = True
+
     def _watch(self, job: Job) -> None:
         """Stop a job that nobody listens to any more."""
         while not job.is_over:
             if time.monotonic() - job.heard > DESERTED_SECONDS:
-                job.stop.set()
+                self._end(job)
             time.sleep(1.0)
 
 

@@ -64,11 +64,8 @@ def read_text(text: Text, loaded: LoadedModel, settings: Settings) -> Blocks:
         CorpusError: it is too short, or the dataset cannot be read.
     """
     source: Any = None
-    if text.kind == "pasted":
+    if text.kind in ("pasted", "file"):
         source = [text.value]
-    elif text.kind == "file":
-        with open(text.value, encoding="utf-8") as file:
-            source = [file.read()]
     names = {"pasted": "pasted text", "file": "uploaded text"}
     return load_blocks(
         source,

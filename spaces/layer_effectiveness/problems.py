@@ -2,7 +2,7 @@
 
 from typing import Literal, get_args
 
-__all__ = ["KINDS", "Kind", "Problem"]
+__all__ = ["KINDS", "Kind", "Problem", "stopped"]
 
 Kind = Literal[
     "no_such_model",
@@ -39,3 +39,8 @@ class Problem(Exception):
     def __init__(self, kind: Kind, message: str) -> None:
         super().__init__(message)
         self.kind = kind
+
+
+def stopped() -> Problem:
+    """What a visitor is told who pressed Stop."""
+    return Problem("stopped", "Stopped, as you asked.")

@@ -7,6 +7,7 @@ starts in a fraction of a second. Messages come through a pipe as JSON, never as
 import json
 import multiprocessing
 import os
+import re
 import resource
 import shutil
 import tempfile
@@ -19,20 +20,21 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from huggingface_hub import constants
 
 from limits import Limits
-from problems import Problem
+from problems import Problem, stopped
 from tasks import Task
 
-__all__ = ["FOLDERS", "remove_stale_folders", "run", "run_apart"]
+__all__ = ["forget_owner", "own_folder", "remove_stale_folders", "run", "run_apart"]
 
-FOLDERS = "depthscope-space-job-"
+FOLDER = re.compile(r"depthscope-space-[a-z]+-(\d+)-\w+", re.ASCII)  # of what, and of which process
+TOKENS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
 PRELOADED = ("torch", "depthscope.analysis", "transformers.models.llama.modeling_llama", "gguf")
 LARGEST_MESSAGE = 64 * 2**20
 LOOK_SECONDS = 0.2  # between two looks at the clock and the memory
 TELL_SECONDS = 0.5  # between two messages about progress
 NICENESS = 5  # the pages are answered first
-STALE_SECONDS = 24 * 3600
 Apart = Callable[[Path, Limits, Callable[[dict[str, Any]], None]], None]
 # The processor's own memory for a process's data, such as a model's weights; CUDA reserves far more than it takes.
 GUARDED_BY_KERNEL = not os.path.exists("/dev/nvidiactl")
@@ -55,7 +57,7 @@ def run_apart(job: Apart, limits: Limits, stop: threading.Event) -> Iterator[dic
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(list(PRELOADED))
-    folder = Path(tempfile.mkdtemp(prefix=FOLDERS))
+    folder = own_folder("job")
     receiving, sending = context.Pipe(duplex=False)
     process = context.Process(target=_child, args=(sending, job, str(folder), limits), daemon=True)
     try:
@@ -70,11 +72,26 @@ def run_apart(job: Apart, limits: Limits, stop: threading.Event) -> Iterator[dic
         shutil.rmtree(folder, ignore_errors=True)
 
 
+def own_folder(purpose: str) -> Path:
+    """Make an empty folder for temporary files of this process."""
+    return Path(tempfile.mkdtemp(prefix=f"depthscope-space-{purpose}-{os.getpid()}-"))
+
+
 def remove_stale_folders() -> None:
-    """Remove what jobs of an earlier run left that was killed itself."""
-    for folder in Path(tempfile.gettempdir()).glob(f"{FOLDERS}*"):
-        if time.time() - folder.stat().st_mtime > STALE_SECONDS:
-            shutil.rmtree(folder, ignore_errors=True)
+    """Remove what an earlier run left that was killed; to be called before this process makes any folder."""
+    for folder in Path(tempfile.gettempdir()).iterdir():
+        if (match := FOLDER.fullmatch(folder.name)) is not None:
+            process = int(match[1])
+            if process == os.getpid() or not psutil.pid_exists(process):
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+def forget_owner() -> None:
+    """Let a job read only what everybody may read: it must not find the token of the Space's owner."""
+    for name in TOKENS:
+        os.environ.pop(name, None)
+    constants.HF_HUB_DISABLE_IMPLICIT_TOKEN = True
+    constants.HF_TOKEN_PATH = os.devnull
 
 
 def _messages(process: Any, receiving: Connection, limits: Limits, stop: threading.Event) -> Iterator[dict[str, Any]]:
@@ -82,7 +99,7 @@ def _messages(process: Any, receiving: Connection, limits: Limits, stop: threadi
     stage = "starting"
     while True:
         if stop.is_set():
-            raise Problem("stopped", "Stopped, as you asked.")
+            raise stopped()
         if time.monotonic() > end:
             raise Problem(
                 "timed_out",
@@ -136,6 +153,7 @@ def _private_bytes(pid: int) -> int:
 
 def _child(sending: Connection, job: Apart, folder: str, limits: Limits) -> None:
     os.nice(NICENESS)
+    forget_owner()
     _limit_resources(limits)
     import torch
 

@@ -9,7 +9,7 @@ as `depthscope push` writes them. Parquet files of strangers are read in a job's
 import json
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -54,8 +54,8 @@ class Sweep:
     courses: list[Course]
 
 
-def read_sweep(name: str, limits: Limits) -> Sweep:
-    """Read a published sweep from its dataset of reports.
+def read_sweep(name: str, limits: Limits, stop: threading.Event) -> Sweep:
+    """Read a published sweep from its dataset of reports, unless `stop` is set before its end.
 
     Raises:
         Problem: there is no such dataset, or it is none of reports.
@@ -64,7 +64,8 @@ def read_sweep(name: str, limits: Limits) -> Sweep:
     if not DATASET.fullmatch(name) or ":" in name:
         raise Problem("report", f"{name[:80]!a} is not a dataset's name; give one such as NAMESPACE/NAME.")
     content: dict[str, Any] = {}
-    for message in run_apart(partial(tell_sweep, name), limits, threading.Event()):
+    bounded = replace(limits, max_job_seconds=min(SECONDS, limits.max_job_seconds))
+    for message in run_apart(partial(tell_sweep, name), bounded, stop):
         content = message
     return sweep_of(content)
 

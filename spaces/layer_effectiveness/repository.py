@@ -30,7 +30,7 @@ from limits import Limits
 from model_files import GGUF, TOKENIZER_FILES, is_model_file, is_pickle, is_weights
 from problems import Problem
 
-__all__ = ["HubModel", "fetch", "look_up"]
+__all__ = ["HubModel", "dataset_commit", "fetch", "hub_problems", "look_up"]
 
 REACH_SECONDS = 15.0
 
@@ -90,6 +90,22 @@ def fetch(model: HubModel, folder: Path, token: str | None) -> None:
             token=token or False,
             max_workers=4,
         )
+
+
+def dataset_commit(name: str) -> str:
+    """The commit that a dataset is at, as far as everybody may see it.
+
+    Raises:
+        Problem: there is none of that name, or the Hub cannot be reached.
+    """
+    try:
+        return str(HfApi(token=False).dataset_info(name, timeout=REACH_SECONDS).sha)
+    except (RepositoryNotFoundError, HFValidationError) as error:
+        raise Problem(
+            "text", f"There is no dataset {name!a} on the Hub that everybody may read. Check the spelling."
+        ) from error
+    except (HfHubHTTPError, HTTPError, ConnectionError, TimeoutError) as error:
+        raise _unreachable(name) from error
 
 
 def _checked_name(name: str) -> str:

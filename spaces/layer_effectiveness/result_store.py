@@ -13,7 +13,6 @@ from huggingface_hub import HfApi, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HTTPError
 
 from depthscope import LayerReport, ReportError
-from repository import HubModel
 from tasks import Task
 
 __all__ = ["ResultStore", "result_store"]
@@ -45,8 +44,7 @@ class ResultStore:
 
     def put(self, task: Task, report: str) -> None:
         """Store a report, without keeping the visitor waiting."""
-        if isinstance(task.model, HubModel) and task.text.kind in ("sample", "dataset"):
-            threading.Thread(target=self._upload, args=(task.key(), task.name, report), daemon=True).start()
+        threading.Thread(target=self._upload, args=(task.key(), task.name, report), daemon=True).start()
 
     def _upload(self, key: str, name: str, report: str) -> None:
         try:

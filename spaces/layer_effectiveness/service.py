@@ -2,10 +2,10 @@
 
 import os
 import shutil
-import tempfile
 import threading
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -18,12 +18,13 @@ from depthscope import LayerReport
 from estimate import Estimator
 from jobs import Jobs, Results
 from limits import Limits
-from problems import Problem
-from processes import remove_stale_folders, run
+from problems import Problem, stopped
+from processes import own_folder, run
+from repository import HubModel
 from result_store import result_store
-from visitor import Choices, Planned, from_hub, from_upload, progress_bar
+from visitor import Choices, Planned, from_hub, from_upload, progress_bar, still_there
 
-__all__ = ["EXAMPLES", "Service"]
+__all__ = ["EXAMPLES", "Service", "Visit"]
 
 EXAMPLES = (
     "HuggingFaceTB/SmolLM2-135M",
@@ -34,9 +35,22 @@ EXAMPLES = (
     "Qwen/Qwen3-0.6B",
 )
 EXAMPLES_VARIABLE = "DEPTHSCOPE_SPACE_EXAMPLES"  # ids, separated by commas
-UPLOADS = "depthscope-space-upload-"
 REMEMBERED_SECONDS = 300.0  # a plan, so that an estimate and the start after it ask the Hub once
 MOST_REMEMBERED = 256
+MOST_DRAWN = 2  # reports that are read or drawn at once, beside the jobs
+
+
+@dataclass(frozen=True)
+class Visit:
+    """One press of a button, from reading what was chosen to its end; Stop ends it wherever it is."""
+
+    owner: str
+    stop: threading.Event = field(default_factory=threading.Event)
+
+    def go_on(self) -> None:
+        """Raises Problem where the visitor has pressed Stop."""
+        if self.stop.is_set():
+            raise stopped()
 
 
 @dataclass
@@ -47,13 +61,35 @@ class Service:
     estimator: Estimator = field(default_factory=Estimator)
 
     def __post_init__(self) -> None:
-        remove_stale_folders()
         runner = zero_gpu.run if zero_gpu.is_here() else run
         self.jobs = Jobs(self.limits, Results(self.limits.max_results, result_store()), runner)
         self.examples = [name.strip() for name in os.environ.get(EXAMPLES_VARIABLE, ",".join(EXAMPLES)).split(",")]
         self.offers_login = "OAUTH_CLIENT_ID" in os.environ  # set where the Space's front matter says hf_oauth: true
+        self.drawing = anyio.CapacityLimiter(MOST_DRAWN)
+        self.reading = anyio.CapacityLimiter(self.limits.max_jobs)  # of published sweeps, each in a process
+        self._visits: list[Visit] = []
         self._plans: dict[Any, tuple[float, Planned]] = {}
         self._lock = threading.Lock()
+
+    @contextmanager
+    def visit(self, owner: str) -> Iterator[Visit]:
+        """What is done here can be stopped by `stop`."""
+        visit = Visit(owner)
+        with self._lock:
+            self._visits.append(visit)
+        try:
+            yield visit
+        finally:
+            with self._lock:
+                self._visits = [other for other in self._visits if other is not visit]
+
+    def stop(self, owner: str) -> None:
+        """Stop all that a visitor has begun."""
+        with self._lock:
+            mine = [visit for visit in self._visits if visit.owner == owner]
+        for visit in mine:
+            visit.stop.set()
+        self.jobs.stop(owner)
 
     async def plan(
         self,
@@ -72,29 +108,33 @@ class Service:
             work = partial(from_upload, list(uploaded or ()), choices, self.limits, self.estimator)
             return await anyio.to_thread.run_sync(work)
         key = (name, revision, choices)
-        if token is None and (kept := self._remembered(key)) is not None:
+        may_be_kept = token is None and choices.text.kind in ("sample", "dataset")
+        if may_be_kept and (kept := self._remembered(key)) is not None:
             return kept
         work = partial(from_hub, name, revision, choices, self.limits, self.estimator, token)
         planned = await anyio.to_thread.run_sync(work)
-        if token is None:
+        if may_be_kept:
             with self._lock:
                 self._plans[key] = time.monotonic(), planned
                 while len(self._plans) > MOST_REMEMBERED:
                     self._plans.pop(next(iter(self._plans)))
         return planned
 
-    async def follow(self, planned: Planned, owner: str) -> AsyncIterator[str | LayerReport]:
+    async def follow(self, planned: Planned, visit: Visit) -> AsyncIterator[str | LayerReport]:
         """Run an analysis: gives lines about its progress (HTML) and reports, each with more in it; the last is whole.
 
         Raises:
             Problem: it failed or was stopped.
         """
+        visit.go_on()
         planned, clean = _with_own_files(planned)
-        try:
-            job = self.jobs.submit(planned.task, owner, clean)
+        try:  # in a thread: results may be kept on the Hub
+            job = await anyio.to_thread.run_sync(self.jobs.submit, planned.task, visit.owner, clean)
         except Problem:
             clean()
             raise
+        if visit.stop.is_set():
+            self.jobs.stop(visit.owner)
         report = None
         async for message in self.jobs.listen(job):
             match message["event"]:
@@ -107,7 +147,7 @@ class Service:
                     yield report
                 case "done" if report is None:
                     yield LayerReport.from_json(message["report"])
-        if report is not None:
+        if report is not None and isinstance(planned.task.model, HubModel):  # an upload may lie about its shape
             self.estimator.learn(planned.shape, planned.task.settings, time.monotonic() - job.began)
 
     def _remembered(self, key: Any) -> Planned | None:
@@ -131,28 +171,39 @@ def _place_in_words(place: int) -> str:
     )
 
 
-def _with_own_files(planned: Planned) -> tuple[Planned, Any]:
-    """Give a job files of its own, which are removed when it ends: what is uploaded twice lies in one place only."""
-    task = planned.task
-    paths = [Path(path) for path in task.model] if isinstance(task.model, tuple) else []
-    text = Path(task.text.value) if task.text.kind == "file" else None
-    if not paths and text is None:
+def _with_own_files(planned: Planned) -> tuple[Planned, Callable[[], None]]:
+    """Give a job files of its own; they and what was uploaded are removed when it ends.
+
+    The same bytes uploaded by two visitors lie in one place: the end of one's job must not take the other's files.
+    """
+    if isinstance(planned.task.model, HubModel):
         return planned, lambda: None
-    folder = Path(tempfile.mkdtemp(prefix=UPLOADS))
-    clean = partial(shutil.rmtree, folder, ignore_errors=True)
+    folder = own_folder("upload")
+    given = [Path(path) for path in planned.task.model]
     try:
-        if paths:
-            task = replace(task, model=tuple(str(_moved(path, folder)) for path in paths))
-        if text is not None:
-            task = replace(task, text=replace(task.text, value=str(_moved(text, folder))))
-    except FileNotFoundError as error:
-        clean()
-        raise Problem("upload", "The uploaded files are not there any more. Upload them again.") from error
-    return replace(planned, task=task), clean
+        with still_there():
+            taken = tuple(str(_second_name(path, folder)) for path in given)
+    except Problem:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    return replace(planned, task=replace(planned.task, model=taken)), partial(_remove, folder, given)
 
 
-def _moved(path: Path, folder: Path) -> Path:
-    target = Path(shutil.move(path, folder / path.name))
-    if path.parent.is_dir() and not any(path.parent.iterdir()):
-        path.parent.rmdir()
+def _second_name(path: Path, folder: Path) -> Path:
+    """Link a file into a folder, or copy it where the file system has no links."""
+    target = folder / path.name
+    try:
+        os.link(path, target, follow_symlinks=False)
+    except FileNotFoundError:
+        raise
+    except OSError:
+        shutil.copyfile(path, target, follow_symlinks=False)
     return target
+
+
+def _remove(folder: Path, given: Sequence[Path]) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    for path in given:
+        path.unlink(missing_ok=True)
+        with suppress(OSError):  # gone, or another file lies there
+            path.parent.rmdir()

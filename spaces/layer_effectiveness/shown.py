@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import re
 import shutil
 import tempfile
@@ -19,6 +20,7 @@ from depthscope import LayerReport, compare, write_page
 from depthscope.glossary import LAYER_SCORES, format_number, format_with_error
 from depthscope.page import reproduce
 from depthscope.plots import EXPLANATIONS, TITLE_HEIGHT, figures
+from processes import own_folder
 from sparsity_figure import EXPLANATION as SPARSITY_EXPLANATION
 from sparsity_figure import sparsity
 
@@ -52,7 +54,7 @@ CONFIG = {
     "modeBarButtons": [["toImage", "zoom2d", "pan2d", "resetScale2d"]],
 }
 MAP_HEIGHT = 430  # two maps side by side are about as wide
-FILES = "depthscope-space-files-"
+FILES = "files"
 COPIED_SECONDS = 600
 TABLE_SCORES = (
     *("skip_ratio", "usefulness_ratio", "causal", "permutation", "jacobian", "block_influence", "variance"),
@@ -121,7 +123,7 @@ def facts(report: LayerReport) -> str:
 def files(reports: Sequence[LayerReport], folder: Path | None = None) -> dict[str, str]:
     """Write what can be downloaded: the report as JSON, its layers as CSV, and a self-contained page; paths by kind."""
     _remove_old_files()
-    place = folder or Path(tempfile.mkdtemp(prefix=FILES))
+    place = folder or own_folder(FILES)
     stem = _stem(reports[0].model["name"]) if len(reports) == 1 else "comparison"
     page = write_page(place / f"{stem}.html", list(reports))
     if len(reports) == 1:
@@ -150,7 +152,7 @@ def listing(text: str, label: str) -> str:
 
 def _remove_old_files() -> None:
     """Remove what was written earlier: Gradio has copied it into its own cache, which it empties by age."""
-    for place in Path(tempfile.gettempdir()).glob(f"{FILES}*"):
+    for place in Path(tempfile.gettempdir()).glob(f"depthscope-space-{FILES}-{os.getpid()}-*"):
         if time.time() - place.stat().st_mtime > COPIED_SECONDS:
             shutil.rmtree(place, ignore_errors=True)
 

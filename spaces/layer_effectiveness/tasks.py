@@ -25,6 +25,7 @@ __all__ = [
     "choose_settings",
     "fitted",
     "make_text",
+    "read_text_file",
     "stages",
 ]
 
@@ -45,24 +46,24 @@ WORD = re.compile(r"[\w.\[\]:%-]{1,100}", re.ASCII)
 TextKind = Literal["sample", "pasted", "file", "dataset"]
 ORDERED_PAIRS = 60.0  # to swap: all pairs up to 7 layers, 7% of them at 30 layers
 PROBES = 4
+HAS_GPU = Path("/dev/nvidiactl").exists()  # numbers differ a little, and what `auto` chooses may
 FITTING = 3.5  # tokens to fit a linear map on, for each of its inputs
 
 
 @dataclass(frozen=True)
 class Text:
-    """The text to measure on: `value` is the pasted text, the path of a file, or a dataset's name."""
+    """The text to measure on: `value` is the pasted text, the content of a file, or a dataset's name."""
 
     kind: TextKind = "sample"
     value: str = ""
     column: str | None = None
     split: str | None = None
+    commit: str | None = None  # of a dataset, when it was looked up
 
     def fingerprint(self) -> str:
         """What tells this text from another one."""
-        value = self.value.encode()
-        if self.kind == "file":
-            value = Path(self.value).read_bytes()
-        return hashlib.sha256(repr((self.kind, self.column, self.split)).encode() + value).hexdigest()
+        value = self.value.encode("utf-8", "surrogatepass")
+        return hashlib.sha256(repr((self.kind, self.column, self.split, self.commit)).encode() + value).hexdigest()
 
 
 SAMPLE = Text()
@@ -86,10 +87,16 @@ class Task:
         """Whether its result may be shown to whoever asks the same: not that of a model that not everybody may read."""
         return not (isinstance(self.model, HubModel) and self.model.restricted)
 
+    @property
+    def is_storable(self) -> bool:
+        """Whether its result may be published: nothing in it is a visitor's own."""
+        return isinstance(self.model, HubModel) and self.is_shareable and self.text.kind in ("sample", "dataset")
+
     def key(self) -> str:
         """What tells this result from another one: model, text, settings and versions, as a hash."""
         versions = [version(name) for name in ("depthscope", "torch", "transformers")]
-        content = [self.name, self.identity, self.text.fingerprint(), asdict(self.settings), self.dtype, versions]
+        text, settings = self.text.fingerprint(), asdict(self.settings)
+        content = [self.name, self.identity, text, settings, self.dtype, HAS_GPU, versions]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
@@ -103,7 +110,7 @@ def make_text(
     split: str = "",
     limits: Limits,
 ) -> Text:
-    """Check what a visitor chose as the text.
+    """Check what a visitor chose as the text; `file` is the content of one.
 
     Raises:
         Problem: nothing was given, too much, or a dataset's name that is none.
@@ -116,14 +123,6 @@ def make_text(
     if kind == "file":
         if not file:
             raise Problem("text", "No text file was uploaded. Upload one, or choose the embedded sample.")
-        path = Path(file)
-        _require_length(path.stat().st_size, limits)
-        try:
-            path.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise Problem(
-                "text", f"{path.name!a} is not UTF-8 text. Save it as plain text and upload it again."
-            ) from error
         return Text("file", file)
     if kind == "dataset":
         name = dataset.strip()
@@ -139,6 +138,21 @@ def make_text(
     if kind == "sample":
         return SAMPLE
     raise Problem("settings", f"{kind[:40]!a} is no kind of text; choose sample, pasted, file or dataset.")
+
+
+def read_text_file(path: Path, limits: Limits) -> str:
+    """Read an uploaded text.
+
+    Raises:
+        Problem: it is gone, too large or no text.
+    """
+    try:
+        _require_length(path.stat().st_size, limits)
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise Problem("text", "The text file is not there any more. Upload it again.") from error
+    except UnicodeDecodeError as error:
+        raise Problem("text", f"{path.name!a} is not UTF-8 text. Save it as plain text and upload it again.") from error
 
 
 def _require_length(length: int, limits: Limits) -> None:

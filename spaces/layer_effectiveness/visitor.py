@@ -1,23 +1,23 @@
 """What a visitor gave, turned into a task or a report; and messages about jobs turned into words."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from html import escape
 from pathlib import Path
 from typing import Any
 
+from config_check import read_object
 from depthscope import LayerReport, ReportError
 from estimate import Estimator, Shape, in_words, shape_of
 from limits import Limits
 from problems import Problem
-from repository import HubModel, look_up
+from repository import HubModel, dataset_commit, look_up
 from tasks import DTYPES, SAMPLE, Task, Text, choose_settings
 from uploads import fingerprint, require_upload
 from weights_check import gguf_facts
 
-__all__ = ["Choices", "Planned", "failed", "from_hub", "from_upload", "progress_bar", "read_report"]
-
-LARGE_VOCABULARY_SHARE = 0.3
+__all__ = ["Choices", "Planned", "failed", "from_hub", "from_upload", "progress_bar", "read_report", "still_there"]
 
 
 @dataclass(frozen=True)
@@ -39,18 +39,20 @@ class Choices:
 
 @dataclass(frozen=True)
 class Planned:
-    """A task, the shape of its model, and how many seconds it should take."""
+    """A task, the shape of its model (a guess, where an archive hides it), and how many seconds it should take."""
 
     task: Task
     shape: Shape
     seconds: float
+    is_known: bool = True
 
     def in_words(self) -> str:
         """How long it should take, and of what."""
         model = self.task.model
         size = f", {model.weight_bytes / 2**20:,.0f} MiB of weights" if isinstance(model, HubModel) else ""
+        known = f": {self.shape.layers} layers{size}" if self.is_known else ""
         return (
-            f"{self.task.name}: {self.shape.layers} layers{size}. Analysing it on {self.task.settings.eval_blocks} "
+            f"{self.task.name}{known}. Analysing it on {self.task.settings.eval_blocks} "
             f"blocks of {self.task.settings.block_size} tokens should take about {in_words(self.seconds)}."
         )
 
@@ -73,7 +75,7 @@ def from_hub(
         )
     shape = shape_of(model.config, parameters, limits)
     settings = _settings(choices, shape, limits)
-    task = Task(model.name, model, model.sha, choices.text, settings, choices.dtype, token)
+    task = Task(model.name, model, model.sha, _pinned(choices.text), settings, choices.dtype, token)
     seconds = estimator.seconds(shape, settings, download_bytes=model.total_bytes, weight_bytes=model.weight_bytes)
     return Planned(replace(task, seconds=seconds), shape, seconds)
 
@@ -85,18 +87,48 @@ def from_upload(paths: Sequence[str], choices: Choices, limits: Limits, estimato
         Problem: nothing that could be a model was uploaded.
     """
     files = [Path(path) for path in paths]
-    require_upload(files, limits)
-    size = sum(file.stat().st_size for file in files)
-    config: dict[str, Any] = {}
-    parameters = size / 4.0
-    if files[0].suffix.lower() == ".gguf":
-        counted, config = gguf_facts(files[0], limits)
-        parameters = float(counted)
+    with still_there():
+        require_upload(files, limits)
+        size = sum(file.stat().st_size for file in files)
+        config, parameters = _uploaded_facts(files, limits, size)
+        identity = fingerprint(files)
     shape = shape_of(config, parameters, limits)
     settings = _settings(choices, shape, limits)
     name = files[0].stem if len(files) == 1 else "uploaded model"
-    task = Task(name[:80], tuple(map(str, files)), fingerprint(files), choices.text, settings, choices.dtype)
-    return Planned(task, shape, estimator.seconds(shape, settings, weight_bytes=size))
+    seconds = estimator.seconds(shape, settings, weight_bytes=size)
+    model = tuple(map(str, files))
+    task = Task(name[:80], model, identity, _pinned(choices.text), settings, choices.dtype, seconds=seconds)
+    return Planned(task, shape, seconds, is_known=bool(config))
+
+
+@contextmanager
+def still_there() -> Iterator[None]:
+    """Tell a visitor that an uploaded file is gone: it is deleted when its analysis ends, or after an hour.
+
+    Raises:
+        Problem: it is.
+    """
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise Problem("upload", "The uploaded files are not there any more. Upload them again.") from error
+
+
+def _uploaded_facts(files: Sequence[Path], limits: Limits, size: int) -> tuple[dict[str, Any], float]:
+    """The config and the number of weights of an upload; no config where it is inside an archive."""
+    if files[0].suffix.lower() == ".gguf":
+        counted, config = gguf_facts(files[0], limits)
+        return config, float(counted)
+    for file in files:
+        if file.name == "config.json":
+            config = read_object(file, limits.max_json_bytes, "broken_config")
+            return config, size / _bytes_a_weight(config)
+    return {}, size / 4.0
+
+
+def _pinned(text: Text) -> Text:
+    """A dataset's text with the commit that it is read at, so that results of an earlier one are not shown for it."""
+    return replace(text, commit=dataset_commit(text.value.partition(":")[0])) if text.kind == "dataset" else text
 
 
 def read_report(path: str | None, limits: Limits) -> LayerReport:
@@ -108,14 +140,19 @@ def read_report(path: str | None, limits: Limits) -> LayerReport:
     if not path:
         raise Problem("report", "No report was uploaded. Choose a .json file that depthscope analyze --out wrote.")
     file = Path(path)
-    if file.stat().st_size > limits.max_report_bytes:
+    with still_there():
+        size = file.stat().st_size
+    if size > limits.max_report_bytes:
         raise Problem(
             "report", f"The report is larger than {limits.max_report_bytes / 2**20:g} MiB, the most that is read here."
         )
     try:
-        return LayerReport.load(file)
+        report = LayerReport.load(file)
     except ReportError as error:
         raise Problem("report", str(error).replace(str(file), file.name)) from error
+    if len(report.layers) > limits.max_layers:
+        raise Problem("report", f"The report has {len(report.layers):,} layers; at most {limits.max_layers} are shown.")
+    return report
 
 
 def progress_bar(stage: str, share: float, left: float | None = None) -> str:

@@ -49,9 +49,12 @@ OUT_OF_MEMORY = (
 
 
 def work(task: Task, folder: Path, limits: Limits, emit: Emit) -> None:
-    """Do a job in the empty `folder`, and tell `emit` what comes of it; what a visitor can mend is told, not raised."""
+    """Do a job in `folder`, and tell `emit` what comes of it; what a visitor can mend is told, not raised.
+
+    The folder is empty, or holds the files of a model on the Hub in its folder `model`.
+    """
     for name in ("model", "empty"):
-        (folder / name).mkdir()
+        (folder / name).mkdir(exist_ok=True)
     os.chdir(folder / "empty")  # the name of a dataset must not find a folder here
     try:
         with _problems(folder, task):
@@ -84,7 +87,8 @@ def _measure(task: Task, folder: Path, limits: Limits, emit: Emit) -> None:
 
 def _files(task: Task, folder: Path, limits: Limits) -> Model:
     if isinstance(task.model, HubModel):
-        fetch(task.model, folder, task.token)
+        if not any(folder.iterdir()):
+            fetch(task.model, folder, task.token)
         return check_model(folder, limits)
     return receive([Path(path) for path in task.model], folder, limits)
 

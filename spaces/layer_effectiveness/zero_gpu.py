@@ -4,23 +4,29 @@ Elsewhere nothing of this is used: jobs run in processes of our own (see `proces
 """
 
 import shutil
-import tempfile
 import threading
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from typing import Any
 
+import gradio as gr
+
+from estimate import DOWNLOAD_BYTES_A_SECOND
 from limits import Limits
-from problems import Problem
+from problems import Problem, stopped
+from processes import forget_owner, own_folder
+from repository import HubModel, fetch
 from tasks import Task
 
 __all__ = ["duration", "is_here", "run"]
 
 LONGEST = 120  # seconds of a loan; longer ones wait longer in the platform's queue
 SPEED_UP = 15.0  # of such a GPU over the two cores that estimates are made for
-STARTING_SECONDS = 20.0
+STARTING_SECONDS = 20.0  # and for loading
+LOOK_SECONDS = 0.5
+STOP = "stop"  # a file: the process on the GPU shares nothing else with the app
 
 
 def is_here() -> bool:
@@ -33,22 +39,31 @@ def is_here() -> bool:
     return bool(Config.zero_gpu)
 
 
-def duration(task: Task, folder: str, limits: Limits, seconds: float) -> int:
-    """How long a GPU is needed for a job that would take so many seconds on two cores."""
-    return int(min(LONGEST, limits.max_job_seconds, STARTING_SECONDS + seconds / SPEED_UP))
+def duration(task: Task, folder: str, limits: Limits) -> int:
+    """How many seconds a GPU is needed for a job, whose model has been downloaded before."""
+    downloading = task.model.total_bytes / DOWNLOAD_BYTES_A_SECOND if isinstance(task.model, HubModel) else 0.0
+    measuring = max(0.0, task.seconds - downloading)
+    return int(min(LONGEST, limits.max_job_seconds, STARTING_SECONDS + measuring / SPEED_UP))
 
 
 def run(task: Task, limits: Limits, stop: threading.Event) -> Iterator[dict[str, Any]]:
     """Do a job on a lent GPU; as `processes.run`."""
-    folder = Path(tempfile.mkdtemp(prefix="depthscope-space-job-"))
+    folder = own_folder("job")
+    over = threading.Event()
+    threading.Thread(target=_pass_on, args=(stop, over, folder / STOP), daemon=True).start()
     try:
-        for message in lent()(task, str(folder), limits, task.seconds):
-            if stop.is_set():
-                raise Problem("stopped", "Stopped, as you asked.")
+        if isinstance(task.model, HubModel):  # before the loan, which is counted in seconds
+            yield {"event": "stage", "stage": "Downloading the model", "share": 0.0}
+            (folder / "model").mkdir()
+            fetch(task.model, folder / "model", task.token)
+        for message in lent()(task, str(folder), limits):
             if message["event"] == "failed":
                 raise Problem(message["kind"], message["message"])
             yield message
+    except gr.Error as error:  # the platform's: no GPU is free, or the visitor's share is used up
+        raise stopped() if stop.is_set() else Problem("queue_full", f"No GPU was lent: {error.message}") from error
     finally:
+        over.set()
         shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -59,10 +74,11 @@ def lent() -> Any:
     return spaces.GPU(duration=duration)(on_gpu)
 
 
-def on_gpu(task: Task, folder: str, limits: Limits, seconds: float) -> Iterator[dict[str, Any]]:
+def on_gpu(task: Task, folder: str, limits: Limits) -> Iterator[dict[str, Any]]:
     """Do a job, and give its messages as they come."""
     from worker import work
 
+    forget_owner()
     messages: SimpleQueue[dict[str, Any] | None] = SimpleQueue()
 
     def all_of_it() -> None:
@@ -72,5 +88,23 @@ def on_gpu(task: Task, folder: str, limits: Limits, seconds: float) -> Iterator[
             messages.put(None)
 
     threading.Thread(target=all_of_it, daemon=True).start()
-    while (message := messages.get()) is not None:
+    while True:
+        if (Path(folder) / STOP).exists():
+            yield {"event": "failed", "kind": "stopped", "message": str(stopped())}
+            return
+        try:
+            message = messages.get(timeout=LOOK_SECONDS)
+        except Empty:
+            continue
+        if message is None:
+            return
         yield message
+
+
+def _pass_on(stop: threading.Event, over: threading.Event, file: Path) -> None:
+    """Make a file of an event that another process must hear of."""
+    while not over.is_set():
+        if stop.wait(LOOK_SECONDS):
+            if file.parent.is_dir():
+                file.touch()
+            return

@@ -211,6 +211,24 @@ def test_reports_are_compared(visit, tmp_path):
     assert serious(page) == []
 
 
+def test_a_text_of_ones_own_is_used_as_often_as_wanted_and_not_kept(visit, space, tmp_path):
+    text = tmp_path / "my-words.txt"
+    text.write_text("The layers of a model pass on a stream of numbers, and each adds a little. " * 400)
+    page = visit()
+    page.get_by_text("Text, scores and precision").first.click()
+    page.get_by_label("Text file").first.check()
+    give(page, "#analyze-text", text)
+    page.locator("#estimate").get_by_text("should take about").wait_for()
+    for block_size in ("64", "128"):
+        page.get_by_label("Tokens in a block").first.fill(block_size)
+        page.get_by_label("Tokens in a block").first.press("Enter")
+        page.locator("#analyze").click()
+        page.locator("#results").get_by_text("So far").first.wait_for(state="hidden")
+        page.locator("#downloads").wait_for()
+        assert "tokens of uploaded text" in page.locator("#results").inner_text()
+    assert not list(space.folder.glob("gradio/**/my-words.txt"))
+
+
 def test_stop_stops(visit, space):
     page = visit()
     page.locator("#model input").fill("acme/deep")
@@ -270,3 +288,6 @@ def test_a_program_gets_reports_and_messages(space, archive, tmp_path):
     assert "of 12 layers" in words
     with pytest.raises(AppError, match="no_such_model"):
         client.predict("acme/no-such-model", api_name="/analyze")
+    client.predict(api_name="/stop")
+    with pytest.raises(AppError, match="Links are not fetched here"):
+        client.predict(handle_file("https://example.org/report.json"), api_name="/summarize")

@@ -1,20 +1,25 @@
 """The queue, the limits of a job's process, and the results that are kept."""
 
+import os
+import subprocess
+import sys
 import threading
 import time
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import anyio
 import pytest
 
+import processes
 from estimate import Shape
 from jobs import Job, Jobs, Results
 from limits import Limits
 from problems import Problem
-from processes import run, run_apart
+from processes import remove_stale_folders, run, run_apart
 from repository import HubModel
-from service import Service
+from service import Service, _with_own_files
 from tasks import SAMPLE, Task, Text, choose_settings
 from visitor import Planned
 
@@ -133,6 +138,108 @@ def test_stop_ends_the_jobs_of_one_visitor_only(jobs, gate):
             heard(jobs, job)
     gate.open.set()
     assert heard(jobs, other)[-1]["event"] == "done"
+
+
+def test_a_job_that_waits_leaves_the_queue_as_soon_as_it_is_stopped(jobs, gate):
+    ended = []
+    other = jobs.submit(task("other"), "somebody")
+    wait_for(lambda: gate.runs)
+    mine = jobs.submit(task("mine"), "me", lambda: ended.append("mine"))
+    behind = jobs.submit(task("behind"), "a third")
+    assert jobs.stop("me") == 1
+    assert mine.is_over
+    assert mine.problem.kind == "stopped"
+    assert jobs.place(behind) == 0
+    gate.open.set()
+    for job in (other, behind):
+        assert heard(jobs, job)[-1]["event"] == "done"
+    assert (gate.runs, ended) == (["other", "behind"], ["mine"])
+
+
+def test_a_job_that_waits_and_that_nobody_listens_to_leaves_the_queue(gate, monkeypatch):
+    monkeypatch.setattr("jobs.DESERTED_SECONDS", 0.5)
+    jobs = Jobs(
+        LIMITS, runner=lambda task, limits, stop: iter(gate.open.wait(30) and [{"event": "done", "report": ""}])
+    )
+    jobs.submit(task("runs whatever happens"), "somebody")
+    gone = jobs.submit(task("waits"), "gone")
+    wait_for(lambda: gone.is_over)
+    assert gone.problem.kind == "stopped"
+    gate.open.set()
+    jobs.close()
+
+
+def test_stop_while_the_model_is_looked_up_keeps_the_analysis_from_starting(gate, tmp_path):
+    upload = tmp_path / "model.zip"
+    upload.write_bytes(b"zip")
+    service = Service(LIMITS)
+    service.jobs = Jobs(LIMITS, runner=gate)
+
+    async def ask():
+        with service.visit("me") as visit:
+            service.stop("somebody else")
+            visit.go_on()
+            service.stop("me")
+            return [step async for step in service.follow(planned_upload(upload), visit)]
+
+    with pytest.raises(Problem, match="Stopped"):
+        anyio.run(ask)
+    assert not gate.runs
+    assert upload.exists()
+    service.jobs.close()
+
+
+def test_the_end_of_one_visitors_job_leaves_the_files_of_another_with_the_same_upload(tmp_path, own_folder):
+    upload = tmp_path / "hash-of-the-bytes" / "model.zip"
+    upload.parent.mkdir()
+    upload.write_bytes(b"zip")
+    (first, clean_first), (second, clean_second) = (_with_own_files(planned_upload(upload)) for _ in range(2))
+    clean_first()
+    assert not Path(first.task.model[0]).exists()
+    assert Path(second.task.model[0]).read_bytes() == b"zip"
+    clean_second()
+    with pytest.raises(Problem, match="not there any more"):
+        _with_own_files(planned_upload(upload))
+
+
+def test_what_killed_processes_left_is_removed_and_nothing_else(tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    stale = [f"depthscope-space-{what}-{dead.pid}-ab" for what in ("job", "upload", "files")]
+    for name in (*stale, "depthscope-space-job-1-ab", "somebody-elses"):
+        (tmp_path / name).mkdir()
+    remove_stale_folders()
+    assert {path.name for path in tmp_path.iterdir()} == {"depthscope-space-job-1-ab", "somebody-elses"}
+
+
+TOKEN_JOB = """
+import sys, threading
+from pathlib import Path
+
+def whose(folder, limits, emit):
+    from huggingface_hub import get_token
+    from huggingface_hub.utils import build_hf_headers
+    emit({"event": "done", "token": get_token(), "sent": "authorization" in build_hf_headers()})
+
+if __name__ == "__main__":
+    from huggingface_hub import get_token
+    from limits import Limits
+    from processes import run_apart
+    assert get_token() == "hf_of_the_owner"
+    print(*run_apart(whose, Limits(), threading.Event()))
+"""
+
+
+def test_a_job_cannot_find_the_token_of_the_spaces_owner(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(TOKEN_JOB)
+    places = os.pathsep.join((str(Path(processes.__file__).parent), *sys.path))
+    environment = {**os.environ, "HF_TOKEN": "hf_of_the_owner", "PYTHONPATH": places}
+    done = subprocess.run(
+        [sys.executable, str(script)], env=environment, capture_output=True, text=True, check=True, timeout=120
+    )
+    assert done.stdout.strip() == "{'event': 'done', 'token': None, 'sent': False}"
 
 
 def test_a_job_that_nobody_listens_to_is_stopped(jobs, gate, monkeypatch):
@@ -271,6 +378,10 @@ def test_a_job_is_what_the_runner_of_the_space_takes():
     assert Job(task(), "me").problem is None
 
 
+def planned_upload(path):
+    return Planned(task(model=(str(path),)), Shape(1, 1, 1.0, 1), 1.0)
+
+
 def test_the_upload_of_a_visitor_who_is_turned_away_is_deleted(tmp_path, own_folder, gate):
     upload = tmp_path / "model.zip"
     upload.write_bytes(b"zip")
@@ -279,8 +390,8 @@ def test_the_upload_of_a_visitor_who_is_turned_away_is_deleted(tmp_path, own_fol
     service.jobs.submit(task(), "me")
 
     async def ask():
-        planned = Planned(task(model=(str(upload),)), Shape(1, 1, 1.0, 1), 1.0)
-        return [step async for step in service.follow(planned, "me")]
+        with service.visit("me") as visit:
+            return [step async for step in service.follow(planned_upload(upload), visit)]
 
     with pytest.raises(Problem, match="not over yet"):
         anyio.run(ask)

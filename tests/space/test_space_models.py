@@ -2,21 +2,28 @@
 
 import json
 import threading
+import time
+from dataclasses import replace
 from functools import partial
 
+import gradio as gr
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, GPT2Config, GPTNeoXConfig, MixtralConfig
 
 import zero_gpu
 from depthscope import DepthLMConfig, LayerReport
+from jobs import Results
 from limits import Limits
+from problems import Problem
 from processes import run, run_apart
 from published_sweeps import sweep_of, tell_sweep
 from reports import sample_report
-from repository import look_up
-from tasks import SAMPLE, Task, choose_settings
+from repository import HubModel, look_up
+from result_store import ResultStore
+from tasks import SAMPLE, Task, Text, choose_settings
 from tiny_tokenizer import save_tokenizer
+from visitor import Choices, _pinned
 
 LIMITS = Limits(max_job_bytes=4 * 2**30, max_job_seconds=200)
 SCORES = ["variance", "skip", "usefulness", "expert_load"]
@@ -59,8 +66,13 @@ def test_an_uploaded_model_of_each_kind_is_analysed(kind, tmp_path):
 
 
 def as_on_zero_gpu(task, folder, limits, emit):
-    for message in zero_gpu.on_gpu(task, str(folder), limits, 10.0):
+    for message in zero_gpu.on_gpu(task, str(folder), limits):
         emit(message)
+
+
+def as_stopped_on_zero_gpu(task, folder, limits, emit):
+    (folder / zero_gpu.STOP).touch()
+    as_on_zero_gpu(task, folder, limits, emit)
 
 
 def test_what_zero_gpu_is_lent_for_gives_the_same_report(tmp_path):
@@ -75,9 +87,68 @@ def test_what_zero_gpu_is_lent_for_gives_the_same_report(tmp_path):
         )
     )
     assert here.layers == there.layers
-    assert zero_gpu.duration(task, "", LIMITS, 30.0) == 22
-    assert zero_gpu.duration(task, "", LIMITS, 1e6) == zero_gpu.LONGEST
+    with pytest.raises(Problem, match="Stopped"):
+        list(run_apart(partial(as_stopped_on_zero_gpu, task), LIMITS, threading.Event()))
     assert not zero_gpu.is_here()
+
+
+def test_a_gpu_is_lent_for_the_measuring_only(monkeypatch):
+    settings = choose_settings(SCORES, 64, 32, layers=3, width=8, limits=LIMITS)
+    uploaded = Task("model", ("model.gguf",), "x", SAMPLE, settings, seconds=30.0)
+    assert zero_gpu.duration(uploaded, "", LIMITS) == 22
+    assert zero_gpu.duration(replace(uploaded, seconds=1e6), "", LIMITS) == zero_gpu.LONGEST
+    on_hub = HubModel("ada/net", "c0ffee", (), 6 * 10**9, 6 * 10**9, {}, False)
+    assert zero_gpu.duration(replace(uploaded, model=on_hub, seconds=130.0), "", LIMITS) == 22  # 100 s of download
+
+    def refused(task, folder, limits):
+        yield {"event": "stage", "stage": "Loading the model", "share": 0.0}
+        raise gr.Error("your share is used up")
+
+    monkeypatch.setattr("zero_gpu.lent", lambda: refused)
+    with pytest.raises(Problem, match="No GPU was lent: your share is used up"):
+        list(zero_gpu.run(uploaded, LIMITS, threading.Event()))
+    stopped = threading.Event()
+    stopped.set()
+    with pytest.raises(Problem, match="Stopped"):
+        list(zero_gpu.run(uploaded, LIMITS, stopped))
+
+
+def test_results_are_told_apart_by_the_commit_of_the_dataset(hub):
+    hub.client.create_repo("ada/texts", repo_type="dataset")
+    choices = Choices(("skip",), text=Text("dataset", "ada/texts:default"))
+    keys = []
+    for content in (b"one", b"two"):
+        hub.client.upload_file(path_or_fileobj=content, path_in_repo="a.txt", repo_id="ada/texts", repo_type="dataset")
+        keys.append(_pinned(choices.text).fingerprint())
+    assert keys[0] != keys[1] == _pinned(choices.text).fingerprint()
+    hub.client.create_repo("ada/private-texts", repo_type="dataset", private=True)
+    with pytest.raises(Problem, match="that everybody may read"):  # although this process is ada's
+        _pinned(Text("dataset", "ada/private-texts"))
+
+
+def test_reports_are_kept_in_a_dataset_of_the_owner_and_found_again(hub):
+    hub.client.create_repo("ada/results", repo_type="dataset")
+    settings = choose_settings(SCORES, 64, 32, layers=3, width=8, limits=LIMITS)
+    model = HubModel("ada/net", "c0ffee", (), 0, 0, {}, False)
+    public = Task("ada/net", model, "c0ffee", SAMPLE, settings)
+    own = [
+        replace(public, text=Text("pasted", "my words")),
+        replace(public, model=("model.gguf",), identity="fingerprint"),
+        replace(public, model=replace(model, restricted=True)),
+    ]
+    report = sample_report(4).to_json()
+    results = Results(10, ResultStore("ada/results", hub.token))
+    for task in (public, *own):
+        results.put(task, report)
+    place = f"reports/{public.key()}.json"
+    end = time.monotonic() + 30
+    while place not in (files := hub.repository("ada/results", kind="dataset").files("main")):
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    assert [name for name in files if name.startswith("reports/")] == [place]
+    elsewhere = Results(10, ResultStore("ada/results", hub.token))
+    assert LayerReport.from_json(elsewhere.get(public)).layers == sample_report(4).layers
+    assert [elsewhere.get(task) for task in own] == [None] * 3
 
 
 def test_code_that_comes_with_a_model_is_not_run(tmp_path):

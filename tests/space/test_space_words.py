@@ -1,25 +1,37 @@
 """Limits, estimates, headlines, figures: what the page says before and after a job."""
 
 import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 
+import anyio
 import pytest
+from gradio.helpers import special_args
 
 import depthscope
 import shown
+from choices_panel import _taken
+from compare_tab import _one_a_depth
 from depth_figure import against_depth, of_reports
 from depthscope import Blocks, LayerReport, Settings
 from drops import measure_drop, run_to_drop
 from estimate import Estimator, Shape, in_words, shape_of, work
 from headline import headline, tiles
+from interface import build
 from limits import Limits
 from measuring import measure
 from models import make_identity, random_blocks, tiny_llama
 from problems import Problem
 from reports import sample_report
+from service import Service
 from sparsity_figure import sparsity
-from tasks import STAGES, choose_settings, make_text
-from visitor import read_report
+from start_stop import with_token
+from tasks import STAGES, Text, choose_settings, make_text, read_text_file
+from visitor import Choices, from_upload, read_report
 
 LIMITS = Limits(max_job_bytes=2**30)
 EVERY = tuple(score for scores in STAGES.values() for score in scores)
@@ -186,6 +198,100 @@ def test_times_are_said_as_people_say_them(seconds, words):
 def test_a_text_that_cannot_be_had_is_refused(kind, given, words):
     with pytest.raises(Problem, match=words):
         make_text(kind, **given, limits=LIMITS)
+
+
+def test_the_file_of_a_text_is_read_once_and_deleted(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text("words")
+    content, _ = _taken(str(path), LIMITS)
+    for _ in range(2):  # as often as it is wanted
+        assert make_text("file", file=content, limits=LIMITS) == Text("file", "words")
+    assert not path.exists()
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe", b"x" * 5_000_000, None])
+def test_a_text_file_that_cannot_be_read_is_taken_off_the_page(tmp_path, content):
+    path = tmp_path / "text.txt"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(Problem):
+        read_text_file(path, LIMITS)
+    assert _taken(str(path), LIMITS) == (None, None)
+    assert not path.exists()
+
+
+def test_an_upload_that_is_gone_is_said_to_be_gone(tmp_path):
+    with pytest.raises(Problem, match="not there any more"):
+        from_upload([str(tmp_path / "model.zip")], Choices(("skip",)), LIMITS, Estimator())
+    with pytest.raises(Problem, match="not there any more"):
+        read_report(str(tmp_path / "report.json"), LIMITS)
+
+
+def test_the_estimate_of_separate_files_knows_their_config(tmp_path):
+    for name, content in (
+        ("config.json", '{"num_hidden_layers": 7, "hidden_size": 64}'),
+        ("a.safetensors", "x" * 4000),
+    ):
+        (tmp_path / name).write_text(content)
+    planned = from_upload([str(path) for path in tmp_path.iterdir()], Choices(("skip",)), LIMITS, Estimator())
+    assert planned.shape.layers == 7
+    assert planned.in_words().startswith("uploaded model: 7 layers.")
+    (tmp_path / "model.zip").write_bytes(b"zip")
+    guessed = from_upload([str(tmp_path / "model.zip")], Choices(("skip",)), LIMITS, Estimator())
+    assert guessed.in_words().startswith("model. Analysing it")  # nobody has looked into it yet
+    assert guessed.task.seconds == guessed.seconds
+
+
+@pytest.mark.parametrize(("tokens", "block_size"), [(256, 64), (100, 1024), (8192, 1024), (600, 100)])
+def test_the_owner_may_set_limits_below_the_defaults(tokens, block_size):
+    page = build(Service(replace(LIMITS, max_tokens=tokens, max_block_size=block_size)))
+    for label, most in (("Tokens to measure on", tokens), ("Tokens in a block", min(tokens, block_size))):
+        found = [block for block in page.blocks.values() if getattr(block, "label", None) == label]
+        assert len(found) == 2
+        for dropdown in found:
+            numbers = [number for _, number in dropdown.choices]
+            assert dropdown.value in numbers
+            assert max(numbers) == most
+
+
+def test_a_limit_that_is_none_ends_the_program_with_one_sentence():
+    environment = {**os.environ, "DEPTHSCOPE_SPACE_MAX_TOKENS": "abc"}
+    ended = subprocess.run(
+        [sys.executable, "app.py"], cwd=Path(shown.__file__).parent, env=environment, capture_output=True, text=True
+    )
+    assert ended.returncode == 1
+    assert "Traceback" not in ended.stderr
+    assert "DEPTHSCOPE_SPACE_MAX_TOKENS is 'abc'" in ended.stderr
+
+
+def test_who_has_signed_in_brings_their_token():
+    async def work(owner, token, values):
+        yield owner, token, values
+
+    async def first(changes):
+        return await anext(changes)
+
+    service = Service(LIMITS)
+    request, token = SimpleNamespace(session_hash="me"), SimpleNamespace(token="secret")
+    assert anyio.run(first, with_token(service, work)(request, 1, 2)) == ("me", None, (1, 2))
+    service.offers_login = True
+    signed_in = with_token(service, work)
+    assert special_args(signed_in, [1, 2])[0][:2] == [None, None]  # what Gradio puts before the values
+    assert anyio.run(first, signed_in(request, token, 1, 2)) == ("me", "secret", (1, 2))
+    assert anyio.run(first, signed_in(request, None, 1, 2)) == ("me", None, (1, 2))
+
+
+def test_of_a_deep_sweep_some_depths_are_set_side_by_side():
+    reports = [sample_report(depth) for depth in (4, 8, 8, 12, 16, 24, 32)]
+    assert [len(report.layers) for report in _one_a_depth(reports, 6)] == [4, 8, 12, 16, 24, 32]
+    assert [len(report.layers) for report in _one_a_depth(reports, 3)] == [4, 12, 32]
+    assert _one_a_depth(reports, 0) == []
+
+
+def test_a_note_that_only_looks_like_ours_breaks_nothing():
+    report = sample_report(4)
+    note = "Dropping layers 1-2 together multiplies the loss by ..., measured"
+    assert headline(report.model_copy(update={"notes": [note]})) == headline(report.model_copy(update={"notes": []}))
 
 
 @pytest.mark.parametrize(("tokens", "block"), [(64, 128), (10**6, 128), (512, 1), (4096, 4096)])

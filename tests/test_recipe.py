@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -269,7 +270,10 @@ def test_layernorm_scaling_is_a_step_of_its_own_and_warns_beside_an_initialisati
         ({}, "needs one budget"),
         ({"tokens": 1e6, "flops": 1e15}, "needs one budget"),
         ({"tokens": 1000}, "a training needs 128,000 at least"),
-        ({"tokens": float("nan")}, "tokens is nan"),
+        ({"tokens": float("nan")}, "tokens is nan; give a finite number"),
+        ({"flops": float("inf")}, "flops is inf; give a finite number"),
+        ({"gpu_hours": -float("inf")}, "gpu_hours is -inf; give a finite number"),
+        ({"tokens": 1e9, "gpus": 11}, "gpus is 11, .* give 10 or 12"),
         ({"tokens": 1e6, "layers": 0}, "layers is 0"),
         ({"tokens": 1e6, "width": 1009}, "cannot be split into heads"),
         ({"tokens": 1e6, "heads": 15}, "heads is 15, which does not divide the width"),
@@ -326,6 +330,33 @@ def test_the_files_are_read_by_those_who_read_such_files(tmp_path: Path) -> None
     assert (arguments.weight_decay, arguments.max_steps) == (made.training.weight_decay, made.training.steps)
     assert expand(load_sweep(folder / "sweep.yaml")).points[-1].training == Training(**made.training.model_dump())
     assert (folder / "recipe.md").read_text() == made.to_markdown()
+
+
+@pytest.mark.parametrize(
+    ("options", "launched"),
+    [
+        ({}, "depthscope sweep run"),
+        ({"gpus": 6, "gpu": "RTX 4090"}, "torchrun --nproc-per-node 6 -m depthscope sweep run"),
+        ({"gpus": 9, "utilisation": 0.25}, "torchrun --nnodes 3 --nproc-per-node 3 "),
+    ],
+)
+def test_the_commands_at_the_head_of_the_sweep_do_what_they_say(
+    options: dict, launched: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = recipe(**SMALL, tokens=1e9, **options)
+    write_recipe(made, tmp_path)
+    monkeypatch.chdir(tmp_path)
+    head = (tmp_path / "sweep.yaml").read_text().partition("\nname:")[0]
+    commands = [line.removeprefix("#   ") for line in head.splitlines() if "depthscope sweep" in line]
+    reckon, run = (shlex.split(command.partition("depthscope ")[2]) for command in commands)
+    planned = CliRunner().invoke(app, [*reckon, "--markdown"])
+    assert planned.exit_code == 0, planned.output
+    assert commands[1].startswith(launched)
+    assert f"`{commands[1].partition('sweep.yaml')[0]}" in planned.output
+    assert f"{made.request.kind.name} at {made.request.utilisation:.0%}" in planned.output
+    assert f"among {made.request.gpus} GPUs" in planned.output or made.request.gpus == 1
+    listed = CliRunner().invoke(app, [*run, "--dry-run"])
+    assert listed.exit_code == 0, listed.output
 
 
 def test_the_markdown_has_a_row_for_each_choice(papers: Recipe) -> None:

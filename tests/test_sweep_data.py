@@ -2,15 +2,19 @@
 
 import json
 import shutil
+import zlib
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from typer.testing import CliRunner
 
 from depthscope.cli import app
+from depthscope.documents import Document, Source
 from depthscope.errors import CorpusError, SpecificationError, SweepError
 from depthscope.sweep import data as data_module
 from depthscope.sweep.data import Corpus, Sequences, open_corpus, prepare_corpus
@@ -99,11 +103,118 @@ def test_too_little_text_for_measuring_is_refused(tmp_path: Path) -> None:
         )
 
 
-def test_text_that_is_not_there_is_named(tmp_path: Path) -> None:
-    with pytest.raises(CorpusError, match="no file or folder"):
+def test_text_that_is_not_there_is_named_with_its_line(tmp_path: Path) -> None:
+    with pytest.raises(CorpusError, match=r"line \d+: There is no file or folder"):
         prepared(tmp_path, data={"text": "nowhere"})
-    with pytest.raises(CorpusError, match=r"No file matches .*\*\.txt"):
-        prepared(tmp_path, data={"text": "*.txt"})
+    with pytest.raises(CorpusError, match=r"line \d+: No file matches .*\*\.txt"):
+        prepared(tmp_path, data={"text": ["text", "*.txt"]})
+    with pytest.raises(CorpusError, match=r"line \d+: '.*' cannot be the path of a file"):
+        prepared(tmp_path, data={"text": "x" * 5000})
+
+
+@pytest.mark.parametrize("options", [[], ["--dry-run"]])
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ("text: nowhere/x.txt", "line 3: There is no file or folder"),
+        ("text: [a.txt, b.txt]", "line 3: There is no file or folder"),
+        ("text: a.txt\n  column: words", "line 3: column='words' was given"),
+        ("text: a.txt\n  held_out: {text: empty}", "line 4: The folder"),
+        ("text: binary.txt", "line 3: "),
+    ],
+)
+def test_text_is_looked_for_before_anything_is_done(
+    tmp_path: Path, data: str, message: str, options: list[str]
+) -> None:
+    (tmp_path / "a.txt").write_text("some words")
+    (tmp_path / "binary.txt").write_bytes(b"\0\0")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "a.yaml").write_text(f"name: a\ndata:\n  {data}\ngrid: {{f: {{num_hidden_layers: 2}}}}\n")
+    command = ["sweep", "run", str(tmp_path / "a.yaml"), "--out", str(tmp_path / "out"), *options]
+    shown = CliRunner().invoke(app, command)
+    assert shown.exit_code == 2
+    assert message in shown.output
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_attention_without_its_package_is_refused_by_a_run_but_not_by_a_plan(tmp_path: Path) -> None:
+    if find_spec("flash_attn") is not None:
+        pytest.skip("flash_attn is installed")
+    file = write_sweep(tmp_path, grid={"f": {"attention": ["sdpa", "flash_attention_2"]}})
+    for options in ([], ["--dry-run"]):
+        shown = CliRunner().invoke(app, ["sweep", "run", str(file), "--out", str(tmp_path / "out"), *options])
+        assert shown.exit_code == 2
+        line = file.read_text().splitlines().index("    - flash_attention_2") + 1
+        assert f"line {line}: flash_attention_2 needs the package flash_attn" in shown.output
+    assert CliRunner().invoke(app, ["sweep", "plan", str(file)]).exit_code == 0
+
+
+def test_a_sweep_goes_on_without_the_text_that_it_has_tokenized(tmp_path: Path) -> None:
+    prepared(tmp_path)
+    sweep = load_sweep(write_sweep(tmp_path))
+    shutil.rmtree(tmp_path / "text")
+    data_module.require_text(sweep, tmp_path / "out")
+    with pytest.raises(CorpusError, match="no file or folder"):
+        data_module.require_text(sweep, tmp_path / "new")
+
+
+def test_the_sweep_file_that_a_run_leaves_makes_the_same_tokens(tmp_path: Path) -> None:
+    (tmp_path / "base").mkdir()
+    file = write_sweep(tmp_path / "base")
+    (tmp_path / "top.yaml").write_text("extends: base/tiny.yaml\n")
+    sweep = load_sweep(tmp_path / "top.yaml")
+    made = prepare_corpus(sweep, expand(sweep), tmp_path / "out")
+    (tmp_path / "out" / "sweep.yaml").write_text(yaml.safe_dump(sweep.specification.model_dump(mode="json")))
+    again = load_sweep(tmp_path / "out" / "sweep.yaml")
+    for out in ("out", "new"):
+        assert prepare_corpus(again, expand(again), tmp_path / out).fingerprint == made.fingerprint
+    own = load_sweep(file)
+    assert prepare_corpus(own, expand(own), tmp_path / "own").fingerprint == made.fingerprint
+
+
+def source_of(*texts: str) -> Source:
+    return Source("text", [Document.from_text(text, "text") for text in texts])
+
+
+def held_out(*texts: str) -> list[int]:
+    return [index for index, (kind, _) in enumerate(data_module._split(source_of(*texts))) if kind == "held_out"]
+
+
+def test_something_is_held_out_of_a_short_text() -> None:
+    """The names of these documents, their numbers, hold out none of the first of them."""
+    assert held_out("a") == []
+    assert held_out("a", "a") == [1]
+    assert held_out("a" * 50, "b" * 20, "c" * 20, "d") == [2]  # the last of the shortest with a twentieth of the text
+    assert held_out("line\n" * 72_000) == [6]  # 8 pieces of 50,000 characters and less, the last with a fifth of that
+
+
+def test_what_is_held_out_by_name_stays_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = [f"text {index}" for index in range(200)]
+    by_name = [index for index in range(200) if zlib.crc32(str(index).encode()) % 20 == 0]
+    assert len(by_name) > 3
+    assert held_out(*texts) == by_name
+    assert [text for _, text in data_module._split(source_of(*texts))] == texts
+
+
+def test_a_text_of_which_nothing_can_be_held_out_is_refused_with_what_helps(tmp_path: Path) -> None:
+    (tmp_path / "one.txt").write_text("some words, " * 2000)
+    with pytest.raises(CorpusError, match=r"No part of one\.txt is held out .* Give data\.held_out") as refused:
+        prepared(tmp_path, data={"text": "one.txt"})
+    assert "lower" not in str(refused.value)
+    with pytest.raises(CorpusError, match=r"lower scoring\.loss_tokens to [\d,]+\.$"):
+        prepared(tmp_path, "b", scoring={"loss_tokens": 4096})
+    with pytest.raises(CorpusError, match=r"lower scoring\.fit_blocks and eval_blocks to \d+ together"):
+        prepared(tmp_path, "c", scoring={"eval_blocks": 1000})
+
+
+@pytest.mark.parametrize("damage", ['{"made_from": "', "{}", "[]"])
+def test_a_damaged_record_of_the_tokens_is_named_with_what_to_delete(tmp_path: Path, damage: str) -> None:
+    prepared(tmp_path)
+    record = tmp_path / "out" / "data" / "data.json"
+    record.write_text(damage)
+    for read_again in (lambda: prepared(tmp_path), lambda: open_corpus(tmp_path / "out", 16)):
+        with pytest.raises(SweepError, match=r"data\.json.*Delete the folder .*/out/data"):
+            read_again()
 
 
 def test_held_out_documents_are_not_trained_on(tmp_path: Path) -> None:

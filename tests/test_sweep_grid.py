@@ -1,5 +1,6 @@
 """Families of a grid become points: products and lists, names, seeds, and points that several families share."""
 
+import time
 from pathlib import Path
 
 import pytest
@@ -7,7 +8,7 @@ import yaml
 
 from depthscope.errors import SpecificationError
 from depthscope.sweep.grid import Grid, expand
-from depthscope.sweep.point import identity
+from depthscope.sweep.recorded import identity
 from depthscope.sweep.specification import load_sweep
 from sweeps import write_sweep
 
@@ -69,6 +70,70 @@ def test_presets_of_models_can_be_swept_and_overridden(tmp_path: Path) -> None:
     assert [point.config(512).num_experts is None for point in grid.points] == [True, False]
 
 
+def shapes(folder: Path, text: str) -> list[tuple[int, int]]:
+    """Hidden size and layers of every point."""
+    (folder / "a.yaml").write_text(text)
+    sweep = load_sweep(folder / "a.yaml")
+    (folder / "resolved.yaml").write_text(yaml.safe_dump(sweep.specification.model_dump(mode="json")))
+    found, again = expand(sweep), expand(load_sweep(folder / "resolved.yaml"))
+    assert [point.identity for point in found.points] == [point.identity for point in again.points]
+    return [(config.hidden_size, config.num_hidden_layers) for config in (point.config(512) for point in found.points)]
+
+
+def test_a_preset_wins_over_the_shape_that_an_extended_file_gives(tmp_path: Path) -> None:
+    base = "name: base\nmodel: {hidden_size: 32, head_dim: 16, num_hidden_layers: 2, qk_norm: head}\n"
+    (tmp_path / "base.yaml").write_text(base)
+    grid = "grid: {f: {weight_decay: 0}}\n"
+    assert shapes(tmp_path, f"extends: base.yaml\nmodel: {{preset: dense-30m}}\n{grid}") == [(384, 16)]
+    config = expand(load_sweep(tmp_path / "a.yaml")).points[0].config(512)
+    assert (config.head_dim, config.qk_norm) == (48, "head")  # no part of the shape
+    beside = "model: {preset: dense-30m, num_hidden_layers: 3}\n"
+    assert shapes(tmp_path, f"extends: base.yaml\n{beside}{grid}") == [(384, 3)]
+    below = f"name: b\n{beside}{grid}"
+    (tmp_path / "b.yaml").write_text(below)
+    assert shapes(tmp_path, "extends: b.yaml\nmodel: {hidden_size: 64, head_dim: 8}\n") == [(64, 3)]
+    assert shapes(tmp_path, "extends: b.yaml\nmodel: {preset: dense-2m}\n") == [(128, 6)]
+
+
+def test_presets_in_a_grid_win_over_the_shape_that_an_extended_file_gives(tmp_path: Path) -> None:
+    presets = "grid: {d: {preset: [dense-2m, dense-30m]}}\n"
+    assert shapes(tmp_path, f"extends: laptop\nseeds: [0]\n{presets}") == [(128, 6), (384, 16)]
+    own = "model: {num_hidden_layers: 3}\n"
+    assert shapes(tmp_path, f"extends: laptop\nseeds: [0]\n{own}{presets}") == [(128, 3), (384, 3)]
+    mixed = "grid: {d: {points: [{preset: dense-2m}, {num_hidden_layers: 5}]}}\n"
+    assert shapes(tmp_path, f"extends: laptop\nseeds: [0]\n{mixed}") == [(128, 6), (64, 5)]
+
+
+def test_too_many_points_or_layers_are_refused_before_they_are_made(tmp_path: Path) -> None:
+    axes = {
+        "num_hidden_layers": list(range(1, 400)),
+        "hidden_size": list(range(2, 800, 2)),
+        "weight_decay": [0, 0.1, 1.0],
+    }
+    started = time.perf_counter()
+    with pytest.raises(SpecificationError, match=r"line \d+: 477,603 models are too many"):
+        expanded(tmp_path, {"f": axes})
+    with pytest.raises(SpecificationError, match=r"101 models with 100 seeds are too many"):
+        expanded(tmp_path, {"f": {"num_hidden_layers": list(range(1, 102))}}, seeds=list(range(100)))
+    with pytest.raises(SpecificationError, match="the grid has 1,001 families"):
+        expanded(tmp_path, {f"f{index}": {"num_hidden_layers": 2} for index in range(1001)})
+    for grid in ({"f": {"num_hidden_layers": 10**9}}, {"f": {"weight_decay": 0}}):
+        with pytest.raises(SpecificationError, match=r"line \d+: .*num_hidden_layers is 1,000,000,000; .* 10,000"):
+            expanded(tmp_path, grid, model={"num_hidden_layers": 10**9})
+    assert time.perf_counter() - started < 5
+
+
+def test_a_whole_number_is_taken_where_a_fraction_is_expected(tmp_path: Path) -> None:
+    assert expanded(tmp_path, {"f": {"rms_norm_eps": 1}}).points[0].config(512).rms_norm_eps == 1.0
+
+
+def test_blocks_are_no_longer_than_the_shortest_sequences(tmp_path: Path) -> None:
+    grid = {"f": {"sequence_length": [16, 32]}}
+    assert expanded(tmp_path, grid, scoring={"block_size": 16}).shortest == 16
+    with pytest.raises(SpecificationError, match=r"line \d+: scoring\.block_size is 32, .* 16 tokens"):
+        expanded(tmp_path, grid, scoring={"block_size": 32})
+
+
 REFUSED = {
     "{}": "the grid is empty",
     "{f: {}}": "family 'f' is empty",
@@ -79,6 +144,9 @@ REFUSED = {
     "{f: {num_hiden_layers: [2]}}": "did you mean 'num_hidden_layers'",
     "{f: {seed: [2]}}": "'seed' is no setting",
     "{f: {tokens: [10]}}": "less than one optimiser step",
+    "{f: {dtype: [bfloat16]}}": "'dtype' is no setting",
+    "{f: {weight_decay: [false, 0.1]}}": "is no number",
+    "{f: {points: [{name: 8, num_hidden_layers: 3}]}}": "A number is a name in quotes",
     "{f: {weight_decay: [some]}}": "weight_decay: Input should be a valid number",
     "{f: {num_key_value_heads: [3]}}": "num_key_value_heads must divide num_attention_heads",
     "{f: {num_experts: 4, num_experts_per_tok: [8]}}": "num_experts_per_tok must be from 1 to num_experts",

@@ -10,10 +10,11 @@ from typer.testing import CliRunner, Result
 from depthlm import random_ids
 from depthscope.cli import app
 from depthscope.errors import SettingsError
+from depthscope.glossary import format_count
 from depthscope.models import DepthLMConfig, DepthLMForCausalLM
 from depthscope.sweep.grid import expand
 from depthscope.sweep.memory import activation_bytes, needed_memory
-from depthscope.sweep.plan import Plan, plan
+from depthscope.sweep.plan import Plan, launcher, plan
 from depthscope.sweep.specification import Training, load_sweep
 from sweeps import write_sweep
 
@@ -176,6 +177,33 @@ def test_the_command_is_torchrun_for_models_that_are_shared(tmp_path: Path) -> N
     assert two_nodes.startswith("torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d")
     file = write_sweep(tmp_path)
     assert planned(file).command == f"depthscope sweep run {file}"
+
+
+@pytest.mark.parametrize(
+    ("gpus", "nodes", "a_node"), [(9, 3, 3), (10, 2, 5), (12, 2, 6), (15, 3, 5), (22, 11, 2), (28, 4, 7), (64, 8, 8)]
+)
+def test_as_many_processes_are_started_as_the_table_counts_gpus(gpus: int, nodes: int, a_node: int) -> None:
+    made = planned("paper-depth", {**ONE, "training": {"batch_tokens": 1024 * 8 * gpus}}, gpus=gpus)
+    assert made.points[0].gpus == gpus == nodes * a_node
+    assert f"torchrun --nnodes {nodes} --nproc-per-node {a_node} " in made.command
+
+
+@pytest.mark.parametrize("gpus", [11, 13, 121])
+def test_gpus_that_equal_nodes_cannot_have_are_refused_with_numbers_that_they_can(gpus: int) -> None:
+    shared = {**ONE, "training": {"batch_tokens": 1024 * 8 * gpus}}
+    with pytest.raises(SettingsError, match=f"gpus is {gpus}, .* give {gpus - 1} or {gpus + 1}"):
+        planned("paper-depth", shared, gpus=gpus)
+    for possible in (gpus - 1, gpus + 1):
+        assert launcher(possible).startswith("torchrun --nnodes")
+    alone = {**shared, "training": {**shared["training"], "fsdp": False}}
+    assert planned("paper-depth", alone, gpus=gpus).command == "depthscope sweep run paper-depth"
+
+
+def test_counts_that_round_up_to_the_next_unit_are_written_in_it() -> None:
+    counts = [0, 999, 1000, 97_412, 999_499, 999_500, 475_000_000, 999_999_999, 1_280_000_000, 1.5e12]
+    written = ["0", "999", "1 k", "97.4 k", "999 k", "1 M", "475 M", "1 B", "1.28 B", "1.5 T"]
+    assert [format_count(count) for count in counts] == written
+    assert format_count(1_280_000_000, gap="") == "1.28B"
 
 
 def test_a_named_tokenizer_is_not_loaded_to_know_its_size(tmp_path: Path) -> None:

@@ -106,6 +106,7 @@ def write_point(folder: Path, name: str, variant: str, seed: int, place: int) ->
             "active_parameters": 900 + place,
             "flops": 10**15 * (place + 1),
             "loss": 3.0 + place / 10 + seed / 100,
+            "loss_se": 0.02 + place / 1000,
             "untrained_loss": 4.5 + seed / 100,
         },
     )
@@ -252,6 +253,20 @@ def test_what_is_not_finished_is_named_and_the_others_are_shown(folder: Path) ->
     assert "Failed: scaling-L2-depth-seed0." in (folder / "report" / "tables.md").read_text()
 
 
+def test_each_reason_of_a_failure_is_told_once_with_its_points(folder: Path) -> None:
+    points = keep(folder, "depth") / "points"
+    for name, error in (
+        ("depth-L2-seed0", "OutOfMemory: too large."),
+        ("depth-L4-seed0", "ValueError: no."),
+        ("depth-L2-seed1", "OutOfMemory: too large."),
+    ):
+        change_json(points / name / "result.json", status="failed", error=error)
+    assert standing(load_results(folder))[1:] == [
+        "Failed: depth-L2-seed0, depth-L2-seed1. OutOfMemory: too large.",
+        "Failed: depth-L4-seed0. ValueError: no.",
+    ]
+
+
 def test_a_sweep_of_which_nothing_is_done_still_has_a_report(folder: Path) -> None:
     shutil.rmtree(folder / "points")
     assert [path.name for path in write_report(folder)] == list(FILES)
@@ -393,6 +408,17 @@ def test_sizes_and_losses_are_those_of_the_result(results: SweepResults) -> None
     assert numbers["loss"] == 3.1
     assert numbers["perplexity"] == pytest.approx(math.exp(3.1))
     assert numbers["gain_loss"] == pytest.approx(3.1 - 4.5)
+    assert numbers["loss_se"] == 0.021
+    assert numbers["perplexity_se"] == pytest.approx(math.exp(3.1) * 0.021)
+
+
+def test_a_result_without_the_error_of_its_loss_does_not_take_that_of_the_report(folder: Path) -> None:
+    path = folder / "points" / "depth-L2-seed0" / "result.json"
+    write_json(path, {key: value for key, value in json.loads(path.read_text()).items() if key != "loss_se"})
+    point = load_results(folder).points[0]
+    assert point.report is not None
+    assert point.report.scores["loss_se"] is not None
+    assert (point.numbers["loss"], point.numbers["loss_se"], point.numbers["perplexity_se"]) == (3.0, None, None)
 
 
 def test_the_error_of_a_mean_over_layers_is_no_less_than_if_layers_were_independent(results: SweepResults) -> None:

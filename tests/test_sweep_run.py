@@ -3,12 +3,14 @@
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,6 +23,7 @@ from depthscope.models import DepthLMConfig, DepthLMForCausalLM
 from depthscope.sweep import point as point_module
 from depthscope.sweep.data import Sequences, open_corpus
 from depthscope.sweep.grid import expand
+from depthscope.sweep.recorded import identity
 from depthscope.sweep.runner import run_sweep, select
 from depthscope.sweep.specification import load_sweep
 from depthscope.sweep.workers import costliest_first
@@ -148,7 +151,8 @@ def test_a_point_that_fails_is_recorded_and_tried_again(tmp_path: Path, monkeypa
     written = write_sweep(tmp_path)
     shown = depthscope("sweep", "run", written, "--out", tmp_path / "out", "--jobs", "1")
     assert shown.exit_code == 1
-    assert "Failed: depth-L2-seed0" in shown.output
+    assert shown.output.count("Failed: depth-L2-seed0. RuntimeError: out of memory.") == 1
+    assert shown.output.count("depth-L2-seed0") == 2  # its progress, and once why it failed
     result = json.loads((tmp_path / "out/points/depth-L2-seed0/result.json").read_text())
     assert (result["status"], result["error"]) == ("failed", "RuntimeError: out of memory.")
     monkeypatch.undo()
@@ -214,6 +218,20 @@ def test_a_dry_run_lists_the_points_and_writes_nothing(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+def test_a_dry_run_in_a_narrow_terminal_cuts_nothing(tmp_path: Path) -> None:
+    name = "a-family-with-a-very-long-name-that-says-all-that-there-is-to-say-about-it"
+    written = write_sweep(tmp_path, grid={name: {"num_hidden_layers": [2, 3]}})
+    shown = CliRunner().invoke(app, ["sweep", "run", str(written), "--dry-run"], env={"COLUMNS": "80"})
+    assert "…" not in shown.output
+    lines = shown.output.splitlines()
+    assert lines[1].split()[1:] == ["2", "16", "16", "12", "768"]
+    assert f"{name}-L2-seed0" in "".join(line.split()[0] for line in lines[1:])
+
+
+def test_the_help_says_that_only_may_be_given_several_times() -> None:
+    assert "--only A --only B" in " ".join(depthscope("sweep", "run", "--help").output.split())
+
+
 def test_a_folder_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     shown = depthscope("sweep", "run", write_sweep(tmp_path), "--out", tmp_path / "file" / "out")
@@ -228,9 +246,149 @@ def test_a_folder_of_other_settings_is_refused_with_what_differs(finished: Path,
     shown = depthscope("sweep", "run", changed, "--out", finished)
     assert shown.exit_code == 2
     assert "weight_decay was 0.1, is now 0.2" in shown.output
-    other = write_sweep(finished.parent, scoring={"eval_blocks": 1})
-    assert "text, tokenizer or measurements" in depthscope("sweep", "run", other, "--out", finished).output
+    other = write_sweep(finished.parent, data={"epochs": 2}, tokenizer={"characters": 9_000_000})
+    shown = depthscope("sweep", "run", other, "--out", finished)
+    assert "data.epochs was 1.0, is now 2.0; tokenizer.characters was 5000000, is now 9000000" in shown.output
     assert (finished / "sweep.yaml").read_text() == kept
+
+
+@pytest.fixture
+def copy(finished: Path, tmp_path: Path) -> Path:
+    """A copy of the finished sweep's folder, beside a copy of its text."""
+    shutil.copytree(finished.parent / "text", tmp_path / "text")
+    return Path(shutil.copytree(finished, tmp_path / "out"))
+
+
+def models(out: Path) -> dict[Path, int]:
+    return {path: path.stat().st_mtime_ns for path in out.glob("points/*/model/model.safetensors")}
+
+
+def measured(out: Path) -> list[dict[str, Any]]:
+    return [json.loads((out / "points" / point / "result.json").read_text()) for point in POINTS]
+
+
+def test_other_scoring_is_measured_anew_and_trains_nothing(copy: Path, tmp_path: Path) -> None:
+    before, scoring = models(copy), {"eval_blocks": 3, "loss_tokens": 48, "scores": ["variance"]}
+    outcome = run(tmp_path, copy, scoring=scoring)
+    assert (outcome.skipped, outcome.failed) == (0, [])
+    assert models(copy) == before
+    run(tmp_path, tmp_path / "fresh", scoring=scoring)
+    assert measured(copy) == measured(tmp_path / "fresh")
+    # The held-out text is larger than that of the fresh sweep, so the reports are of another fingerprint.
+    for point in POINTS:
+        reports = [
+            json.loads((out / "points" / point / "layer_report.json").read_text()) for out in (copy, tmp_path / "fresh")
+        ]
+        assert reports[0]["layers"] == reports[1]["layers"]
+        assert "causal" not in reports[0]["scores"]
+    assert run(tmp_path, copy, scoring=scoring).skipped == 2
+
+
+def test_what_cannot_be_measured_anew_keeps_its_measurements(copy: Path, tmp_path: Path) -> None:
+    before = measured(copy)
+    with pytest.raises(SweepError, match=r"L2-seed0 was measured.*eval_blocks was 2, is now 1\), and --only leaves it"):
+        run(tmp_path, copy, only=("depth-L3",), scoring={"eval_blocks": 1})
+    with pytest.raises(SweepError, match=r"trained with other settings.*scoring.eval_blocks was 2, is now 1"):
+        run(tmp_path, copy, scoring={"eval_blocks": 1}, tracking={"effectiveness_every": 6})
+    shutil.rmtree(copy / "points" / POINTS[1] / "model")
+    with pytest.raises(SweepError, match=r"L3-seed0 was measured.*its trained model, to measure anew, is not there"):
+        run(tmp_path, copy, scoring={"eval_blocks": 1})
+    assert measured(copy) == before
+
+
+def test_with_its_data_deleted_it_can_be_measured_on_more_text(copy: Path, tmp_path: Path) -> None:
+    before, tokens = models(copy), (copy / "data" / "train.bin").read_bytes()
+    with pytest.raises(SweepError, match="holds the tokens of"):
+        run(tmp_path, copy, scoring={"loss_tokens": 96})
+    assert [result["status"] for result in measured(copy)] == ["finished", "finished"]
+    shutil.rmtree(copy / "data")
+    assert run(tmp_path, copy, scoring={"loss_tokens": 96}).failed == []
+    assert (models(copy), (copy / "data" / "train.bin").read_bytes()) == (before, tokens)
+
+
+def test_more_points_are_trained_beside_what_is_finished(copy: Path, tmp_path: Path) -> None:
+    before = models(copy)
+    outcome = run(tmp_path, copy, grid={"depth": {"num_hidden_layers": [2, 3]}, "one": {"num_hidden_layers": 1}})
+    assert (outcome.skipped, len(outcome.statuses)) == (2, 3)
+    assert before.items() <= models(copy).items()
+
+
+def test_a_longer_sequence_would_be_another_order_and_is_refused(copy: Path, tmp_path: Path) -> None:
+    grid = {"depth": {"num_hidden_layers": [2, 3]}, "length": {"num_hidden_layers": 2, "sequence_length": [16, 32]}}
+    with pytest.raises(SweepError, match=r"the longest sequence_length, .*order.*, was 16, is now 32"):
+        run(tmp_path, copy, grid=grid)
+
+
+def test_a_shorter_sequence_makes_blocks_shorter_and_all_is_measured_anew(copy: Path, tmp_path: Path) -> None:
+    grid = {"depth": {"num_hidden_layers": [2, 3]}, "length": {"num_hidden_layers": 2, "sequence_length": [16, 8]}}
+    before = models(copy)
+    assert run(tmp_path, copy, grid=grid).skipped == 0
+    assert before.items() <= models(copy).items()
+    sizes = [json.loads(path.read_text())["settings"]["block_size"] for path in copy.glob("points/*/layer_report.json")]
+    assert sizes == [8, 8, 8]
+    # With the size in the file it is that of the whole folder, whatever the grid.
+    assert run(tmp_path, copy, grid=grid, scoring={"block_size": 8}).skipped == 3
+
+
+def make_older(out: Path) -> None:
+    """Records as they were when they kept a digest and not the settings."""
+    specification = load_sweep(out / "sweep.yaml").specification
+    for point in expand(load_sweep(out / "sweep.yaml")).points:
+        path = out / "points" / point.name / "point.json"
+        content = json.loads(path.read_text())
+        for name in ("data", "tokenizer", "scoring", "longest_sequence_length"):
+            del content[name]
+        path.write_text(json.dumps(content | {"identity": identity(point, specification)}))
+
+
+def test_records_of_older_versions_are_compared_by_the_files_of_the_folder(copy: Path, tmp_path: Path) -> None:
+    make_older(copy)
+    with pytest.raises(SweepError, match=r"data.epochs was 1.0, is now 2.0\."):
+        run(tmp_path, copy, data={"epochs": 2})
+    grid = {"depth": {"num_hidden_layers": [2, 3]}, "length": {"num_hidden_layers": 2, "sequence_length": 32}}
+    with pytest.raises(SweepError, match=r"the longest sequence_length, .*order.*, was 16, is now 32"):
+        run(tmp_path, copy, grid=grid)
+    assert run(tmp_path, copy).skipped == 2
+    before = models(copy)
+    assert run(tmp_path, copy, scoring={"eval_blocks": 1}).skipped == 0
+    assert models(copy) == before
+
+
+@pytest.mark.parametrize("content", ["", '{"status": "fini', "[]", "\x00"])
+@pytest.mark.parametrize(
+    ("name", "remedy"),
+    [
+        ("points/depth-L2-seed0/result.json", "Delete it and run again, which measures the trained model anew."),
+        ("points/depth-L2-seed0/point.json", "Choose another --out, or delete the folder"),
+    ],
+)
+def test_a_damaged_file_is_named_with_what_to_do(copy: Path, name: str, remedy: str, content: str) -> None:
+    (copy / name).write_text(content)
+    shown = depthscope("sweep", "run", write_sweep(copy.parent), "--out", copy)
+    assert shown.exit_code == 2, shown.output
+    assert f"{copy / name} is " in shown.output
+    assert remedy in shown.output
+    assert (copy / name).read_text() == content
+
+
+def test_a_result_that_was_damaged_and_deleted_is_measured_anew(copy: Path, tmp_path: Path) -> None:
+    before, trained = measured(copy), models(copy)
+    (copy / "points" / POINTS[0] / "result.json").unlink()
+    assert run(tmp_path, copy).skipped == 1
+    assert (measured(copy), models(copy)) == (before, trained)
+
+
+def test_the_error_of_the_held_out_loss_is_that_of_its_own_blocks(finished: Path) -> None:
+    from depthscope.sweep.results import load_results
+
+    rows = open_corpus(finished, 16).held_out_blocks(4, 16).input_ids
+    for point, result in zip(load_results(finished).points, measured(finished), strict=True):
+        model = DepthLMForCausalLM.from_pretrained(finished / "points" / point.name / "model").eval()
+        with torch.no_grad():
+            losses = torch.stack([model(row[None], labels=row[None]).loss for row in rows]).double()
+        assert result["loss"] == pytest.approx(float(losses.mean()), rel=1e-5)
+        assert result["loss_se"] == pytest.approx(float(losses.std() / 2), rel=1e-4)
+        assert point.numbers["loss_se"] == result["loss_se"]
 
 
 def test_a_folder_where_a_sweep_is_running_is_refused(finished: Path) -> None:

@@ -4,15 +4,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from typer.testing import CliRunner
 
 from depthscope.cli import app
 from depthscope.errors import SpecificationError
+from depthscope.models import PRESETS
 from depthscope.sweep.grid import expand
+from depthscope.sweep.plan import plan
+from depthscope.sweep.results import MAX_POINTS
 from depthscope.sweep.specification import (
+    MOST_POINTS,
+    SHAPE,
     Data,
     Scoring,
     Specification,
+    Text,
     Tokenizer,
     Tracking,
     Training,
@@ -20,6 +27,7 @@ from depthscope.sweep.specification import (
     preset_names,
 )
 from depthscope.sweep.yaml_lines import read_yaml
+from tiny_tokenizer import save_tokenizer
 
 HEAD = "name: a\ngrid: {depth: {num_hidden_layers: [2]}}\n"  # two lines that are in order
 
@@ -45,12 +53,35 @@ REFUSED = {
     "name: ../a\ngrid: {}": ["line 1", "name is '../a'"],
     HEAD + "extends: nowhere": ["line 3", "no sweep file or preset 'nowhere'", "presets are"],
     HEAD + "extends: smok": ["line 3", "Did you mean the preset 'smoke'?"],
-    HEAD + "extends: a.yaml": ["circle"],
+    HEAD + "extends: a.yaml": ["line 3", "circle"],
     HEAD + "extends: [smoke]": ["line 3", "takes the name of a preset or a file"],
     HEAD + "trainig: {}": ["line 3", "no setting 'trainig'", "did you mean 'training'?", "extends"],
     HEAD + "training:\n  tokns: 3": ["line 4", "'training.tokns'", "did you mean 'tokens'?", "batch_tokens"],
     HEAD + "data: {held_out: {txt: a}}": ["line 3", "'data.held_out.txt'", "did you mean 'text'?"],
-    HEAD + "training: fast": ["line 3", "training is 'fast'"],
+    HEAD + "training: fast": ["line 3", "training is 'fast'", "takes settings"],
+    HEAD + "training:": ["line 3", "training is empty; give it a value, or leave it out"],
+    HEAD + "training:\n  tokens:": ["line 4", "training.tokens is empty"],
+    HEAD + "model:": ["line 3", "model is empty"],
+    "name: 8\ngrid: {}": ["line 1", "name is 8", "in quotes"],
+    HEAD + "training:\n  weight_decay: no": ["line 4", "training.weight_decay", "false", "is no number"],
+    HEAD + "training:\n  tokens: '5000'": ["line 4", "training.tokens", "'5000'", "without quotes"],
+    HEAD + "training:\n  compile: 1": ["line 4", "training.compile", "neither true nor false"],
+    HEAD + "training:\n  compile: 'yes'": ["line 4", "training.compile", "neither true nor false"],
+    HEAD + "scoring: {probes: yes}": ["line 3", "scoring.probes", "is no number"],
+    HEAD + "seeds: [true]": ["line 3", "true", "is no number"],
+    HEAD + "seeds: [4294967296]": ["line 3", "none above 4,294,967,295"],
+    HEAD + "scoring: {seed: 4294967296}": ["line 3", "scoring.seed"],
+    HEAD + "model: !!python/object:os.system {hidden_size: 8}": [
+        "line 3",
+        "python/object:os.system",
+        "leave the tag out",
+    ],
+    HEAD + "seeds: !!python/tuple [0]": ["line 3", "python/tuple", "leave the tag out"],
+    HEAD + "seeds: !!set {0}": ["line 3", "!!set is not plain data"],
+    HEAD + "!!python/name:os.system model: {}": ["line 3", "keys are plain words"],
+    HEAD + "training: {compile: !!bool maybe}": ["line 3", "not plain data"],
+    "name: a\ndescription: " + 20_001 * "x": ["line 2", "description is 'xxx", "at most 20000 characters"],
+    "name: " + 201 * "x": ["line 1", "at most 200 characters"],
     HEAD + "training:\n  tokens: many": ["line 4", "training.tokens is 'many'", "valid integer"],
     HEAD + "training:\n  schedule: step": ["line 4", "'step'; give 'cosine', 'linear' or 'constant'"],
     HEAD + "training:\n  learning_rate: 0": ["line 4", "training.learning_rate is 0", "greater than 0"],
@@ -61,6 +92,12 @@ REFUSED = {
     HEAD + "training:\n  attention: fast": ["line 4", "no attention 'fast'", "eager", "sdpa"],
     HEAD + "data:\n  epochs: 0": ["line 4", "data.epochs is 0"],
     HEAD + "data: {text: a, dataset: b}": ["line 3", "both `text` and `dataset`"],
+    HEAD + "data:\n  text: []": ["line 4", "data.text", "give one file or folder, or a list"],
+    HEAD + "data:\n  text: ''": ["line 4", "data.text", "give one file or folder, or a list"],
+    HEAD + "data:\n  text: a.txt\n  split: train": ["line 5", "only a dataset has splits"],
+    HEAD + "data:\n  held_out:\n    split: test": ["line 5", "only a dataset has splits"],
+    HEAD + "data:\n  column: text": ["line 4", "`column` is of a table"],
+    HEAD + "scoring:\n  block_size: 129": ["line 4", "block_size is 129", "128"],
     HEAD + "tokenizer: {vocab_size: 10}": ["line 3", "tokenizer.vocab_size is 10", "257"],
     HEAD + "scoring: {scores: usefulnes}": ["line 3", "unknown score 'usefulnes'", "usefulness"],
     HEAD + "scoring: {pairs: 3}": ["line 3", "pairs"],
@@ -77,6 +114,25 @@ REFUSED = {
     HEAD + "model:\n  bos_token_id: 4": ["line 4", "bos_token_id follows from the tokenizer"],
     HEAD + "model:\n  head_dim: 3": ["line 4", "cannot be built", "head_dim must be even"],
     HEAD + "model:\n  hidden_size: 2.5": ["line 4", "cannot be built", "hidden_size"],
+    HEAD + "model:\n  rms_norm_eps: 0": ["line 4", "cannot be built", "rms_norm_eps is 0; give a number above 0"],
+    HEAD + "model:\n  initializer_range: -1": ["line 4", "initializer_range is -1"],
+    HEAD + "model:\n  initializer_range: 2": ["line 4", "initializer_range: ", "equal to 1"],
+    HEAD + "model:\n  initializer_range: .nan": ["line 4", "initializer_range is nan"],
+    HEAD + "model:\n  rope_parameters: {rope_type: nonsense}": ["line 4", "no rope_type 'nonsense'", "yarn"],
+    HEAD + "model:\n  rope_parameters: {rope_type: linear}": ["line 4", "factor"],
+    HEAD + "model:\n  rope_parameters: {rope_theta: -1}": ["line 4", "not finite"],
+    **{
+        HEAD + f"model:\n  {setting}": ["line 4", "is no setting of DepthLMConfig"]
+        for setting in (
+            "dtype: bfloat16",
+            "return_dict: false",
+            "architectures: x",
+            "output_hidden_states: true",
+            "use_cache: false",
+            "pretraining_tp: 2",
+            "output_router_logits: true",
+        )
+    },
 }
 
 
@@ -106,8 +162,12 @@ def test_a_missing_or_unreadable_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(SpecificationError, match="no sweep file or preset"):
         load_sweep(tmp_path / "none.yaml")
     (tmp_path / "a.yaml").write_bytes(b"\xff\xfe\x00name")
-    with pytest.raises(SpecificationError, match="not UTF-8 text"):
+    with pytest.raises(SpecificationError, match=r"a\.yaml, line 1: this is not UTF-8 text"):
         load_sweep(tmp_path / "a.yaml")
+    (tmp_path / "base.yaml").write_bytes(b"name: a\n\ndescription: \xff\n")
+    (tmp_path / "b.yaml").write_text("extends: base.yaml")
+    with pytest.raises(SpecificationError, match=r"base\.yaml, line 3: this is not UTF-8 text"):
+        load_sweep(tmp_path / "b.yaml")
     (tmp_path / "a.yaml").write_bytes(b"#" * (2**20 + 1))
     with pytest.raises(SpecificationError, match="larger than 1 MiB"):
         load_sweep(tmp_path / "a.yaml")
@@ -136,6 +196,66 @@ def test_a_file_that_extends_merges_settings_and_replaces_grid_and_seeds(tmp_pat
     assert specification.model == {"hidden_size": 32, "num_attention_heads": 4}
     assert list(specification.grid) == ["decay"]
     assert specification.seeds == [0, 1, 2]
+
+
+def test_a_circle_of_files_is_told_with_the_line_that_closes_it(tmp_path: Path) -> None:
+    (tmp_path / "b.yaml").write_text("name: b\n\nextends: a.yaml\n")
+    with pytest.raises(SpecificationError, match=r"b\.yaml, line 3: `extends` goes round in a circle.*a\.yaml"):
+        load(tmp_path, HEAD + "extends: b.yaml")
+
+
+def test_a_file_without_a_name_that_extends_another_is_called_as_the_file_is(tmp_path: Path) -> None:
+    (tmp_path / "my first.yaml").write_text("extends: laptop\n")
+    sweep = load_sweep(tmp_path / "my first.yaml")
+    assert sweep.specification.name == "my-first"
+    made = plan(sweep, expand(sweep))
+    assert made.command == f"depthscope sweep run '{tmp_path / 'my first.yaml'}'"
+    assert load_sweep("laptop-seeds").specification.name == "laptop-seeds"
+
+
+def test_the_nearer_of_text_and_dataset_replaces_the_other(tmp_path: Path) -> None:
+    (tmp_path / "words.yaml").write_text(HEAD + "data: {dataset: words, split: test, column: text, epochs: 2}\n")
+    (tmp_path / "text.yaml").write_text(HEAD + "data: {text: a.jsonl, column: words, held_out: {text: b.txt}}\n")
+    data = load(tmp_path, "extends: words.yaml\ndata: {text: a.txt}").specification.data
+    assert (data.text, data.dataset, data.split, data.column, data.epochs) == ("a.txt", None, None, None, 2)
+    text = "extends: text.yaml\ndata: {dataset: a, held_out: {dataset: b, split: test}}"
+    data = load(tmp_path, text).specification.data
+    assert data == Data(dataset="a", held_out=Text(dataset="b", split="test"))
+    data = load(tmp_path, "extends: words.yaml\ndata: {dataset: other}").specification.data
+    assert (data.dataset, data.split) == ("other", "test")
+    changed = load_sweep(tmp_path / "words.yaml", {"data": {"text": "a.txt"}}).specification.data
+    assert (changed.text, changed.dataset) == ("a.txt", None)
+
+
+def test_relative_paths_count_from_the_file_that_says_them(tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    base.mkdir()
+    save_tokenizer(base / "tokens")
+    text = "data: {text: [mine.txt, /abs/b.txt], held_out: {text: held/*.txt}}\ntokenizer: {name: tokens}\n"
+    (base / "b.yaml").write_text(HEAD + text)
+    sweep = load(tmp_path, "extends: base/b.yaml")
+    data, tokenizer = sweep.specification.data, sweep.specification.tokenizer
+    assert data.text == ["base/mine.txt", "/abs/b.txt"]
+    assert data.held_out.text == "base/held/*.txt"
+    assert tokenizer.name == "base/tokens"
+    assert sweep.folder == tmp_path.resolve()
+    assert load_sweep(base / "b.yaml").specification.data.text == ["mine.txt", "/abs/b.txt"]
+    (base / "hub.yaml").write_text(HEAD + "tokenizer: {name: t5-base}")
+    assert load(tmp_path, "extends: base/hub.yaml").specification.tokenizer.name == "t5-base"
+
+
+def test_a_resolved_sweep_means_the_same_wherever_it_is_written(tmp_path: Path) -> None:
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "b.yaml").write_text(HEAD + "data: {text: mine.txt}")
+    sweep = load(tmp_path, "extends: base/b.yaml")
+    (tmp_path / "out").mkdir()
+    resolved = tmp_path / "out" / "sweep.yaml"
+    resolved.write_text(yaml.safe_dump(sweep.specification.model_dump(mode="json")))
+    again = load_sweep(resolved)
+    assert again.specification == sweep.specification
+    assert again.folder == sweep.folder
+    extending = load(tmp_path / "base", "extends: ../out/sweep.yaml")
+    assert extending.specification.data.text == "mine.txt"
 
 
 def test_a_mistake_in_an_extended_file_is_told_with_that_file(tmp_path: Path) -> None:
@@ -175,6 +295,12 @@ def test_a_preset_is_found_by_its_name_and_can_be_expanded(name: str) -> None:
     sweep = load_sweep(name)
     assert sweep.specification.name == name
     assert expand(sweep).points
+
+
+def test_the_limits_are_those_of_who_reads_the_results() -> None:
+    assert MOST_POINTS == MAX_POINTS
+    decided = {key for preset in PRESETS.values() for key in preset} - {"vocab_size", "max_position_embeddings"}
+    assert decided < SHAPE
 
 
 def test_the_guide_names_every_setting() -> None:

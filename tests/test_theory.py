@@ -296,9 +296,41 @@ def test_standard_deviations_are_one_or_one_a_layer() -> None:
         predict_variance(config(), LENGTH, weight_std=[0.1, 0.1])
 
 
-def test_token_ids_that_are_no_matrix_are_refused() -> None:
-    with pytest.raises(SettingsError, match=r"matrix \[B, T\]"):
-        predict_variance(config(), torch.arange(5))
+@pytest.mark.parametrize("std", [0.0, -1.0, float("nan"), float("inf"), [0.1] * (LAYERS - 1) + [0.0]])
+def test_a_standard_deviation_that_is_not_above_0_is_refused(std: float | list[float]) -> None:
+    with pytest.raises(SettingsError, match=r"weight_std is .* above 0"):
+        predict_variance(config(), LENGTH, weight_std=std)
+
+
+def test_a_configuration_without_random_weights_is_refused() -> None:
+    with pytest.raises(SettingsError, match=r"initializer_range is 0\.0"):
+        predict_variance(config(initializer_range=0.0), LENGTH)
+
+
+@pytest.mark.parametrize("length", [np.int64(LENGTH), np.uint8(LENGTH), np.array(LENGTH), torch.tensor(LENGTH)])
+def test_a_length_may_be_a_whole_number_of_any_kind(length: Any) -> None:
+    found, expected = predict_variance(config(), length), predict_variance(config(), LENGTH)
+    np.testing.assert_array_equal(found.variance, expected.variance)
+    assert found.sequence_length == LENGTH
+
+
+@pytest.mark.parametrize(
+    ("tokens", "said"),
+    [
+        (0, "tokens is 0; give a sequence length of at least 1"),
+        (-1, "tokens is -1; give a sequence length of at least 1"),
+        (np.int64(-1), "tokens is -1; give a sequence length of at least 1"),
+        (4.0, "tokens is of type float64; give whole numbers"),
+        (float("nan"), "tokens is of type float64; give whole numbers"),
+        (torch.arange(5), r"matrix \[B, T\], but 1 dimensions"),
+        ([[1, 2], [3]], r"matrix \[B, T\], but rows of different lengths"),
+        ([[]], "holds no token"),
+        (torch.zeros(2, 0, dtype=torch.long), "holds no token"),
+    ],
+)
+def test_tokens_that_are_neither_a_length_nor_a_matrix_of_ids_are_refused(tokens: Any, said: str) -> None:
+    with pytest.raises(SettingsError, match=said):
+        predict_variance(config(), tokens)
 
 
 # --------------------------------------------------------------------------------------------------------- expectations
@@ -389,6 +421,27 @@ def test_decay_ends_in_the_equilibrium() -> None:
     assert equilibrium_std(1e-3, 0.1) == pytest.approx((1e-3 / 0.2) ** 0.5, rel=1e-3)
     with pytest.raises(SettingsError, match="no equilibrium"):
         equilibrium_std(1e-3, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("numbers", "said"),
+    [
+        ((float("nan"), [0.01], 0.1), "initial_std is nan"),
+        ((-0.1, [0.01], 0.1), "initial_std is -0.1"),
+        ((0.1, [0.01, float("nan")], 0.1), r"learning_rates\[1\] is nan"),
+        ((0.1, np.array([0.01, -0.01]), 0.1), r"learning_rates\[1\] is -0.01"),
+        ((0.1, [float("inf")], 0.1), r"learning_rates\[0\] is inf"),
+        ((0.1, [0.01], float("nan")), "weight_decay is nan"),
+        ((0.1, [], -0.1), "weight_decay is -0.1"),
+    ],
+)
+def test_weight_decay_of_what_is_no_size_is_refused(numbers: tuple[Any, ...], said: str) -> None:
+    with pytest.raises(SettingsError, match=f"{said}; give a finite number of at least 0"):
+        decayed_std(*numbers)
+
+
+def test_weights_and_learning_rates_may_start_at_0_and_there_may_be_no_decay() -> None:
+    assert decayed_std(0.0, [0.0, 0.3, 0.4], 0.0) == pytest.approx(0.5)
 
 
 # --------------------------------------------------------------------------------------------------------------- figure

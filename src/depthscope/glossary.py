@@ -12,6 +12,7 @@ __all__ = [
     "LAYER_SCORES",
     "SPARSITY_SCORES",
     "Term",
+    "format_count",
     "format_number",
     "format_score",
     "format_with_error",
@@ -128,6 +129,14 @@ def format_number(value: float | None, digits: int = 4) -> str:
     if exponent >= 15 or exponent < -5:
         return f"{rounded:.{digits - 1}e}"
     return f"{rounded:,.{max(0, digits - 1 - exponent)}f}"
+
+
+def format_count(number: float, gap: str = " ") -> str:
+    """Write a count with three significant digits and its unit, `gap` between them: 97 k, 475 M, 1.28 B, 1.5 T."""
+    for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if number >= 0.9995 * size:  # from here on three digits round it up to the unit
+            return f"{number / size:.3g}{gap}{unit}"
+    return f"{number:.3g}"
 
 
 def format_score(name: str, value: float | None) -> str:

@@ -27,15 +27,34 @@ pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium at /usr/bi
 
 
 @pytest.fixture(scope="module")
-def model_hub(model_folder, deep_folder):
+def model_hub(model_folder, deep_folder, tmp_path_factory):
     """A Hub with tiny models: one to analyse, one that takes a while, one that is gated, one that cannot be served."""
     with LocalHub() as running:
         folders = {"tiny-llama": model_folder, "gated": model_folder, "broken": model_folder, "deep": deep_folder}
         for name, folder in folders.items():
             running.add_repository(f"acme/{name}", folder)
         running.repository("acme/gated").gated = "manual"
+        _publish_sweep(running, tmp_path_factory.mktemp("sweep"))
         running.faults.always(path="*acme/broken*", status=500)
         yield running
+
+
+def _publish_sweep(running, folder):
+    """A sweep of three depths as `depthscope push` leaves it: a dataset of reports, and each model's history."""
+    import pandas as pd
+
+    rows = []
+    for depth in (4, 8, 12):
+        for trained in (True, False):
+            report = sample_report(depth, seed=depth + trained).to_json()
+            rows.append({"report": report, "trained": trained, "model": f"acme/net-{depth}", "layers": depth})
+        steps = [{"step": step, "metric": "variance", "layer": depth - 1, "value": 0.5 * step} for step in range(1, 6)]
+        (folder / f"net-{depth}").mkdir()
+        pd.DataFrame(steps).to_parquet(folder / f"net-{depth}" / "layer_stats.parquet")
+        running.add_repository(f"acme/net-{depth}", folder / f"net-{depth}")
+    (folder / "reports").mkdir()
+    pd.DataFrame(rows).to_parquet(folder / "reports" / "reports.parquet")
+    running.add_repository("acme/sweep-reports", folder / "reports", kind="dataset")
 
 
 @pytest.fixture(scope="module")
@@ -208,6 +227,21 @@ def test_reports_are_compared(visit, tmp_path):
     keep(page, "compare")
     assert downloaded(page, "#compare-csv", tmp_path).read_text().count("\n") == 1 + 12 + 30 + 4
     assert downloaded(page, "#compare-html", tmp_path).stat().st_size > 1_000_000
+    assert serious(page) == []
+
+
+def test_a_published_sweep_is_compared_with_a_report_of_ones_own_on_a_telephone(visit, tmp_path):
+    page = visit(width=390, height=844)
+    page.get_by_role("tab", name="Compare").click()
+    give(page, "#compare-reports", sample_report(30).save(tmp_path / "mine.json"))
+    page.locator("#compare-sweep input, #compare-sweep textarea").first.fill("acme/sweep-reports")
+    page.locator("#compare").click()
+    page.locator("#plot-course .js-plotly-plot").wait_for()
+    assert page.locator("#plot-depth .js-plotly-plot").is_visible()
+    names = "sample/toy-30 and sample/toy-4 and sample/toy-8 and sample/toy-12"
+    assert page.locator("#compared h2").inner_text() == names
+    keep(page, "compare-sweep-telephone")
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
     assert serious(page) == []
 
 

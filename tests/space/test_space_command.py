@@ -8,7 +8,7 @@ import yaml
 from packaging.requirements import Requirement
 from typer.testing import CliRunner
 
-from depthscope.cli import app
+from depthscope.cli import app, space
 from depthscope.cli.space import space_files, space_folder
 
 
@@ -31,6 +31,48 @@ def test_pushing_again_brings_it_up_to_date(hub):
     assert run("push-space", "--to", "ada/layers", "--requirement", line).exit_code == 0
     files = hub.repository("ada/layers", kind="space").files("main")
     assert line in files["requirements.txt"].content.decode().splitlines()
+
+
+def pushed_from(folder, files, monkeypatch):
+    """Push a page that consists of these files."""
+    for name, content in {"app.py": "", "requirements.txt": "depthscope[gguf]\n", **files}.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(content)
+    monkeypatch.setattr(space, "PLACES", (folder,))
+    ended = run("push-space", "--to", "ada/layers")
+    assert ended.exit_code == 0, ended.output
+
+
+def test_what_programs_left_in_hidden_folders_is_not_published(hub, tmp_path, monkeypatch):
+    left = dict.fromkeys(
+        (".gradio/certificate.pem", ".venv/lib/x.py", "tabs/.cache/x.json", "tabs/__pycache__/x.py"), ""
+    )
+    # A checkout may itself lie below a hidden folder.
+    pushed_from(tmp_path / ".work", {**left, ".hidden.py": "", "tabs/analyze.py": ""}, monkeypatch)
+    files = hub.repository("ada/layers", kind="space").files("main").keys() - {".gitattributes", "README.md"}
+    assert files == {"app.py", "requirements.txt", "tabs/analyze.py"}
+
+
+def test_modules_that_the_page_has_no_more_are_removed_and_the_owners_files_stay(hub, tmp_path, monkeypatch):
+    program = {
+        "old.py": "old",
+        "old/style.css": "",
+        "old/page.js": "",
+        "old.json": "{}",
+        "mine.py": "",
+        "notes.txt": "",
+    }
+    pushed_from(tmp_path / "before", program, monkeypatch)
+    for name in ("own.py", "own.json", "mine.py"):
+        hub.client.upload_file(
+            path_or_fileobj=b"own", path_in_repo=name, repo_id="ada/layers", repo_type="space", commit_message="Mine"
+        )
+    repository = hub.repository("ada/layers", kind="space")
+    commits = len(repository.commits)
+    pushed_from(tmp_path / "after", {"new.py": ""}, monkeypatch)
+    assert len(repository.commits) == commits + 1
+    files = repository.files("main").keys() - {".gitattributes", "README.md"}
+    assert files == {"app.py", "requirements.txt", "new.py", "own.py", "own.json", "mine.py", "notes.txt"}
 
 
 @pytest.mark.parametrize(

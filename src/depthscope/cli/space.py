@@ -7,18 +7,24 @@ import sys
 from enum import Enum
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from depthscope.cli.shared import app, errors_for_people, say
 from depthscope.errors import DepthscopeError, HubError, SettingsError
 
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
+
 NAME = "layer_effectiveness"
 # In a checkout, and in an installed package.
 PLACES = (Path(__file__).parents[3] / "spaces" / NAME, Path(__file__).parents[1] / "_spaces" / NAME)
 
 OWN_REQUIREMENT = "depthscope["
+COMMIT_TITLE = "depthscope's page"
+# Of what an earlier push left, the kinds that would still be loaded.
+PROGRAM_FILES = {".py", ".css", ".js", ".json"}
 
 
 class YesOrNo(str, Enum):
@@ -65,6 +71,8 @@ def push_space(
 ) -> None:
     """Put the page on the Hugging Face Hub as a Space, in one commit.
 
+    Modules of an earlier push that the page no longer has are removed; your own files stay.
+
     Log in before with hf auth login, or set HF_TOKEN.
     """
     with errors_for_people("What is on the Hub is whole; run the same command again."):
@@ -97,8 +105,8 @@ def space_files(requirement: str | None = None) -> dict[str, bytes]:
         requirement: the line that installs depthscope there; by default the one of `requirements.txt`.
     """
     folder = space_folder()
-    paths = sorted(path for path in folder.rglob("*") if path.is_file() and "__pycache__" not in path.parts)
-    files = {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths if not path.name.startswith(".")}
+    paths = sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+    files = {path.as_posix(): (folder / path).read_bytes() for path in paths if not any(map(_is_private, path.parts))}
     if requirement is not None:
         if not requirement.startswith("depthscope"):
             raise SettingsError(f"--requirement is {requirement!r}; give a line that installs depthscope.")
@@ -106,6 +114,11 @@ def space_files(requirement: str | None = None) -> dict[str, bytes]:
         changed = [requirement if line.startswith(OWN_REQUIREMENT) else line for line in lines]
         files["requirements.txt"] = ("\n".join(changed) + "\n").encode()
     return files
+
+
+def _is_private(part: str) -> bool:
+    """Whether a file or folder was left there by a program that ran: hidden, or compiled."""
+    return part.startswith(".") or part == "__pycache__"
 
 
 def _write(files: dict[str, bytes], folder: Path) -> None:
@@ -122,7 +135,7 @@ def _write(files: dict[str, bytes], folder: Path) -> None:
 
 
 def _push(files: dict[str, bytes], to: str, private: bool) -> str:
-    from huggingface_hub import CommitOperationAdd, HfApi
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError
 
     if to.count("/") != 1:
@@ -130,8 +143,9 @@ def _push(files: dict[str, bytes], to: str, private: bool) -> str:
     api = HfApi()
     try:
         url = api.create_repo(to, repo_type="space", space_sdk="gradio", private=private, exist_ok=True)
-        operations = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=content) for name, content in files.items()]
-        api.create_commit(to, operations, repo_type="space", commit_message="depthscope's page")
+        write = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=content) for name, content in files.items()]
+        remove = [CommitOperationDelete(path_in_repo=name) for name in _pushed(api, to) if name not in files]
+        api.create_commit(to, [*write, *remove], repo_type="space", commit_message=COMMIT_TITLE)
     except HFValidationError as error:
         raise SettingsError(f"--to is {to!r}, which is no name on the Hub: {error}") from error
     except HfHubHTTPError as error:
@@ -142,3 +156,12 @@ def _push(files: dict[str, bytes], to: str, private: bool) -> str:
     except (HTTPError, OSError) as error:
         raise HubError(f"The Hub cannot be reached to push {to}. Check the network, and run it again.") from error
     return str(url)
+
+
+def _pushed(api: "HfApi", to: str) -> list[str]:
+    """The program files of a Space that were last changed by a push of ours, and so are nobody else's."""
+    from huggingface_hub.hf_api import RepoFile
+
+    entries = api.list_repo_tree(to, repo_type="space", recursive=True, expand=True)
+    files = [entry for entry in entries if isinstance(entry, RepoFile) and Path(entry.path).suffix in PROGRAM_FILES]
+    return [file.path for file in files if file.last_commit and file.last_commit.title == COMMIT_TITLE]

@@ -30,7 +30,10 @@ def run(
     file: File,
     out: Annotated[Path | None, typer.Option(help="The sweep's folder; sweeps/NAME by default.")] = None,
     only: Annotated[
-        list[str] | None, typer.Option(help="Only these points, variants or families; * stands for anything.")
+        list[str] | None,
+        typer.Option(
+            help="Only this point, variant or family; * stands for anything. Give it again for more: --only A --only B."
+        ),
     ] = None,
     jobs: Annotated[
         int | None, typer.Option(min=1, help="Points at once; by default one a GPU, or one a core of the processor.")
@@ -44,12 +47,14 @@ def run(
     with errors_for_people("Run the same command again to go on."):
         from depthscope.processes import Processes
         from depthscope.sweep.grid import expand
-        from depthscope.sweep.runner import describe, run_sweep, select
+        from depthscope.sweep.needed_here import require_what_is_needed
+        from depthscope.sweep.runner import default_folder, describe, run_sweep, select
         from depthscope.sweep.specification import load_sweep
 
         sweep = load_sweep(file)
         if dry_run:
             grid = expand(sweep)
+            require_what_is_needed(sweep, grid, out or default_folder(sweep))
             _list_points(select(sweep, grid, only or []))
             return
         outcome = run_sweep(sweep, out, only=only or [], jobs=jobs)
@@ -57,7 +62,7 @@ def run(
             say(f"{sweep.specification.name}: {describe(outcome)}.")
             _report(outcome.out)
         if outcome.failed:
-            say(f"Failed: {', '.join(outcome.failed)}; result.json in their folders says why. Run again to try again.")
+            say("Run the same command again to try again what failed.")
             raise typer.Exit(FAILED_CODE)
 
 
@@ -125,8 +130,9 @@ def _report(folder: Path) -> None:
 
 def _list_points(points: list) -> None:
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
-    for name in ("point", "layers", "hidden", "T", "steps", "tokens"):
-        table.add_column(name, justify="left" if name == "point" else "right", no_wrap=True)
+    table.add_column("point", overflow="fold")
+    for name in ("layers", "hidden", "T", "steps", "tokens"):
+        table.add_column(name, justify="right", no_wrap=True)
     for point in points:
         config, training = point.config(vocab_size=512), point.training
         numbers = (config.num_hidden_layers, config.hidden_size, training.sequence_length, training.steps)

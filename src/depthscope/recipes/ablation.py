@@ -8,6 +8,8 @@ import yaml
 from depthscope.recipes.request import Request
 from depthscope.recipes.schedule import PLAIN_DECAY, PLAIN_LENGTH
 from depthscope.recipes.shape import TOP_K, Shape, model_fields
+from depthscope.sweep.gpus import GPUS
+from depthscope.sweep.plan import launcher
 from depthscope.sweep.specification import Training
 
 __all__ = ["Step", "ablation_steps", "sweep_yaml"]
@@ -101,10 +103,21 @@ def sweep_yaml(request: Request, shape: Shape, training: Training) -> str:
     head = (
         "# The recipe's ablation: each model is the one before it with one thing more. In parentheses the accuracy\n"
         "# that arXiv 2603.15389 reports for its own step. Three seeds tell differences from chance.\n"
-        f"#\n{notes}#\n# depthscope sweep plan sweep.yaml    what it costs\n"
-        "# depthscope sweep run sweep.yaml     train and measure\n"
+        f"#\n{notes}#\n{_commands(request)}"
     )
     return head + "".join("\n" + _dump(key, value) for key, value in content.items() if value)
+
+
+def _commands(request: Request) -> str:
+    """What to do with the file, as comments; on the GPUs of the recipe, among which the steps can be shared."""
+    kind = next(name for name, gpu in GPUS.items() if gpu == request.kind)
+    options = f"--gpu {kind} --gpus {request.gpus} --utilisation {request.utilisation}"
+    return (
+        "# What it costs:\n"
+        f"#   depthscope sweep plan sweep.yaml {options}\n"
+        "# Train and measure:\n"
+        f"#   {launcher(request.gpus)}depthscope sweep run sweep.yaml\n"
+    )
 
 
 def _dump(key: str, value: Any) -> str:

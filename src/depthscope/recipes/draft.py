@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 
+from depthscope.glossary import format_count
 from depthscope.models import DepthLMConfig, ModelSize, model_size
 from depthscope.recipes.evidence import PAPER, SMALL_MODELS, Evidence
 from depthscope.recipes.request import GB, Request
@@ -40,7 +41,7 @@ COMPUTE_OPTIMAL = 20  # tokens a parameter, for dense models (Hoffmann et al. 20
 
 @dataclass(frozen=True)
 class Draft:
-    """What `Recipe` is made from; its fields are explained there."""
+    """What was decided for one number of experts; `Recipe`, which adds cost and files, explains the fields."""
 
     request: Request
     shape: Shape
@@ -160,7 +161,7 @@ def _tokens(request: Request, tokens: int, size: ModelSize) -> Evidence:
     ratio = tokens / size.active
     shown = f"{ratio:,.0f}" if ratio >= 10 else f"{ratio:.2g}"
     why = f"{source}: {shown} for each active parameter (dense models do best with about {COMPUTE_OPTIMAL})"
-    return _row("tokens", _short(tokens), Chosen(tokens, why, tokens == PAPER_TOKENS))
+    return _row("tokens", format_count(tokens), Chosen(tokens, why, tokens == PAPER_TOKENS))
 
 
 def _groups(shape: Shape) -> str:
@@ -169,10 +170,3 @@ def _groups(shape: Shape) -> str:
 
 def _experts(shape: Shape) -> str:
     return "none" if shape.experts is None else f"{shape.experts}, top {TOP_K}"
-
-
-def _short(number: float) -> str:
-    for scale, unit in ((1e12, " T"), (1e9, " B"), (1e6, " M"), (1e3, " k")):
-        if number >= scale:
-            return f"{number / scale:.3g}{unit}"
-    return f"{number:g}"

@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields
 from depthscope.errors import SettingsError
 from depthscope.models.configuration_depthlm import NORM_SCALINGS
 from depthscope.sweep.gpus import Gpu, find_gpu
-from depthscope.sweep.plan import HOUR
+from depthscope.sweep.plan import HOUR, launcher
 
 __all__ = ["BUDGETS", "GB", "Request", "power_of_two"]
 
@@ -43,7 +43,9 @@ class Request:
 
     def __post_init__(self) -> None:
         self._check_ranges()
-        find_gpu(self.gpu)  # refuses an unknown kind before anything is built
+        # Both refuse what they do not know before anything is built.
+        find_gpu(self.gpu)
+        launcher(self.gpus)
         given = [name for name in BUDGETS if getattr(self, name) is not None]
         if len(given) != 1:
             said = f"{' and '.join(given)} are given" if given else "none is given"
@@ -89,7 +91,9 @@ class Request:
             if isinstance(value, bool) or not isinstance(value, int | float):
                 continue
             minimum = least.get(field.name, 1 if isinstance(value, int) and field.name not in BUDGETS else 0)
-            if not math.isfinite(value) or value < minimum or value == 0:
+            if not math.isfinite(value):
+                raise SettingsError(f"{field.name} is {value}; give a finite number.")
+            if value < minimum or value == 0:
                 more = f"at least {minimum}" if minimum else "more than 0"
                 raise SettingsError(f"{field.name} is {value}; it must be {more}.")
         if self.utilisation > 1:

@@ -8,23 +8,20 @@ import torch
 from transformers import TrainingArguments
 
 from depthscope.errors import SettingsError
-from depthscope.models import DepthLMConfig, ModelSize
 from depthscope.recipes.ablation import Step, ablation_steps, sweep_yaml
-from depthscope.recipes.draft import draft
-from depthscope.recipes.evidence import Evidence
+from depthscope.recipes.draft import Draft, draft
 from depthscope.recipes.request import GB, Request
-from depthscope.recipes.shape import Shape, possible_experts
+from depthscope.recipes.shape import possible_experts
 from depthscope.sweep.hardware import choose_precision
 from depthscope.sweep.plan import ROOM
-from depthscope.sweep.specification import Training
 from depthscope.sweep.trainer_fields import trainer_fields
 
 __all__ = ["Recipe", "recipe"]
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """A model, its training, and why.
+class Recipe(Draft):
+    """A model, its training, and why: the draft that was chosen, with its cost and its files.
 
     Attributes:
         request: what was asked for.
@@ -35,14 +32,6 @@ class Recipe:
         size: parameters and FLOPs.
         memory: bytes that each GPU holds at the most (estimated).
     """
-
-    request: Request
-    shape: Shape
-    config: DepthLMConfig
-    training: Training
-    evidence: tuple[Evidence, ...]
-    size: ModelSize
-    memory: float
 
     @property
     def flops(self) -> float:
@@ -188,7 +177,7 @@ def _largest_that_fits(request: Request) -> Recipe:
     for experts in possible_experts(request):
         made = draft(request, experts)
         if made.fits:
-            return Recipe(request, made.shape, made.config, made.training, made.evidence, made.size, made.memory)
+            return Recipe(**vars(made))
     raise SettingsError(
         f"Even a dense model with {request.layers} layers of width {request.width} needs {made.memory / GB:.3g} GB on "
         f"each of {request.gpus} GPU{'s' * (request.gpus > 1)}, and memory is {request.memory:g} GB: give more gpus "

@@ -6,6 +6,7 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
+from depthscope.glossary import format_count
 from depthscope.recipes.evidence import STUDY, Evidence, Finding
 from depthscope.recipes.request import GB
 from depthscope.recipes.rule import Recipe
@@ -82,8 +83,9 @@ def _size(recipe: Recipe) -> str:
     size, request = recipe.size, recipe.request
     gpus = "one GPU" if request.gpus == 1 else f"each of {request.gpus} GPUs"
     return (
-        f"{_count(size.total)} parameters, {_count(size.active)} active for a token. Training: {recipe.flops:.2g} "
-        f"FLOPs, {_time(recipe.gpu_hours)} on one {request.kind.name} at {request.utilisation:.0%} of its peak. "
+        f"{format_count(size.total)} parameters, {format_count(size.active)} active for a token. Training: "
+        f"{recipe.flops:.2g} FLOPs, {_time(recipe.gpu_hours)} on one {request.kind.name} at "
+        f"{request.utilisation:.0%} of its peak. "
         f"Memory, roughly: {_number(recipe.memory / GB)} GB on {gpus}."
     )
 
@@ -95,8 +97,3 @@ def _time(hours: float) -> str:
 
 def _number(number: float) -> str:
     return f"{number:,.0f}" if number >= 10 else f"{number:.2g}"
-
-
-def _count(number: int) -> str:
-    scale, unit = next(((s, u) for s, u in ((1e9, "B"), (1e6, "M")) if number >= s), (1e3, "k"))
-    return f"{number / scale:.3g} {unit}"

@@ -7,7 +7,7 @@
     OUT/data/state.json     how far tokenizing was
 
 Documents end with the tokenizer's end-of-text token, where it has one. Tokenizing that was interrupted goes on where it
-was, so that a long streamed dataset is not read twice.
+was. What came before is then read again, a streamed dataset from the Hub, but not tokenized again.
 """
 
 import json
@@ -15,7 +15,7 @@ import math
 import os
 import shutil
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -29,20 +29,25 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from depthscope.corpus import Blocks
 from depthscope.documents import Document, Source
-from depthscope.errors import CorpusError, SweepError
+from depthscope.errors import CorpusError, SettingsError, SweepError
 from depthscope.files import write_atomically
+from depthscope.messages import one_line
 from depthscope.quiet import quiet
 from depthscope.sources import find_source
 from depthscope.sweep.grid import Grid, digest
+from depthscope.sweep.recorded import read_record
 from depthscope.sweep.specification import Sweep, Text
+from depthscope.sweep.yaml_lines import Path_
 
-__all__ = ["Corpus", "Sequences", "open_corpus", "prepare_corpus"]
+__all__ = ["Corpus", "Sequences", "open_corpus", "prepare_corpus", "require_text"]
 
 HELD_OUT_SHARE = 20  # one document in so many
 PIECE_CHARACTERS = 50_000  # longer documents are cut at a line, and each piece counts as a document
 BATCH_CHARACTERS = 2_000_000  # tokenized at once
 END = "<|endoftext|>"
 TRAIN, HELD_OUT = "train", "held_out"
+DATA, HELD_OUT_DATA = ("data",), ("data", "held_out")  # where the sweep's file says them
+FACTS = ("made_from", "name", "dtype", "needed", "fingerprint")
 
 
 @dataclass(frozen=True)
@@ -112,6 +117,29 @@ def needs(sweep: Sweep, grid: Grid) -> Needs:
     return Needs(spans * grid.longest, max(blocks * settings.block_size, scoring.loss_tokens))
 
 
+def require_text(sweep: Sweep, out: Path) -> None:
+    """Look whether the files of the text are there and can be read, before anything is done.
+
+    Datasets are not asked for, and nothing is looked for where the tokens are there already.
+
+    Raises:
+        CorpusError: naming the line of what is missing or cannot be read.
+    """
+    data = sweep.specification.data
+    if (out / "data" / "data.json").is_file():
+        return
+    for where, text in ((DATA, data), (HELD_OUT_DATA, data.held_out)):
+        if text is None or text.text is None:
+            continue
+        source = _source(sweep, text, where)
+        try:
+            first = next(iter(source.documents), None)
+            if first is not None:
+                first.read(1)
+        except CorpusError as error:
+            raise CorpusError(sweep.told((*where, "text"), str(error))) from error
+
+
 def prepare_corpus(sweep: Sweep, grid: Grid, out: Path, said: Callable[[str], None] = lambda line: None) -> Corpus:
     """Tokenize what a sweep needs, or find that this has been done.
 
@@ -123,7 +151,7 @@ def prepare_corpus(sweep: Sweep, grid: Grid, out: Path, said: Callable[[str], No
 
     Raises:
         CorpusError: the text is missing, unreadable or too short; the message says by how much.
-        SweepError: the folder holds the tokens of other text.
+        SweepError: the folder holds the tokens of other text, or is damaged.
     """
     folder, needed = out / "data", needs(sweep, grid)
     made_from = _made_from(sweep, needed)
@@ -131,7 +159,7 @@ def prepare_corpus(sweep: Sweep, grid: Grid, out: Path, said: Callable[[str], No
         part = out / "data.part"
         _make(sweep, grid, part, needed, made_from, said)
         os.replace(part, folder)
-    elif json.loads((folder / "data.json").read_text())["made_from"] != made_from:
+    elif not _serves(_facts(folder), sweep, needed):
         raise SweepError(
             f"{folder} holds the tokens of other text, another tokenizer or other amounts than the sweep asks for now. "
             "Choose another --out, or delete the folder to begin anew."
@@ -142,12 +170,31 @@ def prepare_corpus(sweep: Sweep, grid: Grid, out: Path, said: Callable[[str], No
 def open_corpus(out: Path, longest: int) -> Corpus:
     """The tokens that `prepare_corpus` has left in the folder of a sweep."""
     folder = out / "data"
-    facts = json.loads((folder / "data.json").read_text())
+    facts = _facts(folder)
     with quiet():
         tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
     train, held_out = (np.memmap(folder / f"{name}.bin", dtype=facts["dtype"], mode="r") for name in (TRAIN, HELD_OUT))
     used = min(facts["needed"]["train"], len(train) // longest * longest)
     return Corpus(facts["name"], tokenizer, train, held_out, longest, used, facts["fingerprint"])
+
+
+def _facts(folder: Path) -> dict[str, Any]:
+    """What `data.json` says of the tokens beside it."""
+    remedy = f"Delete the folder {folder} to have the text tokenized anew."
+    facts = read_record(folder / "data.json", remedy)
+    missing = [name for name in FACTS if name not in facts]
+    if missing:
+        raise SweepError(f"{folder / 'data.json'} is damaged: it lacks {', '.join(missing)}. {remedy}")
+    return facts
+
+
+def _left(file: Path) -> dict[str, Any]:
+    """What an interrupted run left in a file; nothing where it is missing or damaged."""
+    try:
+        left = json.loads(file.read_text())
+    except (OSError, ValueError):
+        return {}
+    return left if isinstance(left, dict) else {}
 
 
 def _made_from(sweep: Sweep, needed: Needs) -> str:
@@ -156,20 +203,26 @@ def _made_from(sweep: Sweep, needed: Needs) -> str:
     return digest([data, specification.tokenizer.model_dump(), asdict(needed)])
 
 
+def _serves(facts: Mapping[str, Any], sweep: Sweep, needed: Needs) -> bool:
+    """Whether these tokens are of the same text for the same training, with as much held out or more."""
+    held_out = facts["needed"]["held_out"]
+    return facts["made_from"] == _made_from(sweep, Needs(needed.train, held_out)) and held_out >= needed.held_out
+
+
 def _make(sweep: Sweep, grid: Grid, part: Path, needed: Needs, made_from: str, said: Callable[[str], None]) -> None:
-    if (part / "data.json").is_file() and json.loads((part / "data.json").read_text())["made_from"] == made_from:
+    if _left(part / "data.json").get("made_from") == made_from:
         return
     _begin(part, made_from)
     tokenizer = _tokenizer(sweep, part / "tokenizer", said)
     data = sweep.specification.data
     stream = _Stream(part, tokenizer)
-    source = _source(sweep, data)
+    source = _source(sweep, data, DATA)
     if data.held_out is None:
         targets = {TRAIN: needed.train, HELD_OUT: needed.held_out}
         stream.fill(_split(source), targets, said)
     else:
         stream.fill(((TRAIN, text) for _, text in _split(source)), {TRAIN: needed.train}, said)
-        held_out = _source(sweep, data.held_out)
+        held_out = _source(sweep, data.held_out, HELD_OUT_DATA)
         stream.fill(((HELD_OUT, text) for _, text in _split(held_out)), {HELD_OUT: needed.held_out}, said)
     _require_enough(sweep, grid, source.name, stream.counts, needed)
     facts = {
@@ -187,7 +240,7 @@ def _make(sweep: Sweep, grid: Grid, part: Path, needed: Needs, made_from: str, s
 def _begin(part: Path, made_from: str) -> None:
     """Keep what an interrupted run left of the same tokens, and nothing else."""
     state = part / "state.json"
-    if state.is_file() and json.loads(state.read_text())["made_from"] == made_from:
+    if _left(state).get("made_from") == made_from:
         return
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
@@ -195,19 +248,34 @@ def _begin(part: Path, made_from: str) -> None:
     write_atomically(state, json.dumps({"made_from": made_from, "counts": nothing, "read": nothing}))
 
 
-def _source(sweep: Sweep, text: Text) -> Source:
-    paths = [text.text] if isinstance(text.text, str) else text.text
+def _source(sweep: Sweep, text: Text, where: Path_) -> Source:
+    """The documents of a text, which stands at `where` in the sweep's file."""
     found: list[Path] | None = None  # not strings, which are texts where there is no such file
-    if paths is not None:
-        found = []
-        for path in paths:
-            place = Path(path).expanduser()
-            place = place if place.is_absolute() else sweep.folder / place
-            matching = sorted(place.parent.glob(place.name)) if "*" in place.name else [place]
-            if not matching:
-                raise CorpusError(f"No file matches {str(place)!r}. Relative paths count from the sweep's file.")
-            found += matching
-    return find_source(found, dataset=text.dataset, column=text.column, split=text.split)
+    if isinstance(text.text, str):
+        found = _files(sweep, text.text, (*where, "text"))
+    elif text.text is not None:
+        found = [file for index, path in enumerate(text.text) for file in _files(sweep, path, (*where, "text", index))]
+    try:
+        return find_source(found, dataset=text.dataset, column=text.column, split=text.split)
+    except (CorpusError, SettingsError) as error:
+        named = "dataset" if text.text is None else "text"
+        raise CorpusError(sweep.told((*where, named), str(error))) from error
+
+
+def _files(sweep: Sweep, path: str, where: Path_) -> list[Path]:
+    """The files or folders that a path means."""
+    place = sweep.folder / Path(path).expanduser()
+    try:
+        if "*" in place.name:
+            found, what = sorted(place.parent.glob(place.name)), "No file matches"
+        else:
+            found, what = [place] if place.exists() else [], "There is no file or folder"
+    except (OSError, ValueError) as error:  # too long, or with characters that no path has
+        raise CorpusError(sweep.told(where, f"{path!r} cannot be the path of a file: {one_line(error)}")) from error
+    if not found:
+        hint = "Relative paths count from the file that says them; a dataset of the Hub is given as `dataset`."
+        raise CorpusError(sweep.told(where, f"{what} {str(place)!r}. {hint}"))
+    return found
 
 
 def _pieces(source: Source) -> Iterator[tuple[str, str]]:
@@ -230,9 +298,35 @@ def _name(document: Document, index: int) -> str:
 
 
 def _split(source: Source) -> Iterator[tuple[str, str]]:
-    """Which documents are trained on and which are held out: by their names, so that it is the same every time."""
-    for name, text in _pieces(source):
-        yield HELD_OUT if zlib.crc32(name.encode()) % HELD_OUT_SHARE == 0 else TRAIN, text
+    """Which documents are trained on and which are held out: by their names, so that it is the same every time.
+
+    Where the names hold out none, as they may in a short text, one of several is held out all the same.
+    """
+    pieces = ((_kind(name), text) for name, text in _pieces(source))
+    first: list[tuple[str, str]] = []
+    for kind, text in pieces:
+        first.append((kind, text))
+        if kind == HELD_OUT:
+            break
+    else:
+        first = _with_one_held_out(first)
+    yield from first
+    yield from pieces
+
+
+def _kind(name: str) -> str:
+    return HELD_OUT if zlib.crc32(name.encode()) % HELD_OUT_SHARE == 0 else TRAIN
+
+
+def _with_one_held_out(pieces: list[tuple[str, str]]) -> list[tuple[str, str]]:
+    """Hold out the shortest piece that is a twentieth of the text, the last of several, or else the longest."""
+    if len(pieces) < 2:
+        return pieces
+    sizes = [len(text) for _, text in pieces]
+    enough = [size for size in sizes if size * HELD_OUT_SHARE >= sum(sizes)]
+    size = min(enough, default=max(sizes))
+    chosen = len(sizes) - 1 - sizes[::-1].index(size)
+    return [(HELD_OUT if index == chosen else kind, text) for index, (kind, text) in enumerate(pieces)]
 
 
 def _tokenizer(sweep: Sweep, folder: Path, said: Callable[[str], None]) -> Any:
@@ -254,7 +348,7 @@ def _tokenizer(sweep: Sweep, folder: Path, said: Callable[[str], None]) -> Any:
 
 
 def _load_tokenizer(sweep: Sweep, name: str) -> Any:
-    beside = sweep.folder / name
+    beside = sweep.folder / Path(name).expanduser()
     try:
         with quiet():
             return AutoTokenizer.from_pretrained(beside if beside.is_dir() else name)
@@ -271,7 +365,7 @@ def _trained(sweep: Sweep, vocab_size: int, characters: int) -> PreTrainedTokeni
 
     data = sweep.specification.data
     trained = ByteLevelBPETokenizer()
-    texts = (text for kind, text in _split(_source(sweep, data)) if kind == TRAIN or data.held_out is not None)
+    texts = (text for kind, text in _split(_source(sweep, data, DATA)) if kind == TRAIN or data.held_out is not None)
     trained.train_from_iterator(
         _first(texts, characters), vocab_size=vocab_size, special_tokens=[END], show_progress=False
     )
@@ -361,8 +455,23 @@ def _require_enough(sweep: Sweep, grid: Grid, name: str, counts: dict[str, int],
             f"{name} has {counts[TRAIN]:,} training tokens, but the sweep reads {needed.train:,}. Lower "
             f"training.tokens, give more text, or let it be read several times with data.epochs: {times:g}."
         )
+    if counts[HELD_OUT] == 0:
+        raise CorpusError(
+            f"No part of {name} is held out to measure on: it is one document of at most {PIECE_CHARACTERS:,} "
+            "characters, or the held-out text is empty. Give data.held_out, a text of its own, or more text."
+        )
     if counts[HELD_OUT] < needed.held_out:
         raise CorpusError(
             f"{name} has {counts[HELD_OUT]:,} held-out tokens, but measuring takes {needed.held_out:,}. Give "
-            "data.held_out, a text of its own, or lower scoring.loss_tokens, fit_blocks or eval_blocks."
+            f"data.held_out, a text of its own, or lower {_what_to_lower(sweep, grid, counts[HELD_OUT])}."
         )
+
+
+def _what_to_lower(sweep: Sweep, grid: Grid, held_out: int) -> str:
+    """The settings that ask for more held-out tokens than there are."""
+    scoring = sweep.specification.scoring
+    settings = scoring.settings(grid.shortest)
+    blocks, fits = settings.fit_blocks + settings.eval_blocks, held_out // settings.block_size
+    loss = [f"scoring.loss_tokens to {held_out:,}"] if scoring.loss_tokens > held_out else []
+    size = f"fit_blocks and eval_blocks to {fits:,} together (blocks of {settings.block_size:,} tokens)"
+    return " and ".join([*loss, *([f"scoring.{size}"] if blocks > fits else [])])

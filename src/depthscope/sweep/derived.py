@@ -52,13 +52,14 @@ def derive(known: Numbers, report: LayerReport | None, untrained: LayerReport | 
     """All numbers of one point, by the names of `COLUMNS`, and `<name>_se` where the error is known.
 
     Args:
-        known: what is in no report: sizes and the losses over the whole held-out text.
+        known: what is in no report: sizes, and the losses over the whole held-out text with their error. The report's
+            own loss is that of fewer blocks, and so is its error.
         report: of the trained model.
         untrained: of the same model before training.
     """
     loss, before = known.get("loss"), known.get("untrained_loss")
     numbers: Numbers = {name: known.get(name) for name in ("parameters", "active_parameters", "tokens", "flops")}
-    numbers |= {"loss": loss, "loss_se": _single("loss_se")(report) if report else None}
+    numbers |= {"loss": loss, "loss_se": known.get("loss_se")}
     numbers |= {"untrained_loss": before, "gain_loss": _difference(loss, before)}
     numbers["perplexity"] = math.exp(loss) if loss is not None and loss < 700 else None
     numbers["perplexity_se"] = _product(numbers["perplexity"], numbers["loss_se"])

@@ -8,6 +8,7 @@ import difflib
 import hashlib
 import itertools
 import json
+import math
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -16,10 +17,14 @@ from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
 from pydantic import ValidationError
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
+from depthscope.messages import one_line
 from depthscope.models import PRESETS, DepthLMConfig, model_size
-from depthscope.sweep.specification import NAME_PATTERN, Sweep, Training
+from depthscope.sweep.specification import MOST_POINTS, NAME_PATTERN, Sweep, Training
 from depthscope.sweep.yaml_lines import Path_
 
 __all__ = ["Family", "Grid", "Point", "expand"]
@@ -44,6 +49,11 @@ LONGEST_NAME = 100
 ANY_VOCABULARY = 512  # where a configuration is needed before there is a tokenizer
 # What the tokenizer and the sequence length decide.
 DECIDED = frozenset({"vocab_size", "max_position_embeddings", "bos_token_id", "eos_token_id", "pad_token_id"})
+# What changes no model: what transformers keeps for every model, and what is for generation or no longer used.
+NO_SETTING = frozenset({*PreTrainedConfig.__dataclass_fields__, "use_cache", "pretraining_tp", "output_router_logits"})
+OF_MODEL = tuple(name for name in DepthLMConfig.__dataclass_fields__ if name not in NO_SETTING | DECIDED)
+MOST_LAYERS = 10_000
+MOST_FAMILIES = 1000  # `depthscope.sweep.results` reads no more
 
 
 @dataclass(frozen=True)
@@ -139,13 +149,15 @@ def expand(sweep: Sweep) -> Grid:
 
     Raises:
         SpecificationError: an empty grid or list, an unknown setting, two points with one name, a model that cannot be
-            built, sequence lengths that do not fit together.
+            built, sequence lengths that do not fit together, too many points.
     """
     grid = sweep.specification.grid
     if not grid:
         raise sweep.error(
             ("grid",), "the grid is empty; give at least one family, such as depth: {num_hidden_layers: [4, 8]}."
         )
+    if len(grid) > MOST_FAMILIES:
+        raise sweep.error(("grid",), f"the grid has {len(grid):,} families; give at most {MOST_FAMILIES:,}.")
     by_identity: dict[str, Point] = {}
     names: set[str] = set()
     families = []
@@ -163,6 +175,7 @@ def expand(sweep: Sweep) -> Grid:
                     )
                 names.add(point.variant.casefold())
                 by_identity[point.identity] = known = point
+                _check_count(sweep, entry.path, len(by_identity))
             elif entry.explicit and known.variant != point.variant:
                 raise sweep.error(
                     entry.path,
@@ -186,6 +199,13 @@ def expand(sweep: Sweep) -> Grid:
     return found
 
 
+def _check_count(sweep: Sweep, path: Path_, variants: int) -> None:
+    seeds = len(sweep.specification.seeds)
+    if variants * seeds > MOST_POINTS:
+        times = "" if seeds == 1 else f" with {seeds:,} seeds"
+        raise sweep.error(path, f"{variants:,} models{times} are too many; a sweep has at most {MOST_POINTS:,} points.")
+
+
 def _entries(sweep: Sweep, family: str) -> Iterator[_Entry]:
     """The variants of one family."""
     path: Path_ = ("grid", family)
@@ -205,7 +225,8 @@ def _entries(sweep: Sweep, family: str) -> Iterator[_Entry]:
         own = dict(point)
         given = own.pop("name", None)
         if given is not None and not (isinstance(given, str) and _is_name(given)):
-            raise sweep.error(where, f"{given!r} is no name for a point; use letters, digits, '.', '_' and '-'.")
+            hint = "" if isinstance(given, str) else " A number is a name in quotes."
+            raise sweep.error(where, f"{given!r} is no name for a point; use letters, digits, '.', '_' and '-'.{hint}")
         for chosen in _products(sweep, where, {**settings, **own}, path):
             many = [key for key, value in {**settings, **own}.items() if isinstance(value, list) and len(value) > 1]
             suffix = _label(chosen, many if given else [*many, *[key for key in own if key not in many]])
@@ -223,6 +244,7 @@ def _products(sweep: Sweep, where: Path_, settings: dict[str, Any], family: Path
             raise sweep.error((*where, key), f"{key} has a value twice: {listed}.")
         values.append(listed)
         _known(sweep, (*where, key) if sweep.file.where((*where, key)) else (*family, key), key)
+    _check_count(sweep, where, math.prod(map(len, values)))  # before a product of millions is written out
     for combination in itertools.product(*values):
         yield dict(zip(settings, combination, strict=True))
 
@@ -231,11 +253,11 @@ def _known(sweep: Sweep, path: Path_, key: str) -> str:
     """Whether a setting is the model's or the training's."""
     if key in DECIDED:
         raise sweep.error(path, f"{key} follows from the tokenizer and the sequence length; leave it out.")
-    if key == "preset" or key in DepthLMConfig.__dataclass_fields__:
+    if key == "preset" or key in OF_MODEL:
         return "model"
     if key in Training.model_fields:
         return "training"
-    known = [*Training.model_fields, "preset", *DepthLMConfig.__dataclass_fields__]
+    known = [*Training.model_fields, "preset", *OF_MODEL]
     near = difflib.get_close_matches(key, known, n=3)
     guess = f" did you mean {' or '.join(map(repr, near))}?" if near else ""
     raise sweep.error(
@@ -244,24 +266,9 @@ def _known(sweep: Sweep, path: Path_, key: str) -> str:
 
 
 def _point(sweep: Sweep, entry: _Entry) -> Point:
-    specification = sweep.specification
-    model = dict(specification.model)
-    training = specification.training.model_dump()
-    for key, value in entry.settings.items():
-        kind = _known(sweep, entry.path, key)
-        (model if kind == "model" else training)[key] = value
-    for key in model:
-        if _known(sweep, ("model", key), key) == "training":
-            raise sweep.error(("model", key), f"{key} is a setting of `training`, not of `model`; put it there.")
-    preset = model.pop("preset", None)
-    if preset is not None and preset not in list(PRESETS):
-        raise sweep.error(
-            entry.path if "preset" in entry.settings else ("model", "preset"),
-            f"there is no preset {preset!r}; the presets are: {', '.join(PRESETS)}.",
-        )
-    shape = {key: value for key, value in PRESETS.get(preset, {}).items() if key not in DECIDED}
+    model, training = _settings(sweep, entry)
     try:
-        point = Point(entry.name, 0, shape | model, Training.model_validate(training), entry.settings)
+        point = Point(entry.name, 0, model, Training.model_validate(training), entry.settings)
     except ValidationError as error:
         problem = error.errors()[0]
         reason = str(problem.get("ctx", {}).get("error", problem["msg"]))
@@ -273,29 +280,102 @@ def _point(sweep: Sweep, entry: _Entry) -> Point:
         where = _line_of(sweep, entry, "attention", "training")
         raise sweep.error(where, f"there is no attention {point.training.attention!r}; give {', '.join(attentions)}.")
     try:
-        point.config(vocab_size=ANY_VOCABULARY)
-    except (StrictDataclassError, ValueError, TypeError) as error:
+        _check_sizes(model)  # before a list of a billion layers is made
+        config = point.config(vocab_size=ANY_VOCABULARY)
+        if "rope_parameters" in model:
+            _check_rope(config)
+    except (StrictDataclassError, ValueError, TypeError, KeyError) as error:  # KeyError: of the rotary embedding
         reason = _reason(error)
         where = _line_of(sweep, entry, reason, "model")
         raise sweep.error(where, f"point {entry.name}: the model cannot be built: {reason}") from error
     return point
 
 
+def _settings(sweep: Sweep, entry: _Entry) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The fields of a point's model and those of its training: the file's, and over them those of the grid."""
+    specification = sweep.specification
+    for part in ("model", "shape"):
+        for key in getattr(specification, part):
+            if _known(sweep, (part, key), key) == "training":
+                raise sweep.error((part, key), f"{key} is a setting of `training`, not of `{part}`; put it there.")
+    own = {key: value for key, value in entry.settings.items() if _known(sweep, entry.path, key) == "model"}
+    shape = {} if own.get("preset") is not None else specification.shape
+    fields = {**shape, **specification.model, **own}
+    preset = fields.pop("preset", None)
+    if preset is not None and preset not in list(PRESETS):
+        raise sweep.error(
+            entry.path if "preset" in entry.settings else ("model", "preset"),
+            f"there is no preset {preset!r}; the presets are: {', '.join(PRESETS)}.",
+        )
+    of_preset = {key: value for key, value in PRESETS.get(preset, {}).items() if key not in DECIDED}
+    model = {key: _as_declared(key, value) for key, value in (of_preset | fields).items()}
+    training = {key: value for key, value in entry.settings.items() if key not in own}
+    return model, {**specification.training.model_dump(), **training}
+
+
+def _as_declared(key: str, value: Any) -> Any:
+    """A whole number is a fraction too, where the configuration, which is strict, takes fractions only."""
+    is_whole = isinstance(value, int) and not isinstance(value, bool)
+    return float(value) if is_whole and DepthLMConfig.__dataclass_fields__[key].type is float else value
+
+
+def _check_sizes(model: dict[str, Any]) -> None:
+    """What the configuration would take, and no model could be built or trained with."""
+    layers = model.get("num_hidden_layers")
+    if isinstance(layers, int) and layers > MOST_LAYERS:
+        raise ValueError(f"num_hidden_layers is {layers:,}; give at most {MOST_LAYERS:,}.")
+    for key, value in model.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{key} is {value}; give a finite number.")
+    eps, std = model.get("rms_norm_eps"), model.get("initializer_range")
+    if isinstance(eps, float) and eps <= 0:
+        raise ValueError(f"rms_norm_eps is {eps:g}; give a number above 0, such as 1e-6.")
+    if isinstance(std, float) and std < 0:
+        raise ValueError(f"initializer_range is {std:g}; give a standard deviation of 0 or more.")
+
+
+def _check_rope(config: DepthLMConfig) -> None:
+    """Make the rotary embedding, since the configuration leaves much of its parameters unchecked."""
+    parameters = config.rope_parameters or {}
+    kinds = ["default", *ROPE_INIT_FUNCTIONS]
+    if parameters.get("rope_type", "default") not in kinds:
+        raise ValueError(
+            f"rope_parameters: there is no rope_type {parameters['rope_type']!r}; give {', '.join(kinds)}."
+        )
+    try:
+        frequencies = LlamaRotaryEmbedding(config=config).inv_freq
+    except (LookupError, ArithmeticError, ValueError, TypeError) as error:
+        raise ValueError(f"rope_parameters: no rotary embedding can be made of them ({one_line(error)})") from error
+    if not frequencies.isfinite().all():
+        raise ValueError("rope_parameters give frequencies that are not finite; is rope_theta above 0?")
+
+
 def _line_of(sweep: Sweep, entry: _Entry, reason: str, part: str) -> Path_:
     """Where the setting stands that a message names first: in the grid, or else in `part`."""
-    written = (*sweep.file.content.get(part, {}), *entry.settings)
-    named = [word for word in re.findall(r"\w+", reason) if word in written]
+    parts = {key: name for name in ("shape", part) for key in sweep.file.content.get(name, {})}
+    named = [word for word in re.findall(r"\w+", reason) if word in parts or word in entry.settings]
     if not named or named[0] not in entry.settings:
-        return (part, named[0]) if named else entry.path
+        return (parts[named[0]], named[0]) if named else entry.path
     return (*entry.path, named[0])
 
 
 def _reason(error: Exception) -> str:
-    """The last line of a message is what `@strict` wraps."""
-    return str(error.__cause__ or error).strip().splitlines()[-1].strip()
+    """The last line of a message is what `@strict` wraps; it may leave out the field, which the first one names."""
+    cause = error.__cause__ or error
+    text = str(cause.args[0] if isinstance(cause, KeyError) and cause.args else cause)  # a KeyError quotes its own
+    reason = text.strip().splitlines()[-1].strip()
+    field_named = re.search(r"for field '(\w+)'", str(error))
+    return f"{field_named[1]}: {reason}" if field_named and field_named[1] not in reason else reason
 
 
 def _check_lengths(sweep: Sweep, grid: Grid) -> None:
+    block_size = sweep.specification.scoring.block_size
+    if block_size is not None and block_size > grid.shortest:
+        raise sweep.error(
+            ("scoring", "block_size"),
+            f"scoring.block_size is {block_size:,}, but there are models that are trained for {grid.shortest:,} tokens "
+            "only, the shortest sequence_length; give at most that.",
+        )
     for point in grid.points:
         if grid.longest % point.training.sequence_length:
             raise sweep.error(

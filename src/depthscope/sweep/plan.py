@@ -5,6 +5,7 @@ an assumed utilisation by the model's own FLOPs, to which what checkpointing com
 trained models comes on top.
 """
 
+import shlex
 from dataclasses import dataclass
 
 from rich.console import Console
@@ -12,13 +13,14 @@ from rich.table import Table
 from rich.text import Text
 
 from depthscope.errors import SettingsError
+from depthscope.glossary import format_count
 from depthscope.models import ModelSize, model_size
 from depthscope.sweep.gpus import Gpu, find_gpu
 from depthscope.sweep.grid import Grid, Point
 from depthscope.sweep.memory import Memory, needed_memory
-from depthscope.sweep.specification import Sweep, Tokenizer, Training, preset_names
+from depthscope.sweep.specification import Sweep, Tokenizer, Training
 
-__all__ = ["Plan", "PlannedPoint", "plan", "print_plan"]
+__all__ = ["Plan", "PlannedPoint", "launcher", "plan", "print_plan"]
 
 PAPER_VOCABULARY = 50_304
 GPUS_A_NODE = 8
@@ -147,7 +149,8 @@ def plan(sweep: Sweep, grid: Grid, *, gpu: str = "h100", gpus: int = 8, utilisat
         utilisation: share of the GPU's peak that training reaches, in (0, 1].
 
     Raises:
-        SettingsError: the GPU is not known, the utilisation is no share, or the GPUs cannot share a step evenly.
+        SettingsError: the GPU is not known, the utilisation is no share, the GPUs cannot share a step evenly, or equal
+            nodes cannot have as many of them.
     """
     kind = find_gpu(gpu)
     if not 0 < utilisation <= 1:
@@ -247,23 +250,40 @@ def _notes(points: tuple[PlannedPoint, ...], gpu: Gpu) -> list[str]:
 
 
 def _command(sweep: Sweep, gpus: int) -> str:
-    run = f"depthscope sweep run {_source(sweep)}"
+    return f"{launcher(gpus)}depthscope sweep run {_source(sweep)}"
+
+
+def launcher(gpus: int) -> str:
+    """What stands before `depthscope` in a command that so many GPUs carry out together; nothing for one.
+
+    Raises:
+        SettingsError: nodes with equal numbers of GPUs cannot have as many.
+    """
     if gpus == 1:
-        return run
-    if gpus <= GPUS_A_NODE:
-        return f"torchrun --nproc-per-node {gpus} -m {run}"
-    nodes = -(-gpus // GPUS_A_NODE)
-    launch = f"torchrun --nnodes {nodes} --nproc-per-node {gpus // nodes}"
-    return f"{launch} --rdzv-backend c10d --rdzv-endpoint HOST:29500 -m {run}"
+        return ""
+    a_node = _gpus_a_node(gpus)
+    if a_node == gpus:
+        return f"torchrun --nproc-per-node {gpus} -m "
+    if a_node == 1:
+        # Its neighbours are even, so that nodes of two or more have them.
+        raise SettingsError(
+            f"gpus is {gpus}, to which equal nodes of 2 to {GPUS_A_NODE} GPUs do not add up: give {gpus - 1} or "
+            f"{gpus + 1}."
+        )
+    return (
+        f"torchrun --nnodes {gpus // a_node} --nproc-per-node {a_node} --rdzv-backend c10d "
+        "--rdzv-endpoint HOST:29500 -m "
+    )
+
+
+def _gpus_a_node(gpus: int) -> int:
+    """The most that equal nodes can have, at most 8."""
+    return next(n for n in range(min(gpus, GPUS_A_NODE), 0, -1) if gpus % n == 0)
 
 
 def _source(sweep: Sweep) -> str:
-    """What `load_sweep` was given: the file that says the name, or a preset."""
-    where = sweep.file.where(("name",))
-    name = sweep.specification.name
-    if where is None or (name in preset_names() and where.file == f"preset {name}"):
-        return name
-    return where.file
+    """What `load_sweep` was given, as a shell takes it."""
+    return shlex.quote(sweep.source or sweep.specification.name)
 
 
 def _row(point: PlannedPoint) -> list[str]:
@@ -284,11 +304,8 @@ def _row(point: PlannedPoint) -> list[str]:
 
 
 def _short(number: int) -> str:
-    """1.28B, 475M, 2.05M, 97k."""
-    for unit, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if number >= unit:
-            return f"{number / unit:.3g}{letter}"
-    return str(number)
+    """Close together, as columns are narrow: 1.28B, 475M, 97k."""
+    return format_count(number, gap="")
 
 
 def _hours(hours: float) -> str:

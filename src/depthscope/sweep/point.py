@@ -1,6 +1,6 @@
 """One point of a sweep: train a model with transformers' Trainer, measure it, keep the result.
 
-    OUT/points/<point>/point.json             what the grid says of it, and the digest of all its settings
+    OUT/points/<point>/point.json             what the grid says of it, and all that it is trained and measured with
     OUT/points/<point>/environment.json       versions, hardware, precision, attention, seconds
     OUT/points/<point>/checkpoint-<step>/     to go on from; gone when the model is saved
     OUT/points/<point>/steps/step-<step>/     the weights at steps that are published
@@ -26,6 +26,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import (
@@ -46,18 +47,22 @@ from depthscope.models import DepthLMConfig, DepthLMForCausalLM, model_size
 from depthscope.modes import evaluating
 from depthscope.processes import Processes
 from depthscope.quiet import quiet
+from depthscope.scores.base import Values, block_losses
+from depthscope.scores.jackknife import values_with_errors
 from depthscope.settings import Settings
 from depthscope.sweep.data import Corpus, Sequences
-from depthscope.sweep.grid import Point, digest
+from depthscope.sweep.grid import Point
 from depthscope.sweep.hardware import choose_attention, choose_precision
+from depthscope.sweep.recorded import read_record, settings_of
 from depthscope.sweep.specification import Specification
 from depthscope.sweep.trainer_fields import trainer_fields
 
-__all__ = ["DIVERGED", "FAILED", "FINISHED", "PointRun", "Told", "identity", "status_if_done"]
+__all__ = ["DIVERGED", "FAILED", "FINISHED", "PointRun", "Told", "forget_measurements", "status_if_done"]
 
 FINISHED, DIVERGED, FAILED = "finished", "diverged", "failed"
 COMPLETE = "complete"  # a file in a checkpoint that is written when everything else in it is
 EARLY_STEPS = (0, *(2**power for power in range(10)))  # 0, 1, 2, 4, ..., 512
+TRAINED_REPORT, UNTRAINED_REPORT = "layer_report.json", "untrained_report.json"
 PACKAGES = ("depthscope", "transformers", "torch", "accelerate", "datasets", "tokenizers", "numpy")
 
 # What is told of the progress: the stage, work done and all work (in steps), the last loss.
@@ -89,7 +94,7 @@ class PointRun:
         if processes.is_main:
             self.folder.mkdir(parents=True, exist_ok=True)
             (self.folder / "result.json").unlink(missing_ok=True)  # of a failure
-            self._write("point.json", self._facts())
+            self._write("point.json", self._facts() | self._decided())
         status = FINISHED
         if not (self.folder / "model").is_dir():
             status = self._train(processes)
@@ -217,12 +222,13 @@ class PointRun:
         result["flops"] = self.point.flops(self.config().vocab_size)
         if self.specification.scoring.untrained:
             self.told("untrained", 0, 0, None)
-            result["untrained_loss"] = self._score(self._control(), "untrained_report.json", processes)
+            before, _ = self._score(self._control(), UNTRAINED_REPORT, processes)
+            result["untrained_loss"] = before if math.isfinite(before) else None
         self.told("measuring", 0, 0, None)
         with quiet():
             model = DepthLMForCausalLM.from_pretrained(self.folder / "model", dtype=torch.float32)
         try:
-            result["loss"] = self._score(model, "layer_report.json", processes)
+            result["loss"], result["loss_se"] = self._score(model, TRAINED_REPORT, processes)
         except NonFiniteError:
             return {"status": DIVERGED}
         return result if math.isfinite(result["loss"]) else {"status": DIVERGED}
@@ -232,8 +238,8 @@ class PointRun:
         model.set_attn_implementation("sdpa")
         return model
 
-    def _score(self, model: DepthLMForCausalLM, name: str, processes: Processes) -> float:
-        """Write the report of a model if it is not there yet, and return its held-out loss in nats."""
+    def _score(self, model: DepthLMForCausalLM, name: str, processes: Processes) -> tuple[float, float | None]:
+        """Write the report of a model if it is not there yet, and return its held-out loss in nats and its error."""
         model.to(processes.device)  # type: ignore[arg-type]
         settings = self._settings()
         blocks = self._blocks(settings)
@@ -265,10 +271,12 @@ class PointRun:
             "variant": point.variant,
             "seed": point.seed,
             "settings": point.varied,
-            "identity": identity(point, self.specification),
             "model": point.model,
             "training": point.training.model_dump(),
         }
+
+    def _decided(self) -> dict[str, Any]:
+        return settings_of(self.specification, self.corpus.span, self.block_size)
 
     def _write(self, name: str, content: dict[str, Any]) -> None:
         write_atomically(self.folder / name, json.dumps(content, indent=1) + "\n")
@@ -290,32 +298,45 @@ class PointRun:
 
 
 def status_if_done(folder: Path) -> str | None:
-    """The status of the point in a folder, if it need not be run again: finished or diverged."""
-    try:
-        status = json.loads((folder / "result.json").read_text())["status"]
-    except FileNotFoundError:
+    """The status of the point in a folder, if it need not be run again: finished or diverged.
+
+    Raises:
+        SweepError: its result is damaged.
+    """
+    path = folder / "result.json"
+    if not path.is_file():
         return None
+    status = read_record(path, "Delete it and run again, which measures the trained model anew.").get("status")
     return status if status in (FINISHED, DIVERGED) else None
 
 
-def identity(point: Point, specification: Specification) -> str:
-    """A digest of all that decides what a point comes to."""
-    parts = (specification.data, specification.tokenizer, specification.scoring)
-    return digest([point.identity, *(part.model_dump() for part in parts)])
+def forget_measurements(folder: Path) -> None:
+    """Remove what a point was measured to; its trained model stays."""
+    for name in ("result.json", TRAINED_REPORT, UNTRAINED_REPORT):  # the result first: without it, nothing is finished
+        (folder / name).unlink(missing_ok=True)
 
 
 @torch.no_grad()
-def held_out_loss(model: DepthLMForCausalLM, rows: Tensor, processes: Processes, batch: int = 8) -> float:
-    """The mean loss [nats a token] over blocks [N, T], in the model's own precision; each process takes its share."""
-    total = torch.zeros(2, dtype=torch.float64)
+def held_out_loss(
+    model: DepthLMForCausalLM, rows: Tensor, processes: Processes, batch: int = 8
+) -> tuple[float, float | None]:
+    """The mean loss [nats a token] over blocks [N, T], in the model's own precision; each process takes its share.
+
+    Returns:
+        The loss, and its standard error over the blocks (`depthscope.scores.jackknife`); None for one block.
+    """
+    losses = torch.zeros(len(rows), dtype=torch.float64)  # [N] summed over the tokens of a block
     with evaluating(model):
         for first in processes.share(range(0, len(rows), batch)):
             ids = rows[first : first + batch].to(processes.device)
-            loss = model(ids, labels=ids, use_cache=False).loss
-            predicted = ids.numel() - len(ids)
-            total += torch.tensor([float(loss) * predicted, predicted], dtype=torch.float64)
-    processes.add_up(total)
-    return float(total[0] / total[1])
+            logits = model(ids, use_cache=False).logits
+            found = block_losses(logits, ids, torch.ones_like(ids[:, 1:], dtype=torch.bool))
+            losses[first : first + batch] = torch.from_numpy(found)
+    processes.add_up(losses)
+    tables = {"loss": losses.numpy(), "targets": np.full(len(rows), rows.shape[1] - 1.0)}
+    value, error = values_with_errors(lambda sums: Values(scores={"loss": sums["loss"] / sums["targets"]}), tables)
+    spread = float(error.scores["loss"])
+    return float(value.scores["loss"]), spread if math.isfinite(spread) else None
 
 
 def save_model(trainer: Trainer, folder: Path, processes: Processes) -> None:

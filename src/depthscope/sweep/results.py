@@ -100,6 +100,7 @@ class _Result(_Loose):
     status: Literal["finished", "diverged", "failed"]
     error: Words = ""
     loss: Quantity | None = None
+    loss_se: Annotated[float, Field(ge=0, le=MAX_FLOAT)] | None = None  # not in results of older versions
     untrained_loss: Quantity | None = None
     parameters: Count | None = None
     active_parameters: Count | None = None
@@ -164,7 +165,7 @@ class PointResult:
         if not self.finished or self.result is None:
             return {}
         known = {name: getattr(self.result, name) for name in ("parameters", "active_parameters", "flops")}
-        losses = {"loss": self.result.loss, "untrained_loss": self.result.untrained_loss}
+        losses = {name: getattr(self.result, name) for name in ("loss", "loss_se", "untrained_loss")}
         return derive({**known, "tokens": self.tokens, **losses}, self.report, self.untrained)
 
 

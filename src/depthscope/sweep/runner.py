@@ -6,7 +6,8 @@
     OUT/points/        one folder a point (`depthscope.sweep.point`)
     OUT/report/        tables and the page (`depthscope.sweep.page`)
 
-Whatever is finished is skipped. A point that fails is recorded and the sweep goes on; it is tried again next time.
+Whatever is finished is skipped. A point that fails is recorded and the sweep goes on; it is tried again next time. What
+was measured with other settings is measured anew from the trained model; what was trained with others is refused.
 """
 
 import fnmatch
@@ -14,10 +15,9 @@ import json
 import os
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 import yaml
@@ -25,11 +25,21 @@ from filelock import FileLock, Timeout
 
 from depthscope.errors import SweepError
 from depthscope.files import write_atomically
-from depthscope.messages import one_line
+from depthscope.messages import listed, one_line
 from depthscope.processes import Processes
 from depthscope.sweep.data import Corpus, open_corpus, prepare_corpus
 from depthscope.sweep.grid import Grid, Point, expand
-from depthscope.sweep.point import DIVERGED, FAILED, FINISHED, PointRun, Told, identity, status_if_done
+from depthscope.sweep.needed_here import require_what_is_needed
+from depthscope.sweep.point import (
+    DIVERGED,
+    FAILED,
+    FINISHED,
+    PointRun,
+    Told,
+    forget_measurements,
+    status_if_done,
+)
+from depthscope.sweep.recorded import Differences, differences, read_record
 from depthscope.sweep.shown import Shown, showing_points
 from depthscope.sweep.specification import Specification, Sweep
 
@@ -37,6 +47,7 @@ __all__ = ["FAILED", "Outcome", "default_folder", "describe", "run_point", "run_
 
 SCHEMA_VERSION = 1
 POLL = 0.5  # seconds
+DAMAGED_DATA = "Choose another --out, or delete the folder that it is in to tokenize the text again."
 
 
 @dataclass(frozen=True)
@@ -100,8 +111,8 @@ def run_sweep(
 
     Raises:
         SpecificationError: the grid is not allowed.
-        SweepError: the folder cannot be used (not writable, of another sweep, or another process is at work in it), or
-            the processes of torchrun cannot share a step evenly.
+        SweepError: the folder cannot be used (not writable, damaged, trained with other settings, or another process is
+            at work in it), or the processes of torchrun cannot share a step evenly.
         CorpusError: the text is missing or too short.
     """
     grid = expand(sweep)
@@ -111,14 +122,15 @@ def run_sweep(
     _require_even_shares(chosen, processes.count)
     lock = FileLock(out / ".lock")
     if processes.is_main:
+        require_what_is_needed(sweep, grid, out)
         _make_folder(out)
         _take(lock, out)
     try:
-        if processes.is_main:
-            _refuse_other_settings(sweep, grid, out)
+        otherwise = _measured_otherwise(sweep, grid, chosen, out) if processes.is_main else {}
         with showing_points(len(chosen), visible=progress and processes.is_main) as shown:
             if processes.is_main:
                 prepare_corpus(sweep, grid, out, shown.say)
+                _measure_anew(otherwise, out, shown.say)
                 _write_index(sweep, grid, out)
             if processes.count > 1:
                 _wait_for_tokens(out)
@@ -230,33 +242,61 @@ def _require_even_shares(points: list[Point], processes: int) -> None:
             )
 
 
-def _refuse_other_settings(sweep: Sweep, grid: Grid, out: Path) -> None:
-    """Refuse a folder whose points were trained with other settings; write down the settings of one that is not."""
-    for point in grid.points:
-        facts = out / "points" / point.name / "point.json"
-        if not facts.is_file():
-            continue
-        known = json.loads(facts.read_text())
-        if known["identity"] != identity(point, sweep.specification):
-            raise SweepError(
-                f"{facts.parent} was trained with other settings than the sweep has now ({_difference(known, point)}). "
-                "Choose another --out, or delete that folder to train it anew."
-            )
-    write_atomically(out / "sweep.yaml", yaml.safe_dump(sweep.specification.model_dump(mode="json"), sort_keys=False))
+def _measured_otherwise(sweep: Sweep, grid: Grid, chosen: list[Point], out: Path) -> dict[str, str]:
+    """The points in the folder that are to be measured anew, with what was measured otherwise.
+
+    Raises:
+        SweepError: points were trained with other settings, or cannot be measured anew in this run.
+    """
+    found = {point.name: differences(out, point, sweep.specification, grid) for point in grid.points}
+    if sweep.specification.tracking.effectiveness_every:  # then scores are measured while a model trains, too
+        found = {name: Differences((*each.trained, *each.measured)) for name, each in found.items()}
+    _refuse_other_trainings({name: "; ".join(each.trained) for name, each in found.items() if each.trained}, out)
+    measured = {name: "; ".join(each.measured) for name, each in found.items() if each.measured}
+    wanted = {point.name for point in chosen}
+    return {
+        name: changes
+        for name, changes in measured.items()
+        if _is_measured_anew(out / "points" / name, changes, name in wanted)
+    }
 
 
-def _difference(known: dict[str, Any], point: Point) -> str:
-    now = {"model": point.model, "training": point.training.model_dump()}
-    for part, settings in now.items():
-        for key in [*settings, *known[part]]:
-            before, after = known[part].get(key), settings.get(key)
-            if before != after:
-                return f"{key} was {before}, is now {after}"
-    return "text, tokenizer or measurements"
+def _refuse_other_trainings(differing: dict[str, str], out: Path) -> None:
+    if differing:
+        were, those, them = ("was", "its folder", "it") if len(differing) == 1 else ("were", "their folders", "them")
+        raise SweepError(
+            f"{listed(list(differing))} in {out / 'points'} {were} trained with other settings than the sweep has now: "
+            f"{next(iter(differing.values()))}. Choose another --out, or delete {those} to train {them} anew."
+        )
+
+
+def _is_measured_anew(folder: Path, changes: str, is_chosen: bool) -> bool:
+    """Whether the point in a folder, which was measured with other settings, has something to be measured anew."""
+    status, has_model = status_if_done(folder), (folder / "model").is_dir()
+    if status == FINISHED and not has_model:
+        raise SweepError(
+            f"{folder} was measured with other settings than the sweep has now ({changes}), and its trained model, to "
+            "measure anew, is not there. Choose another --out, or delete that folder to train it anew."
+        )
+    if status is not None and has_model and not is_chosen:
+        raise SweepError(
+            f"{folder} was measured with other settings than the sweep has now ({changes}), and --only leaves it out. "
+            "Run without --only to measure every trained model anew, or choose another --out."
+        )
+    return has_model
+
+
+def _measure_anew(otherwise: dict[str, str], out: Path, said: Callable[[str], None]) -> None:
+    for name in otherwise:
+        forget_measurements(out / "points" / name)
+    if otherwise:
+        said(f"Measuring {listed(list(otherwise))} anew: {next(iter(otherwise.values()))}")
 
 
 def _write_index(sweep: Sweep, grid: Grid, out: Path) -> None:
-    data = json.loads((out / "data" / "data.json").read_text())
+    """Write down the settings and the points."""
+    write_atomically(out / "sweep.yaml", yaml.safe_dump(sweep.specification.model_dump(mode="json"), sort_keys=False))
+    data = read_record(out / "data" / "data.json", DAMAGED_DATA)
     content = {
         "schema_version": SCHEMA_VERSION,
         "name": sweep.specification.name,

@@ -17,18 +17,20 @@
 """
 
 import difflib
+import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from depthscope.errors import SettingsError, SpecificationError
 from depthscope.settings import Settings
-from depthscope.sweep.yaml_lines import Path_, YamlFile, read_yaml
+from depthscope.sweep.yaml_lines import Path_, Where, YamlFile, read_yaml
 
 __all__ = [
     "Data",
@@ -47,6 +49,35 @@ NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 TRAINED_ENTRIES = 2048  # of a tokenizer, where the file does not say
 REPLACED = frozenset({"grid", "seeds"})
 MOST_EXTENDED = 8
+# What the index of a sweep may hold (`depthscope.sweep.results` reads no more).
+LONGEST_SWEEP_NAME = 200
+LONGEST_DESCRIPTION = 20_000
+MOST_POINTS = 10_000
+MOST_TOKENS = 2**63 - 1
+LARGEST_SEED = 2**32 - 1  # numpy takes none above
+LONGEST_QUOTE = 60
+# The fields of a model that a preset decides, whether it says them or leaves them to their defaults.
+SHAPE = frozenset(
+    {
+        "hidden_size",
+        "head_dim",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "num_hidden_layers",
+        "intermediate_size",
+        "layer_types",
+        "mix_post_layers",
+        "num_experts",
+        "num_experts_per_tok",
+        "moe_intermediate_size",
+        "shared_expert_intermediate_size",
+        "moe_layers",
+        "router_aux_loss_coef",
+        "router_z_loss_coef",
+        "initializer_range",
+        "tie_word_embeddings",
+    }
+)
 
 
 class Part(BaseModel):
@@ -54,13 +85,45 @@ class Part(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _as_it_is_meant(cls, value: Any, info: ValidationInfo) -> Any:
+        """Refuse what pydantic would turn into a number or a truth value: `no` for 0, "5" for 5, 1 for true."""
+        annotation: Any = cls.model_fields[str(info.field_name)].annotation
+        kinds = _kinds(annotation)
+        for item in value if isinstance(value, list) else [value]:
+            _refuse_other_kind(item, kinds)
+        return value
+
+
+@cache
+def _kinds(annotation: Any) -> frozenset[Any]:
+    """The types that a field is made of: int and None of `int | None`, int of `list[int]`."""
+    parts = get_args(annotation)
+    return frozenset().union(*map(_kinds, parts)) if parts else frozenset({annotation})
+
+
+def _refuse_other_kind(value: Any, kinds: frozenset[Any]) -> None:
+    takes_numbers = bool(kinds & {int, float})
+    if isinstance(value, bool) and takes_numbers and bool not in kinds:
+        raise ValueError(f"{str(value).lower()} (also written yes, no, on or off) is no number; give a number")
+    if bool in kinds and not isinstance(value, bool):
+        raise ValueError(f"{_quote(value)} is neither true nor false; give one of them, without quotes")
+    if isinstance(value, str) and takes_numbers and str not in kinds and re.match(r"[-+.]?\d", value):
+        raise ValueError(f"{_quote(value)} is a word and no number; write a number without quotes")
+
+
+def _quote(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= LONGEST_QUOTE else text[: LONGEST_QUOTE - 3] + "..."
+
 
 class Text(Part):
     """Where text comes from: files and folders, a dataset of the Hub, or (neither) Python's own standard library.
 
     Attributes:
-        text: text, .jsonl, .json, .csv or .parquet files, or folders of text files; relative to the sweep's file;
-            `*` may stand for parts of names.
+        text: text, .jsonl, .json, .csv or .parquet files, or folders of text files; relative to the file that says
+            them; `*` may stand for parts of names.
         dataset: a dataset of the Hub, as `name` or `name:config`; it is streamed.
         column: the column that holds the text; found by itself where that is clear.
         split: the split of the dataset; "train" where there is one.
@@ -70,6 +133,13 @@ class Text(Part):
     dataset: str | None = None
     column: str | None = None
     split: str | None = None
+
+    @field_validator("text", mode="before")
+    @classmethod
+    def _some_file(cls, value: Any) -> Any:
+        if value in ("", []) or (isinstance(value, list) and "" in value):
+            raise ValueError("a name of a file is missing; give one file or folder, or a list of them")
+        return value
 
     @model_validator(mode="after")
     def _one_source(self) -> "Text":
@@ -90,7 +160,7 @@ class Data(Text):
 
     held_out: Text | None = None
     epochs: float = Field(default=1.0, gt=0)
-    name: str | None = Field(default=None, min_length=1)
+    name: str | None = Field(default=None, min_length=1, max_length=LONGEST_DESCRIPTION)
 
 
 class Tokenizer(Part):
@@ -134,9 +204,9 @@ class Training(Part):
         fsdp: shard weights, gradients and optimiser states over the processes of torchrun.
     """
 
-    tokens: int = Field(default=2_000_000, ge=1)
+    tokens: int = Field(default=2_000_000, ge=1, le=MOST_TOKENS)
     sequence_length: int = Field(default=128, ge=2)
-    batch_tokens: int = Field(default=1024, ge=2)
+    batch_tokens: int = Field(default=1024, ge=2, le=MOST_TOKENS)
     micro_batch_size: int | None = Field(default=None, ge=1)
     learning_rate: float = Field(default=3e-3, gt=0)
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
@@ -230,7 +300,7 @@ class Scoring(Part):
     threshold: float = Field(default=1.1, gt=0)
     pairs: str | float = "all"
     probes: int | str = 16
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, le=LARGEST_SEED)
     loss_tokens: int = Field(default=32_768, ge=2)
     untrained: bool = True
 
@@ -261,14 +331,18 @@ class Specification(Part):
         name: what the sweep is called, and its folder.
         description: what it is about; the report repeats it.
         model: `preset`, a named shape of DepthLM, and fields of `DepthLMConfig` over it.
+        shape: fields of the model for those points of the grid that name no preset of their own; the shape that an
+            extended file gives comes here where the file that extends it has presets in its grid.
         grid: families of models by name. In each, every setting of the model or the training may have one value or a
             list; the family is the product of the lists. `points` is a list of such settings, for what is no product.
         seeds: of the initialisation and of the order of the data; every point is trained with each.
+        relative_to: the folder from which relative paths count; by default that of the file.
     """
 
-    name: str = Field(pattern=NAME_PATTERN)
-    description: str = ""
+    name: str = Field(pattern=NAME_PATTERN, max_length=LONGEST_SWEEP_NAME)
+    description: str = Field(default="", max_length=LONGEST_DESCRIPTION)
     model: dict[str, Any] = Field(default_factory=dict)
+    shape: dict[str, Any] = Field(default_factory=dict)
     data: Data = Data()
     tokenizer: Tokenizer = Tokenizer()
     training: Training = Training()
@@ -276,12 +350,13 @@ class Specification(Part):
     scoring: Scoring = Scoring()
     grid: dict[str, dict[str, Any]]
     seeds: list[int] = [0]
+    relative_to: str | None = None
 
     @field_validator("seeds")
     @classmethod
     def _distinct(cls, seeds: list[int]) -> list[int]:
-        if not seeds or len(set(seeds)) < len(seeds) or min(seeds) < 0:
-            raise ValueError("give at least one seed, each once, none negative")
+        if not seeds or len(set(seeds)) < len(seeds) or min(seeds) < 0 or max(seeds) > LARGEST_SEED:
+            raise ValueError(f"give at least one seed, each once, none negative, none above {LARGEST_SEED:,}")
         return seeds
 
 
@@ -292,11 +367,16 @@ class Sweep:
     specification: Specification
     file: YamlFile
     folder: Path  # what relative paths are relative to
+    source: str = ""  # what it was read from: a file or a preset
 
     def error(self, path: Path_, message: str) -> SpecificationError:
         """An error that names the line of a part."""
+        return SpecificationError(self.told(path, message))
+
+    def told(self, path: Path_, message: str) -> str:
+        """A message that names the line of a part."""
         where = self.file.where(path)
-        return SpecificationError(f"{where}: {message}" if where else message)
+        return f"{where}: {message}" if where else message
 
 
 def _presets() -> Path:
@@ -319,17 +399,22 @@ def load_sweep(source: str | Path, changes: Mapping[str, Any] | None = None) -> 
         SpecificationError: naming the line and what is allowed there.
     """
     path, shown = _find(str(source), Path.cwd(), None)
-    file = _read_extended(path, shown)
+    file, folder = _read_extended(path, shown)
     if changes:
-        file = file.extended_by(YamlFile(dict(changes)), REPLACED)
+        file = _over(file, YamlFile(dict(changes)))
+    if _has_relative_paths(file, folder):
+        file.content["relative_to"] = str(folder)  # so that the settings mean the same wherever they are written
     try:
         specification = Specification.model_validate(file.content)
     except ValidationError as error:
         raise SpecificationError(_explain(error, file)) from error
-    return Sweep(specification, file, path.parent)
+    sweep = Sweep(specification, file, folder, str(source))
+    _refuse_options_without_source(sweep)
+    return sweep
 
 
-def _find(name: str, folder: Path, from_: str | None) -> tuple[Path, str]:
+def _find(name: str, folder: Path, from_: str | None, beside: str = "") -> tuple[Path, str]:
+    """The file of a sweep, and what messages call it; `beside` is what they call the file that extends it."""
     if name in preset_names():
         return _presets() / f"{name}.yaml", f"preset {name}"
     path = folder / name
@@ -337,32 +422,143 @@ def _find(name: str, folder: Path, from_: str | None) -> tuple[Path, str]:
         near = difflib.get_close_matches(name, preset_names(), n=1)
         hint = f" Did you mean the preset {near[0]!r}?" if near else f" The presets are: {', '.join(preset_names())}."
         raise SpecificationError(f"{from_ + ': ' if from_ else ''}there is no sweep file or preset {name!r}.{hint}")
-    return path.resolve(), name
+    return path.resolve(), os.path.join(os.path.dirname(beside), name)
 
 
-def _read_extended(path: Path, shown: str) -> YamlFile:
-    """A file over what it extends, and that over what it extends."""
+def _read_extended(path: Path, shown: str) -> tuple[YamlFile, Path]:
+    """A file over what it extends, and that over what it extends; and the folder from which its paths count."""
     chain: list[YamlFile] = []
     seen: set[Path] = set()
+    top, where = path, shown
     while True:
         if path in seen or len(chain) == MOST_EXTENDED:
             raise SpecificationError(
-                f"{shown}: `extends` goes round in a circle, or deeper than {MOST_EXTENDED} files."
+                f"{where}: `extends` goes round in a circle, or deeper than {MOST_EXTENDED} files, at {shown}."
             )
         seen.add(path)
         file = read_yaml(path, shown)
+        folder = _folder(file, path)
         chain.append(file)
+        if len(chain) == 1:
+            first = folder
+        else:
+            _count_from(first, file, folder)
         if "extends" not in file.content:
             break
         base = file.content.pop("extends")
         where = str(file.where(("extends",)) or shown)
         if not isinstance(base, str):
             raise SpecificationError(f"{where}: `extends` takes the name of a preset or a file.")
-        path, shown = _find(base, path.parent, where)
+        if path == top:
+            file.content.setdefault("name", _name_of(path))
+        path, shown = _find(base, path.parent, where, shown)
     merged = chain.pop()
     while chain:
-        merged = merged.extended_by(chain.pop(), REPLACED)
-    return merged
+        merged = _over(merged, chain.pop())
+    return merged, first
+
+
+def _name_of(path: Path) -> str:
+    """The name of a sweep whose file says none: that of the file, as far as a name may be."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", path.stem).lstrip("._-")[:LONGEST_SWEEP_NAME] or "sweep"
+
+
+# Files over files: paths, and what a nearer file makes void
+
+
+def _folder(file: YamlFile, path: Path) -> Path:
+    """From where the paths in a file count."""
+    given = file.at(("relative_to",))
+    return (path.parent / given).resolve() if isinstance(given, str) else path.parent
+
+
+def _count_from(top: Path, file: YamlFile, folder: Path) -> None:
+    """Make the relative paths in an extended file count from the folder of the file that extends it."""
+    file.content.pop("relative_to", None)
+    if folder == top:
+        return
+    for part in (("data",), ("data", "held_out")):
+        text = file.at((*part, "text"))
+        if isinstance(text, str):
+            file.at(part)["text"] = _seen_from(top, folder, text)
+        elif isinstance(text, list):
+            file.at(part)["text"] = [_seen_from(top, folder, each) for each in text]
+    name = file.at(("tokenizer", "name"))
+    if isinstance(name, str) and (folder / name).is_dir():
+        file.at(("tokenizer",))["name"] = _seen_from(top, folder, name)
+
+
+def _seen_from(top: Path, folder: Path, path: Any) -> Any:
+    if not isinstance(path, str) or not _is_relative(path):
+        return path
+    return os.path.relpath(folder / path, top)
+
+
+def _is_relative(path: Any) -> bool:
+    return isinstance(path, str) and path != "" and not path.startswith("~") and not Path(path).is_absolute()
+
+
+def _has_relative_paths(file: YamlFile, folder: Path) -> bool:
+    texts = [file.at((*part, "text")) for part in (("data",), ("data", "held_out"))]
+    named = file.at(("tokenizer", "name"))
+    paths = [path for text in texts for path in (text if isinstance(text, list) else [text])]
+    return any(map(_is_relative, paths)) or (_is_relative(named) and (folder / named).is_dir())
+
+
+def _over(below: YamlFile, above: YamlFile) -> YamlFile:
+    """A file over what it extends, less what it makes void there: another source of text, the shape under its preset.
+
+    A preset in its grid is for some points only; the shape below it is kept for the others.
+    """
+    void = set(_void_sources(above))
+    if above.at(("model", "preset")) is not None:
+        void |= {("shape",), *(("model", key) for key in SHAPE)}
+    below = below.without(void)
+    model = below.at(("model",))
+    if _names_presets(above.at(("grid",))) and isinstance(model, Mapping):
+        shape = {key: value for key, value in model.items() if key in SHAPE}
+        places: dict[Path_, Where] = {("shape", key): where for key in shape if (where := below.where(("model", key)))}
+        moved = YamlFile({"shape": shape}, places)
+        below = below.without(("model", key) for key in shape).extended_by(moved if shape else YamlFile({}))
+    return below.extended_by(above, REPLACED)
+
+
+def _void_sources(above: YamlFile) -> list[Path_]:
+    """Files replace a dataset, with its split and column, and the other way round."""
+    return [
+        (*part, key)
+        for part in (("data",), ("data", "held_out"))
+        for own, others in (("text", ("dataset", "split", "column")), ("dataset", ("text", "column")))
+        if above.at((*part, own)) is not None
+        for key in others
+    ]
+
+
+def _names_presets(grid: Any) -> bool:
+    families = [family for family in _values(grid) if isinstance(family, Mapping)]
+    points = [point for family in families for point in _values(family.get("points"))]
+    return any(isinstance(settings, Mapping) and "preset" in settings for settings in (*families, *points))
+
+
+def _values(part: Any) -> list[Any]:
+    """What stands in a mapping or a list."""
+    return list(part.values()) if isinstance(part, Mapping) else part if isinstance(part, list) else []
+
+
+def _refuse_options_without_source(sweep: Sweep) -> None:
+    data = sweep.specification.data
+    for path, text in ((("data",), data), (("data", "held_out"), data.held_out)):
+        if text is None or text.dataset is not None:
+            continue
+        if text.split is not None:
+            raise sweep.error((*path, "split"), "only a dataset has splits; give a `dataset`, or leave `split` out.")
+        if text.column is not None and text.text is None:
+            raise sweep.error(
+                (*path, "column"), "`column` is of a table; give its file as `text`, or a `dataset`, or leave it out."
+            )
+
+
+# What is wrong, in words
 
 
 def _explain(error: ValidationError, file: YamlFile) -> str:
@@ -379,13 +575,19 @@ def _explain(error: ValidationError, file: YamlFile) -> str:
             message = f"there is no setting {name!r}; {guess}: {', '.join(allowed)}."
         case "missing":
             message = f"{name!r} is missing."
+        case _ if problem["input"] is None:
+            message = f"{name} is empty; give it a value, or leave it out."
+        case "model_type" | "dict_type":
+            message = f"{name} is {_quote(problem['input'])}; it takes settings, each with its name and a colon."
         case "value_error":
             message = f"{problem['ctx']['error']}."
             message = f"{name}: {message}" if path and len(path) > 1 else message
         case "literal_error":
-            message = f"{name} is {problem['input']!r}; give {problem['ctx']['expected']}."
+            message = f"{name} is {_quote(problem['input'])}; give {problem['ctx']['expected']}."
+        case "string_type":
+            message = f"{name} is {_quote(problem['input'])}; a word is expected. A number is one in quotes."
         case _:
-            message = f"{name} is {problem['input']!r}; {problem['msg'][:1].lower()}{problem['msg'][1:]}."
+            message = f"{name} is {_quote(problem['input'])}; {problem['msg'][:1].lower()}{problem['msg'][1:]}."
     more = len(error.errors()) - 1
     also = f" ({more} more {'is' if more == 1 else 'are'} wrong after it.)" if more else ""
     return (f"{where}: " if where else "") + message + also

@@ -218,12 +218,13 @@ def noise_words(results: SweepResults) -> str:
 
 
 def standing(results: SweepResults) -> list[str]:
-    """How many points are finished, and which are not and why not."""
+    """How many points are finished, and which are not and why not: a line for each reason."""
     lines = [f"{len(results.with_status(FINISHED))} of {len(results.points)} points are finished."]
     for status, words in PROBLEMS.items():
-        names = [point.name for point in results.with_status(status)]
-        if names:
-            lines.append(f"{words}: {', '.join(names)}.")
+        points = results.with_status(status)
+        for reason in dict.fromkeys(point.reason for point in points):
+            names = [point.name for point in points if point.reason == reason]
+            lines.append(f"{words}: {', '.join(names)}. {reason}".rstrip())
     return lines
 
 

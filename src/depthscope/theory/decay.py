@@ -10,6 +10,7 @@ one another and of the weight, the mean square m of the weights follows
 there in about `1 / (2 lr wd)` steps. A gradient that keeps its direction moves a weight further than this.
 """
 
+import math
 from collections.abc import Iterable
 
 from depthscope.errors import SettingsError
@@ -33,8 +34,20 @@ def equilibrium_std(learning_rate: float, weight_decay: float) -> float:
 
 
 def decayed_std(initial_std: float, learning_rates: Iterable[float], weight_decay: float) -> float:
-    """The root mean square of a weight after AdamW steps with these learning rates, from one of `initial_std`."""
+    """The root mean square of a weight after AdamW steps with these learning rates, from one of `initial_std`.
+
+    Raises:
+        SettingsError: one of the numbers is negative or not finite.
+    """
+    _require_size("initial_std", initial_std)
+    _require_size("weight_decay", weight_decay)
     square = initial_std**2
-    for rate in learning_rates:
+    for step, rate in enumerate(learning_rates):
+        _require_size(f"learning_rates[{step}]", rate)
         square = (1 - rate * weight_decay) ** 2 * square + rate**2
     return square**0.5
+
+
+def _require_size(name: str, value: float) -> None:
+    if not 0 <= value < math.inf:
+        raise SettingsError(f"{name} is {value}; give a finite number of at least 0.")

@@ -61,20 +61,28 @@ def gains_at_initialisation(
             place of `initializer_range` and `depth_scaled_init`.
 
     Raises:
-        SettingsError: a density outside (0, 1], or another number of standard deviations than of layers.
+        SettingsError: a density outside (0, 1], a standard deviation that is not above 0 and finite, or another number
+            of them than of layers.
     """
     layers = config.num_hidden_layers
     if not 0 < density <= 1:
         raise SettingsError(f"density is {density!r}; give the share of weights that is kept, above 0 and at most 1.")
-    stds = _by_layer(config.initializer_range if weight_std is None else weight_std, layers)
+    if weight_std is None:
+        stds = _by_layer("initializer_range", config.initializer_range, layers)
+    else:
+        stds = _by_layer("weight_std", weight_std, layers)
     shrunk = (2 * layers) ** -0.5 if config.depth_scaled_init and weight_std is None else 1.0
     return [_initial(config, layer, std, std * shrunk, density) for layer, std in enumerate(stds)]
 
 
-def _by_layer(std: float | Sequence[float], layers: int) -> list[float]:
+def _by_layer(name: str, std: float | Sequence[float], layers: int) -> list[float]:
     stds = [float(value) for value in np.atleast_1d(np.asarray(std, dtype=float))]
     if len(stds) not in (1, layers):
         raise SettingsError(f"{len(stds)} standard deviations were given for {layers} layers; give one, or {layers}.")
+    for value in stds:
+        # Without any weights, nothing is left whose correlations could be followed.
+        if not 0 < value < np.inf:
+            raise SettingsError(f"{name} is {value}; give standard deviations that are finite and above 0.")
     return stds * layers if len(stds) == 1 else stds
 
 

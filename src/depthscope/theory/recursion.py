@@ -40,7 +40,7 @@ from depthscope.theory.moments import (
 
 __all__ = ["VariancePrediction", "predict_from_model", "predict_variance"]
 
-Tokens: TypeAlias = int | Sequence[Sequence[int]] | np.ndarray | Tensor
+Tokens: TypeAlias = int | np.integer | Sequence[Sequence[int]] | np.ndarray | Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,7 +83,8 @@ def predict_variance(
         attention_density: the share of the visible positions that attention does not mask, in (0, 1].
 
     Raises:
-        SettingsError: a density outside its range, or a configuration of another architecture.
+        SettingsError: a density or a standard deviation outside its range, tokens that are neither a length nor ids, or
+            a configuration of another architecture.
     """
     if not 0 < attention_density <= 1:
         raise SettingsError(
@@ -132,12 +133,25 @@ def _as_depthlm(config: PreTrainedConfig) -> DepthLMConfig:
 
 def _repetitions(tokens: Tokens) -> Array:
     """1 where two positions hold the same token, [B, T, T]: random embeddings of different tokens are uncorrelated."""
-    if isinstance(tokens, int):
-        return np.eye(tokens)[None]
-    ids = np.asarray(tokens)
+    try:
+        ids = np.asarray(tokens)
+    except ValueError as error:
+        raise SettingsError("Token ids are a matrix [B, T], but rows of different lengths were given.") from error
+    if not ids.size:
+        raise SettingsError("tokens holds no token; give a sequence length of at least 1, or token ids [B, T].")
+    if ids.dtype.kind not in "iu":
+        raise SettingsError(f"tokens is of type {ids.dtype}; give whole numbers: a length, or token ids [B, T].")
+    if ids.ndim == 0:
+        return _all_different(int(ids))
     if ids.ndim != 2:
         raise SettingsError(f"Token ids are a matrix [B, T], but {ids.ndim} dimensions were given.")
     return (ids[:, :, None] == ids[:, None, :]).astype(float)
+
+
+def _all_different(length: int) -> Array:
+    if length < 1:
+        raise SettingsError(f"tokens is {length}; give a sequence length of at least 1, or token ids [B, T].")
+    return np.eye(length)[None]
 
 
 # ------------------------------------------------------------------------------------------------------ recursion

@@ -8,7 +8,7 @@ import yaml
 
 from depthscope.errors import SpecificationError
 from depthscope.sweep.grid import Grid, expand
-from depthscope.sweep.recorded import identity
+from depthscope.sweep.recorded import settings_of
 from depthscope.sweep.specification import load_sweep
 from sweeps import write_sweep
 
@@ -181,10 +181,11 @@ def test_the_line_of_the_setting_is_named(tmp_path: Path) -> None:
         expand(load_sweep(tmp_path / "a.yaml"))
 
 
-def test_what_decides_the_outcome_is_in_the_identity_and_nothing_else(tmp_path: Path) -> None:
+def test_what_decides_the_outcome_is_kept_with_the_point_and_nothing_else(tmp_path: Path) -> None:
     def first(**parts: object) -> str:
         sweep = load_sweep(write_sweep(tmp_path, **parts))
-        return identity(expand(sweep).points[0], sweep.specification)
+        grid = expand(sweep)
+        return grid.points[0].identity + str(settings_of(sweep.specification, grid.longest, grid.shortest))
 
     same = first()
     assert first(name="other", description="words", tracking={"log_every": 1}) == same

@@ -22,9 +22,10 @@ from torch.distributed.tensor import DTensor
 
 from depthlm import random_ids
 from depthscope.models import DepthLMConfig, DepthLMForCausalLM, ModelSize, model_size
+from depthscope.sweep.extending import preset_names
 from depthscope.sweep.grid import Point, digest, expand
 from depthscope.sweep.plan import plan
-from depthscope.sweep.specification import Training, load_sweep, preset_names
+from depthscope.sweep.specification import Training, load_sweep
 
 PAPER = (
     "paper-depth",

@@ -23,7 +23,6 @@ from depthscope.models import DepthLMConfig, DepthLMForCausalLM
 from depthscope.sweep import point as point_module
 from depthscope.sweep.data import Sequences, open_corpus
 from depthscope.sweep.grid import expand
-from depthscope.sweep.recorded import identity
 from depthscope.sweep.runner import run_sweep, select
 from depthscope.sweep.specification import load_sweep
 from depthscope.sweep.workers import costliest_first
@@ -328,30 +327,6 @@ def test_a_shorter_sequence_makes_blocks_shorter_and_all_is_measured_anew(copy: 
     assert sizes == [8, 8, 8]
     # With the size in the file it is that of the whole folder, whatever the grid.
     assert run(tmp_path, copy, grid=grid, scoring={"block_size": 8}).skipped == 3
-
-
-def make_older(out: Path) -> None:
-    """Records as they were when they kept a digest and not the settings."""
-    specification = load_sweep(out / "sweep.yaml").specification
-    for point in expand(load_sweep(out / "sweep.yaml")).points:
-        path = out / "points" / point.name / "point.json"
-        content = json.loads(path.read_text())
-        for name in ("data", "tokenizer", "scoring", "longest_sequence_length"):
-            del content[name]
-        path.write_text(json.dumps(content | {"identity": identity(point, specification)}))
-
-
-def test_records_of_older_versions_are_compared_by_the_files_of_the_folder(copy: Path, tmp_path: Path) -> None:
-    make_older(copy)
-    with pytest.raises(SweepError, match=r"data.epochs was 1.0, is now 2.0\."):
-        run(tmp_path, copy, data={"epochs": 2})
-    grid = {"depth": {"num_hidden_layers": [2, 3]}, "length": {"num_hidden_layers": 2, "sequence_length": 32}}
-    with pytest.raises(SweepError, match=r"the longest sequence_length, .*order.*, was 16, is now 32"):
-        run(tmp_path, copy, grid=grid)
-    assert run(tmp_path, copy).skipped == 2
-    before = models(copy)
-    assert run(tmp_path, copy, scoring={"eval_blocks": 1}).skipped == 0
-    assert models(copy) == before
 
 
 @pytest.mark.parametrize("content", ["", '{"status": "fini', "[]", "\x00"])

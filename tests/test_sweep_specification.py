@@ -10,12 +10,12 @@ from typer.testing import CliRunner
 from depthscope.cli import app
 from depthscope.errors import SpecificationError
 from depthscope.models import PRESETS
+from depthscope.sweep.extending import SHAPE, preset_names
 from depthscope.sweep.grid import expand
 from depthscope.sweep.plan import plan
 from depthscope.sweep.results import MAX_POINTS
 from depthscope.sweep.specification import (
     MOST_POINTS,
-    SHAPE,
     Data,
     Scoring,
     Specification,
@@ -24,7 +24,6 @@ from depthscope.sweep.specification import (
     Tracking,
     Training,
     load_sweep,
-    preset_names,
 )
 from depthscope.sweep.yaml_lines import read_yaml
 from tiny_tokenizer import save_tokenizer

@@ -100,8 +100,9 @@ def plan(
 def presets() -> None:
     """List the sweeps that come with depthscope."""
     with errors_for_people():
+        from depthscope.sweep.extending import preset_names
         from depthscope.sweep.grid import expand
-        from depthscope.sweep.specification import load_sweep, preset_names
+        from depthscope.sweep.specification import load_sweep
 
         table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
         for name, justify in (("preset", "left"), ("models", "right"), ("tokens each", "right"), ("what", "left")):

@@ -10,17 +10,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from huggingface_hub.errors import StrictDataclassError
 from pydantic import BaseModel, ConfigDict
 
 from depthscope.errors import ReportError, SweepError
 from depthscope.files import read_text
 from depthscope.strict_json import parse
-from depthscope.sweep.grid import ANY_VOCABULARY, Grid, Point, digest
+from depthscope.sweep.grid import ANY_VOCABULARY, Grid, Point
 from depthscope.sweep.specification import Data, Scoring, Specification, Tokenizer, Training
 
-__all__ = ["Differences", "differences", "identity", "read_record", "settings_of"]
+__all__ = ["Differences", "differences", "read_record", "settings_of"]
 
 MAX_BYTES = 32 * 2**20
 DAMAGED_POINT = "Choose another --out, or delete the folder {folder} to train the point anew."
@@ -102,8 +101,6 @@ def differences(out: Path, point: Point, specification: Specification, grid: Gri
     remedy = DAMAGED_POINT.format(folder=path.parent)
     now = settings_of(specification, grid.longest, grid.shortest)
     content = read_record(path, remedy)
-    if "scoring" not in content:
-        content |= _of_older(content, out, point, specification, grid)
     try:
         known = _Record.model_validate(content)
         names = {**known.model, **point.model}
@@ -120,12 +117,6 @@ def differences(out: Path, point: Point, specification: Specification, grid: Gri
     return Differences(tuple(trained), tuple(changed["scoring"]))
 
 
-def identity(point: Point, specification: Specification) -> str:
-    """A digest of what the file says that decides what a point comes to; older versions kept it, and nothing else."""
-    parts = (specification.data, specification.tokenizer, specification.scoring)
-    return digest([point.identity, *(part.model_dump() for part in parts)])
-
-
 def _effective(point: Point, names: Mapping[str, Any]) -> dict[str, Any]:
     """Settings of the model as its configuration has them: a default is the same whether it is written or not."""
     config = point.config(ANY_VOCABULARY)
@@ -138,26 +129,3 @@ def _changes(prefix: str, before: Mapping[str, Any], after: Mapping[str, Any]) -
         for name in {**before, **after}
         if before.get(name) != after.get(name)
     ]
-
-
-def _of_older(content: Mapping[str, Any], out: Path, point: Point, specification: Specification, grid: Grid) -> Any:
-    """What a record of an older version, which has a digest only, would say: out of the files of the whole sweep."""
-    same = content.get("identity") == identity(point, specification)
-    before = specification if same else _last_specification(out, point)
-    try:
-        index = read_record(out / "sweep.json", "")
-        longest = max(each["training"]["sequence_length"] for each in index["points"])
-        return settings_of(before, longest, index["block_size"])
-    except (SweepError, KeyError, TypeError, ValueError):
-        return settings_of(before, grid.longest, grid.shortest)  # without an index there is nothing to compare with
-
-
-def _last_specification(out: Path, point: Point) -> Specification:
-    path = out / "sweep.yaml"
-    try:
-        return Specification.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise SweepError(
-            f"{point.name} was trained with other settings than the sweep has now, and {path}, which would say with "
-            "which, cannot be read. Choose another --out."
-        ) from error

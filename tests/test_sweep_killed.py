@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from depthscope.cli import app
@@ -38,11 +39,11 @@ MOMENTS = {
 }
 
 
-def command(sweep: Path, out: Path) -> int:
+def command(sweep: Path, out: Path, jobs: int = 1) -> int:
     """`depthscope sweep run`, and its exit code."""
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
         try:
-            app(["sweep", "run", str(sweep), "--out", str(out), "--jobs", "1"], standalone_mode=True)
+            app(["sweep", "run", str(sweep), "--out", str(out), "--jobs", str(jobs)], standalone_mode=True)
         except SystemExit as done:
             return int(done.code or 0)
     return 0
@@ -64,7 +65,7 @@ def dying(function: Callable[..., Any], at: int) -> Callable[..., Any]:
     return called
 
 
-def child(sweep: Path, out: Path, moment: str | None, at: int) -> None:
+def child(sweep: Path, out: Path, moment: str | None, at: int, jobs: int) -> None:
     if moment is not None:
         module, _, names = MOMENTS[moment][0].partition(":")
         *owners, name = names.split(".")
@@ -72,11 +73,11 @@ def child(sweep: Path, out: Path, moment: str | None, at: int) -> None:
         for owner in owners:
             place = getattr(place, owner)
         setattr(place, name, dying(getattr(place, name), at))
-    os._exit(command(sweep, out))
+    os._exit(command(sweep, out, jobs))
 
 
-def started(sweep: Path, out: Path, moment: str | None = None, at: int = 0) -> Any:
-    process = multiprocessing.get_context("fork").Process(target=child, args=(sweep, out, moment, at))
+def started(sweep: Path, out: Path, moment: str | None = None, at: int = 0, jobs: int = 1) -> Any:
+    process = multiprocessing.get_context("fork").Process(target=child, args=(sweep, out, moment, at, jobs))
     process.start()
     return process
 
@@ -132,6 +133,29 @@ def test_killed_twenty_times_the_report_and_the_weights_are_the_same(
             runs += 1
             out = tmp_path / str(runs)
     assert command(sweep, out) == 0
+    assert_same(out, whole)
+
+
+def test_killed_while_workers_train_they_end_with_it_and_the_next_run_ends_the_same(
+    uninterrupted: tuple[Path, Path, float], tmp_path: Path
+) -> None:
+    sweep, _, _ = uninterrupted
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    for folder, signs in ((whole, ()), (out, ("checkpoint-*/complete", "*report.json"))):
+        for sign in signs:
+            before = set(folder.glob(f"points/*/{sign}"))
+            process = started(sweep, folder, jobs=2)
+            while process.is_alive() and set(folder.glob(f"points/*/{sign}")) <= before:
+                time.sleep(0.01)
+            workers = psutil.Process(process.pid).children(recursive=True)
+            process.kill()
+            process.join()
+            assert process.exitcode == -signal.SIGKILL
+            assert len(workers) >= 2
+            assert psutil.wait_procs(workers, timeout=30)[1] == []
+        process = started(sweep, folder, jobs=2)
+        process.join()
+        assert process.exitcode == 0
     assert_same(out, whole)
 
 

@@ -72,3 +72,15 @@ def test_the_study_tells_the_depths_on_pythons_source_as_they_were_measured() ->
         told = [f"{means[depth]:.{digits}f} ± {spreads[depth]:.{digits}f}" for depth in DEPTHS]
         assert f"| {' | '.join(told)} |" in text
     assert f"| {' | '.join(str(len(depths.get_group(depth))) for depth in DEPTHS)} |" in text
+
+
+def test_the_study_tells_the_other_axes_on_pythons_source_as_they_were_measured() -> None:
+    text = (ROOT / "docs" / "study.md").read_text().partition("## The same on Python's own source")[2]
+    results = pd.read_csv(ROOT / "benchmarks" / "study" / "results-python-axes.csv").set_index("variant")
+    assert set(results.status) == {"finished"}
+    told = results.loc[["depth-L16", "lns", "decay-wd0", "moe", "length-T256"]]
+    assert len(told) == len(results)
+    for column, digits in {"loss": 3, "variance_growth": 2, "causal": 3, "permutation_no0": 4}.items():
+        assert f"| {' | '.join(f'{value:.{digits}f}' for value in told[column])} |" in text
+    for column in ("linearise_excess_sum_no0", "skip_excess_sum_no0"):
+        assert f"| {' | '.join(f'{100 * value:.1f}%' for value in told[column])} |" in text

@@ -78,7 +78,7 @@ def test_the_study_tells_the_other_axes_on_pythons_source_as_they_were_measured(
     text = (ROOT / "docs" / "study.md").read_text().partition("## The same on Python's own source")[2]
     results = pd.read_csv(ROOT / "benchmarks" / "study" / "results-python-axes.csv").set_index("variant")
     assert set(results.status) == {"finished"}
-    told = results.loc[["depth-L16", "lns", "decay-wd0", "moe", "length-T256"]]
+    told = results.loc[["depth-L16", "lns", "decay-wd0", "decay-wd1", "gqa-kv1", "moe", "length-T256"]]
     assert len(told) == len(results)
     for column, digits in {"loss": 3, "variance_growth": 2, "causal": 3, "permutation_no0": 4}.items():
         assert f"| {' | '.join(f'{value:.{digits}f}' for value in told[column])} |" in text

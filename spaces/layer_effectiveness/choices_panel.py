@@ -12,10 +12,11 @@ from depthscope.scores import EXPLANATIONS
 from depthscope.settings import SCORE_NAMES, SPARSITY_NAMES
 from limits import Limits
 from problems import Problem
+from start_stop import QUIETLY
 from tasks import PRECISIONS, make_text, read_text_file
 from visitor import Choices
 
-__all__ = ["DEFAULT_SCORES", "DEFAULT_TOKENS", "ChoicesPanel", "default_block_size", "up_to"]
+__all__ = ["DEFAULT_SCORES", "DEFAULT_TOKENS", "ChoicesPanel", "default_block_size"]
 
 DEFAULT_SCORES = (*SCORE_NAMES, *SPARSITY_NAMES)
 TEXTS = {
@@ -61,13 +62,13 @@ class ChoicesPanel:
             )
             with gr.Row():
                 tokens = gr.Dropdown(
-                    up_to(limits.max_tokens, TOKENS),
+                    _up_to(limits.max_tokens, TOKENS),
                     value=min(DEFAULT_TOKENS, limits.max_tokens),
                     label="Tokens to measure on",
                     min_width=140,
                 )
                 block = gr.Dropdown(
-                    up_to(min(limits.max_block_size, limits.max_tokens), BLOCK_SIZES),
+                    _up_to(min(limits.max_block_size, limits.max_tokens), BLOCK_SIZES),
                     value=default_block_size(limits),
                     label="Tokens in a block",
                     min_width=140,
@@ -81,12 +82,9 @@ class ChoicesPanel:
             ),
             text,
             [pasted, file, dataset_row],
-            api_visibility="private",
-            show_progress="hidden",
+            **QUIETLY,
         )
-        file.change(
-            partial(_taken, limits=limits), file, [content, file], api_visibility="private", show_progress="hidden"
-        )
+        file.change(partial(_taken, limits=limits), file, [content, file], **QUIETLY)
         return cls(
             [text, pasted, content, dataset, column, split, scores, tokens, block, dtype], [scores, tokens, block]
         )
@@ -111,7 +109,7 @@ class ChoicesPanel:
         return Choices(tuple(scores or ()), int(tokens), int(block), dtype, chosen)
 
 
-def up_to(most: int, choices: Sequence[int]) -> list[int]:
+def _up_to(most: int, choices: Sequence[int]) -> list[int]:
     """The choices within a limit, and the limit itself where it lies below the largest of them."""
     return sorted({number for number in choices if number <= most} | {min(most, max(choices))})
 

@@ -54,11 +54,8 @@ def build(service: Service) -> gr.Blocks:
                     "<h2>The same from a program</h2><p>Every analysis can be called with <code>gradio_client</code>, "
                     "through the same queue and limits.</p>"
                 )
-                gr.HTML(
-                    shown.listing(
-                        endpoints.EXAMPLES.format(place=os.environ.get("SPACE_ID", "NAMESPACE/NAME")), "Examples"
-                    )
-                )
+                place = os.environ.get("SPACE_ID", "NAMESPACE/NAME")
+                gr.HTML(shown.listing(endpoints.EXAMPLES.format(place=place), "Examples"))
                 gr.HTML(f"<p class='ds-caption'>{escape(_limits(service))}</p>")
         endpoints.build(service)
 

@@ -173,7 +173,7 @@ class Jobs:
 
     def _work(self, job: Job) -> None:
         with self._lock:
-            if job.is_over or job not in self._open:  # stopped while it waited
+            if job not in self._open:  # stopped while it waited
                 return
             job.is_running, job.began = True, time.monotonic()
         try:

@@ -24,9 +24,9 @@ from huggingface_hub import constants
 
 from limits import Limits
 from problems import Problem, stopped
-from tasks import Task
+from tasks import HAS_GPU, Task
 
-__all__ = ["forget_owner", "own_folder", "remove_stale_folders", "run", "run_apart"]
+__all__ = ["forget_owner", "own_folder", "own_folders", "remove_stale_folders", "run", "run_apart"]
 
 FOLDER = re.compile(r"depthscope-space-[a-z]+-(\d+)-\w+", re.ASCII)  # of what, and of which process
 TOKENS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
@@ -37,7 +37,7 @@ TELL_SECONDS = 0.5  # between two messages about progress
 NICENESS = 5  # the pages are answered first
 Apart = Callable[[Path, Limits, Callable[[dict[str, Any]], None]], None]
 # The processor's own memory for a process's data, such as a model's weights; CUDA reserves far more than it takes.
-GUARDED_BY_KERNEL = not os.path.exists("/dev/nvidiactl")
+GUARDED_BY_KERNEL = not HAS_GPU
 
 
 def run(task: Task, limits: Limits, stop: threading.Event) -> Iterator[dict[str, Any]]:
@@ -74,7 +74,16 @@ def run_apart(job: Apart, limits: Limits, stop: threading.Event) -> Iterator[dic
 
 def own_folder(purpose: str) -> Path:
     """Make an empty folder for temporary files of this process."""
-    return Path(tempfile.mkdtemp(prefix=f"depthscope-space-{purpose}-{os.getpid()}-"))
+    return Path(tempfile.mkdtemp(prefix=_prefix(purpose)))
+
+
+def own_folders(purpose: str) -> list[Path]:
+    """The folders that this process has made for a purpose and that are still there."""
+    return list(Path(tempfile.gettempdir()).glob(f"{_prefix(purpose)}*"))
+
+
+def _prefix(purpose: str) -> str:
+    return f"depthscope-space-{purpose}-{os.getpid()}-"
 
 
 def remove_stale_folders() -> None:

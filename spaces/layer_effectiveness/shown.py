@@ -2,10 +2,8 @@
 
 import io
 import json
-import os
 import re
 import shutil
-import tempfile
 import time
 from collections.abc import Sequence
 from html import escape
@@ -20,7 +18,7 @@ from depthscope import LayerReport, compare, write_page
 from depthscope.glossary import LAYER_SCORES, format_number, format_with_error
 from depthscope.page import reproduce
 from depthscope.plots import EXPLANATIONS, TITLE_HEIGHT, figures
-from processes import own_folder
+from processes import own_folder, own_folders
 from sparsity_figure import EXPLANATION as SPARSITY_EXPLANATION
 from sparsity_figure import sparsity
 
@@ -152,7 +150,7 @@ def listing(text: str, label: str) -> str:
 
 def _remove_old_files() -> None:
     """Remove what was written earlier: Gradio has copied it into its own cache, which it empties by age."""
-    for place in Path(tempfile.gettempdir()).glob(f"depthscope-space-{FILES}-{os.getpid()}-*"):
+    for place in own_folders(FILES):
         if time.time() - place.stat().st_mtime > COPIED_SECONDS:
             shutil.rmtree(place, ignore_errors=True)
 

@@ -17,6 +17,7 @@ from repository import HubModel
 
 __all__ = [
     "DTYPES",
+    "HAS_GPU",
     "PRECISIONS",
     "SAMPLE",
     "STAGES",

@@ -39,7 +39,7 @@ from depthscope.sweep.point import (
     forget_measurements,
     status_if_done,
 )
-from depthscope.sweep.recorded import Differences, differences, read_record
+from depthscope.sweep.recorded import Differences, differences
 from depthscope.sweep.shown import Shown, showing_points
 from depthscope.sweep.specification import Specification, Sweep
 
@@ -47,7 +47,6 @@ __all__ = ["FAILED", "Outcome", "default_folder", "describe", "run_point", "run_
 
 SCHEMA_VERSION = 1
 POLL = 0.5  # seconds
-DAMAGED_DATA = "Choose another --out, or delete the folder that it is in to tokenize the text again."
 
 
 @dataclass(frozen=True)
@@ -129,9 +128,9 @@ def run_sweep(
         otherwise = _measured_otherwise(sweep, grid, chosen, out) if processes.is_main else {}
         with showing_points(len(chosen), visible=progress and processes.is_main) as shown:
             if processes.is_main:
-                prepare_corpus(sweep, grid, out, shown.say)
+                corpus = prepare_corpus(sweep, grid, out, shown.say)
                 _measure_anew(otherwise, out, shown.say)
-                _write_index(sweep, grid, out)
+                _write_index(sweep, grid, out, corpus)
             if processes.count > 1:
                 _wait_for_tokens(out)
             shown.begin()
@@ -293,10 +292,9 @@ def _measure_anew(otherwise: dict[str, str], out: Path, said: Callable[[str], No
         said(f"Measuring {listed(list(otherwise))} anew: {next(iter(otherwise.values()))}")
 
 
-def _write_index(sweep: Sweep, grid: Grid, out: Path) -> None:
+def _write_index(sweep: Sweep, grid: Grid, out: Path, corpus: Corpus) -> None:
     """Write down the settings and the points."""
     write_atomically(out / "sweep.yaml", yaml.safe_dump(sweep.specification.model_dump(mode="json"), sort_keys=False))
-    data = read_record(out / "data" / "data.json", DAMAGED_DATA)
     content = {
         "schema_version": SCHEMA_VERSION,
         "name": sweep.specification.name,
@@ -307,7 +305,7 @@ def _write_index(sweep: Sweep, grid: Grid, out: Path) -> None:
         ],
         "seeds": sweep.specification.seeds,
         "block_size": sweep.specification.scoring.settings(grid.shortest).block_size,
-        "data": {"name": data["name"], "fingerprint": data["fingerprint"], "vocab_size": data["vocab_size"]},
+        "data": {"name": corpus.name, "fingerprint": corpus.fingerprint, "vocab_size": len(corpus.tokenizer)},
         "points": [
             {
                 "point": point.name,

@@ -1,0 +1,28 @@
+#!/usr/bin/env bash
+# What needs a GPU to be shown: scores equal to the CPU's, the times of an analysis, what callbacks cost, DepthLM beside
+# the architectures that it is made of. About six minutes on one card; each part has a limit of its own, so that one that
+# is slow does not cost the others.
+#
+#     bash benchmarks/gpu.sh               # PYTHON=python3.12 for another interpreter
+set -u
+cd "$(dirname "$0")/.."
+PYTHON=${PYTHON:-python}
+export PYTHONPATH=src:benchmarks${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1
+status=0
+
+part() {
+    limit=$1
+    shift
+    echo
+    echo "## $*"
+    timeout "$limit" "$PYTHON" "$@" || { echo "failed or cut off at $limit s: $*"; status=1; }
+}
+
+nvidia-smi --query-gpu=name,memory.total,driver_version --format=csv,noheader
+part 60 benchmarks/gpu.py --only equal
+part 70 benchmarks/callbacks.py --only 134M --rounds 15
+part 150 benchmarks/gpu.py --only times
+part 60 benchmarks/callbacks.py --only 10M --rounds 15
+part 60 benchmarks/architectures.py --bf16 --rounds 10 --only dense
+part 60 benchmarks/architectures.py --bf16 --rounds 10 --only "wider experts"
+exit $status

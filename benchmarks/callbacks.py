@@ -2,6 +2,7 @@
 
     python benchmarks/callbacks.py            # about half an hour on one core; --only 10M takes ten minutes
     python benchmarks/callbacks.py --quick    # a small model, one minute
+    python benchmarks/callbacks.py --only 134M --rows 64 --length 1024    # enough for a GPU to have to do
 
 A step is forward, backward and AdamW, in float32 on a CPU (bf16 autocast on a GPU), in one process. Every side trains
 the same model on the same batch, in short alternating rounds. `VarianceCallback` measures every step and is fetched
@@ -43,8 +44,11 @@ OURS = ("_on_layer", "_on_part", "_end_pass", "fetch", "finish")  # what `Varian
 TARGETS = {"variance": 0.02, "variance, sublayers": 0.04, "sparsity, measured every 100th step": 0.05}
 
 
-def build(shape: tuple[int, ...], device: torch.device) -> tuple[PreTrainedModel, Tensor]:
-    hidden, mlp, heads, vocabulary, rows, length = shape
+def build(
+    shape: tuple[int, ...], device: torch.device, rows: int | None = None, length: int | None = None
+) -> tuple[PreTrainedModel, Tensor]:
+    hidden, mlp, heads, vocabulary, its_rows, its_length = shape
+    rows, length = rows or its_rows, length or its_length
     torch.manual_seed(0)
     config = LlamaConfig(
         hidden_size=hidden,
@@ -167,12 +171,14 @@ def main() -> None:
     parser.add_argument("--only", choices=("10M", "134M"), help="this model alone")
     parser.add_argument("--rounds", type=int, default=25)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--rows", type=int, help="rows of a batch (default: few, so that a CPU has enough to do)")
+    parser.add_argument("--length", type=int, help="tokens of a row")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     table = Table("model", "side", "ms a step", "time / plain (95%)", "overhead", "target")
     for name in ["quick"] if options.quick else [options.only] if options.only else ["10M", "134M"]:
-        model, ids = build(SHAPES[name], device)
+        model, ids = build(SHAPES[name], device, options.rows, options.length)
         count = 1 if name == "134M" else 2
         steps, stack = Steps(model, ids, count), LayerStack(model)
         sides: dict[str, Callable[[], None]] = {

@@ -108,8 +108,8 @@ def causal(
 
     One whole forward pass a skipped layer and batch, all hidden states held, compared with the baseline's.
     """
-    changes = {index: torch.zeros(len(layers)) for index in only}
-    lengths = torch.zeros(len(layers))
+    changes = {index: ids.new_zeros(len(layers), dtype=torch.float32) for index in only}
+    lengths = ids.new_zeros(len(layers), dtype=torch.float32)
     for batch in batches(ids, batch_size):
         baseline = _updates(model, layers, batch)
         lengths += torch.stack([update.norm(dim=-1).sum() for update in baseline])
@@ -170,7 +170,8 @@ def jacobian(
             rows = part if rows is None else rows + part
         assert rows is not None
         width = rows.shape[1]
-        distances[index] = ((rows / ids.numel() - torch.eye(width)[: len(rows)]).norm() / width).item()
+        eye = torch.eye(width, device=rows.device)[: len(rows)]
+        distances[index] = ((rows / ids.numel() - eye).norm() / width).item()
     return distances
 
 

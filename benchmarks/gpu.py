@@ -18,10 +18,11 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, TrainerControl, TrainerState
 
 import released
 from depthscope import LayerReport, LayerStack, analyze
+from depthscope.callbacks import VarianceCallback
 
 # Small models of several families, random weights large enough that layers matter.
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -113,6 +114,27 @@ def _differences(one: LayerReport, other: LayerReport) -> list[tuple[float, str]
     return found
 
 
+def show_equal_callback(device: torch.device) -> bool:
+    """What `VarianceCallback` makes of one training pass of a small model on both devices."""
+    found = []
+    for where in (torch.device("cpu"), device):
+        model = small_model("llama").to(where).train()
+        ids = torch.randint(3, SMALL["vocab_size"], (4, 64), generator=torch.Generator().manual_seed(1)).to(where)
+        stack, callback = LayerStack(model), VarianceCallback(history=False)
+        callback._stack = stack
+        callback.attach(stack)
+        callback.on_step_begin(None, TrainerState(), TrainerControl())
+        model(ids, labels=ids, use_cache=False).loss.backward()
+        callback.fetch()
+        found.append(np.array((callback.window or {})["sums"]))
+        callback.detach()
+    worst = float((np.abs(found[0] - found[1]) / np.maximum(np.abs(found[0]).max(0), 1e-12)).max())
+    print(
+        f"| VarianceCallback on llama | {worst:.1e}{'' if worst <= TOLERANCE else ' TOO FAR'} | its sums |", flush=True
+    )
+    return worst <= TOLERANCE
+
+
 class Timed:
     """One model of a real shape on the GPU, in bfloat16, and what its analysis takes."""
 
@@ -184,7 +206,7 @@ def main() -> None:
         sys.exit("There is no CUDA device here.")
     device = torch.device("cuda")
     print(f"torch {torch.__version__}, transformers {transformers.__version__}, {torch.cuda.get_device_name()}\n")
-    good = options.only == "times" or show_equal_scores(device)
+    good = options.only == "times" or all([show_equal_scores(device), show_equal_callback(device)])
     if options.only != "equal":
         print("\n| model, bfloat16 | score | released | depthscope | ratio | evaluated tokens a second |")
         print("| --- | --- | --- | --- | --- | --- |")

@@ -22,8 +22,9 @@ from depthscope.tracing import output_embeddings
 Array = np.ndarray
 Sums = Mapping[str, Array]
 
-# Elements of logits that are turned into losses at once: small enough to stay in a processor's cache.
-LOSS_CHUNK = 1 << 21
+# Elements of logits that are turned into losses at once: on a CPU few enough to stay in its cache, elsewhere so many
+# that starting the work is not what takes the time.
+LOSS_CHUNK = {"cpu": 1 << 21, "elsewhere": 1 << 27}
 
 
 @dataclass(frozen=True)
@@ -137,7 +138,8 @@ def block_losses(logits: Tensor, input_ids: Tensor, target_mask: Tensor) -> Arra
     would be the largest tensor of an analysis.
     """
     targets, mask = input_ids[:, 1:].to(logits.device), target_mask.to(logits.device)
-    step = max(1, LOSS_CHUNK // logits.shape[-1])
+    chunk = LOSS_CHUNK["cpu" if logits.device.type == "cpu" else "elsewhere"]
+    step = max(1, chunk // logits.shape[-1])
     totals = []
     for row, aim, keep in zip(logits[:, :-1], targets, mask, strict=True):
         losses = [

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from datasets import Dataset
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, TrainerCallback
 
 from depthscope.callbacks import VarianceCallback, read_history
 from models import tiny_llama
@@ -78,7 +78,16 @@ def reinforcement(model: Any, tokenizer: Any, folder: Path, callback: TrainerCal
     )
 
 
-@pytest.mark.parametrize("build", [supervised, packed, preferences, reinforcement])
+def rewards(model: Any, tokenizer: Any, folder: Path, callback: TrainerCallback) -> Any:
+    reward_model = AutoModelForSequenceClassification.from_pretrained(model.config._name_or_path, num_labels=1)
+    data = Dataset.from_dict({"chosen": [TEXT] * 16, "rejected": ["Layers add nothing."] * 16})
+    settings = trl.RewardConfig(str(folder), max_length=64, **COMMON)
+    return trl.RewardTrainer(
+        reward_model, args=settings, train_dataset=data, processing_class=tokenizer, callbacks=[callback]
+    )
+
+
+@pytest.mark.parametrize("build", [supervised, packed, preferences, reinforcement, rewards])
 def test_trl(build: Any, model: Any, tokenizer: Any, tmp_path: Path) -> None:
     run = build(model, tokenizer, tmp_path / "out", VarianceCallback())
     run.train()
@@ -87,7 +96,7 @@ def test_trl(build: Any, model: Any, tokenizer: Any, tmp_path: Path) -> None:
     assert all(row["tokens"] > 0 and None not in row["layers"]["variance"] for row in rows)
     logged = next(entry for entry in run.state.log_history if "loss" in entry)
     assert logged["layers/variance/3"] == rows[0]["layers"]["variance"][3]
-    assert not any(module._forward_hooks for module in model.model.layers.modules())
+    assert not any(module._forward_hooks for module in run.model.model.layers.modules())
 
 
 def test_packing_counts_every_token(model: Any, tokenizer: Any, tmp_path: Path) -> None:

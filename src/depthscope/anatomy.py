@@ -51,14 +51,17 @@ class LayerStack:
 
     Args:
         model: a causal language model. Its weights must be loaded (not on `meta`, unless offloaded by accelerate).
+        head: whether it must have a language-modelling head. With False any model with a plain stack of layers over
+            token ids will do (a reward model, a classifier, an encoder): its layers can be watched, but `logits` and
+            what needs them cannot be had.
 
     Raises:
         NoLayerStackError: no list of layers is called once each and in order; the message says what was found.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, *, head: bool = True) -> None:
         self.model = model
-        self._trace: Trace = trace_layers(model)
+        self._trace: Trace = trace_layers(model, head=head)
         self.path: str = self._trace.path
         self.layers: nn.ModuleList = self._trace.layers
 
@@ -72,6 +75,17 @@ class LayerStack:
     def num_layers(self) -> int:
         """The number of decoder layers, L."""
         return len(self.layers)
+
+    @property
+    def entry(self) -> nn.Module:
+        """The module that takes the token ids: the model, or without `head` the language model in a wrapper."""
+        return self._trace.entry
+
+    @property
+    def around(self) -> tuple[nn.Module, ...]:
+        """The modules that the layers are in, from the model down to the one that runs through them."""
+        names = self.path.split(".")[:-1]
+        return tuple(self.model.get_submodule(".".join(names[:depth])) for depth in range(len(names) + 1))
 
     @property
     def kinds(self) -> tuple[Hashable, ...]:
@@ -119,7 +133,7 @@ class LayerStack:
     @property
     def example_logits(self) -> Tensor:
         """The logits of the small example that the layers were found with, [B, T, V]."""
-        return self._trace.logits
+        return self._require_logits(self._trace.logits)
 
     @property
     def width(self) -> int:
@@ -129,7 +143,7 @@ class LayerStack:
     @property
     def device(self) -> torch.device:
         """The device that token ids go to."""
-        return input_device(self.model)
+        return input_device(self.entry)
 
     def features(self, hidden: Tensor) -> Tensor:
         """View a residual stream as [B, T, S, d], S parallel streams (1 in all but a few architectures)."""
@@ -149,12 +163,13 @@ class LayerStack:
 
     def logits(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Run the model as it stands: ids [B, T] -> logits [B, T, V]; gradients as the caller has set them."""
-        return run(self.model, input_ids, attention_mask)
+        self._require_logits(self._trace.logits)
+        return run(self.entry, input_ids, attention_mask).logits
 
     def run_through(self, last: int, input_ids: Tensor, attention_mask: Tensor | None = None) -> None:
         """Run the model up to and including layer `last` and stop there: no later layer, no final norm, no head."""
         with self.stopping_after(last), suppress(StopForward):
-            self.logits(input_ids, attention_mask)
+            run(self.entry, input_ids, attention_mask)
 
     @contextmanager
     def standing_in(self, replacements: Mapping[int, nn.Module]) -> Iterator[None]:
@@ -316,6 +331,14 @@ class LayerStack:
         # Half precision and kernels that depend on what ran before leave rounding; a broken resume is far off.
         scale = baseline[torch.isfinite(baseline)].abs().max().item() if torch.isfinite(baseline).any() else 0.0
         return torch.allclose(resumed.float(), baseline.float(), rtol=1e-2, atol=1e-3 * scale, equal_nan=True)
+
+    def _require_logits(self, logits: Tensor | None) -> Tensor:
+        if logits is None:
+            raise NoLayerStackError(
+                f"{type(self.model).__name__} was taken without a language-modelling head, so it has no logits; a "
+                "causal language model as AutoModelForCausalLM loads it has them: LayerStack(model)."
+            )
+        return logits
 
     def _check(self, index: int) -> None:
         if not 0 <= index < self.num_layers:

@@ -1,11 +1,12 @@
-"""Finding the decoder layers of a causal language model by watching one small forward pass.
+"""Finding the decoder layers of a language model by watching one small forward pass.
 
 Architectures name and wrap their layers in many ways, but they all walk down one `ModuleList` whose items are called
 once each, in order, each handing the very same tensor to the next. That is what is looked for.
 """
 
-from collections.abc import Callable, Hashable, Iterable, Mapping
-from contextlib import ExitStack
+import inspect
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from itertools import count, pairwise
 from typing import Any
@@ -65,6 +66,7 @@ class Trace:
     """What one small forward pass showed of a model's decoder layers."""
 
     path: str
+    entry: nn.Module  # what takes the token ids: the model, or the one that a wrapper of the model's owner holds
     layers: nn.ModuleList
     originals: tuple[nn.Module, ...]
     dress: tuple[Callable[[Tensor], LayerResult], ...]  # how each layer's result is shaped
@@ -74,7 +76,7 @@ class Trace:
     sublayers: tuple[Mapping[str, str], ...]  # for each layer {"attention": name, "mlp": name}, where found
     changes_in_place: bool
     example: Tensor  # [TRACE_BATCH, TRACE_TOKENS] token ids
-    logits: Tensor  # [TRACE_BATCH, TRACE_TOKENS, V] what the model answered
+    logits: Tensor | None  # [TRACE_BATCH, TRACE_TOKENS, V] what the model answered; None where no head was asked for
 
 
 @dataclass
@@ -88,13 +90,20 @@ class _Call:
     changed: bool = False
 
 
-def run(model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-    """Call the model on ids [B, T] without a cache and return its logits [B, T, V]."""
+def run(model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None = None) -> Any:
+    """Call a model on ids [B, T], without a cache where it knows of one."""
     device = input_device(model)
-    inputs: dict[str, Any] = {"input_ids": input_ids.to(device), "use_cache": False, "return_dict": True}
+    inputs: dict[str, Any] = {"input_ids": input_ids.to(device)}
+    inputs |= {name: value for name, value in (("use_cache", False), ("return_dict", True)) if _takes(model, name)}
     if attention_mask is not None:
         inputs["attention_mask"] = attention_mask.to(device)
-    return model(**inputs).logits
+    return model(**inputs)
+
+
+def _takes(model: nn.Module, name: str) -> bool:
+    """Whether a model's forward pass takes an argument."""
+    taken = inspect.signature(model.forward).parameters
+    return name in taken or any(parameter.kind is parameter.VAR_KEYWORD for parameter in taken.values())
 
 
 def input_device(model: nn.Module) -> torch.device:
@@ -126,17 +135,53 @@ def output_embeddings(model: nn.Module) -> nn.Module | None:
     return named() if named is not None else None
 
 
-def trace_layers(model: nn.Module) -> Trace:
-    """Find the stack of decoder layers of a causal language model in evaluation mode.
+def trace_layers(model: nn.Module, *, head: bool = True) -> Trace:
+    """Find the stack of layers of a language model in evaluation mode.
+
+    Args:
+        model: a causal language model; without `head`, any model whose layers work on token ids.
+        head: whether it must have a language-modelling head. Without one the layers can be watched, but there are no
+            logits, and what stands behind the layers (a classifier, a reward, a value) is not looked at.
 
     Raises:
         NoLayerStackError: the model does not run on plain token ids, or has no plain stack.
     """
-    _refuse_other_models(model)
-    example = example_ids(model)
+    _refuse_other_models(model, head)
+    try:
+        return _trace(model, model, head)
+    except NoLayerStackError:
+        if head:
+            raise
+        # A wrapper that its owner wrote is called in the owner's way; the language model in it has the layers.
+        found = dict(_traced(model))
+        if len(found) > 1:
+            raise NoLayerStackError(
+                f"{type(model).__name__} holds several models ({', '.join(found)}), and which of them is meant is not "
+                "clear. Such a model cannot be watched layer by layer."
+            ) from None
+        if not found:
+            raise
+        return found.popitem()[1]
+
+
+def _traced(model: nn.Module) -> Iterator[tuple[str, Trace]]:
+    """The outermost language models inside a module, by name, each traced; those that cannot be are left out."""
+    inside = {name: part for name, part in model.named_modules() if name and _is_language_model(part)}
+    for name in _outermost(inside):
+        with suppress(NoLayerStackError):
+            yield name, _trace(model, inside[name], head=False)
+
+
+def _is_language_model(module: nn.Module) -> bool:
+    return getattr(module, "config", None) is not None and input_embeddings(module) is not None
+
+
+def _trace(model: nn.Module, entry: nn.Module, head: bool) -> Trace:
+    """Trace the pass of `entry`, the model itself or a part of it; paths are those in `model`."""
+    example = example_ids(entry)
     lists = _module_lists(model)
-    calls, logits = _watch(model, lists, example)
-    path, layers = _choose(model, lists, calls)
+    calls, logits = _watch(entry, lists, example, head)
+    path, layers = _choose(entry, lists, calls)
     ordered = [calls[id(layer)][0] for layer in layers]
     axes = StreamAxes.of(ordered[0].into.shape)
     if axes is None:
@@ -145,9 +190,10 @@ def trace_layers(model: nn.Module) -> Trace:
             f"sequences of {TRACE_TOKENS} tokens, so the tokens cannot be told apart; depthscope needs "
             "one hidden state a token."
         )
-    names = [_kind_name(layer, model, index) for index, layer in enumerate(layers)]
+    names = [_kind_name(layer, entry, index) for index, layer in enumerate(layers)]
     return Trace(
         path=path,
+        entry=entry,
         layers=layers,
         originals=tuple(layers),
         dress=tuple(result_like(call.out) for call in ordered),
@@ -189,14 +235,14 @@ def _special_ids(config: Any) -> set[int]:
     return found
 
 
-def _refuse_other_models(model: nn.Module) -> None:
+def _refuse_other_models(model: nn.Module, head: bool) -> None:
     name = type(model).__name__
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         raise NoLayerStackError(
             f"{name} is an encoder-decoder; depthscope reads decoder-only causal language models. "
             "Give one that AutoModelForCausalLM loads without an encoder."
         )
-    if output_embeddings(model) is None and not name.endswith(("ForCausalLM", "LMHeadModel")):
+    if head and output_embeddings(model) is None and not name.endswith(("ForCausalLM", "LMHeadModel")):
         raise NoLayerStackError(
             f"{name} has no language-modelling head, so there is no next-token loss to measure; "
             "load it with AutoModelForCausalLM."
@@ -210,8 +256,8 @@ def _module_lists(model: nn.Module) -> dict[str, nn.ModuleList]:
 
 
 def _watch(
-    model: nn.Module, lists: Mapping[str, nn.ModuleList], example: Tensor
-) -> tuple[dict[int, list[_Call]], Tensor]:
+    model: nn.Module, lists: Mapping[str, nn.ModuleList], example: Tensor, head: bool
+) -> tuple[dict[int, list[_Call]], Tensor | None]:
     """Run the example; record for each item of each list, and each of the item's children, what it was called with."""
     calls: dict[int, list[_Call]] = {}
     clock = count()
@@ -234,13 +280,15 @@ def _watch(
         stack.enter_context(evaluating(model))
         stack.enter_context(torch.no_grad())
         try:
-            logits = run(model, example)
+            output = run(model, example)
+            return calls, output.logits if head else None
         except MODEL_FAILURES as error:
+            if not head and any(_is_walked(items, calls) for items in lists.values()):
+                return calls, None  # what comes after the layers may want more: labels, a padding token
             raise NoLayerStackError(
                 f"{type(model).__name__} does not run on plain token ids: {type(error).__name__}: {error}. "
                 "depthscope needs a causal language model that takes `input_ids` alone."
             ) from error
-    return calls, logits
 
 
 def _choose(

@@ -111,7 +111,7 @@ class WindowCallback(TrainerCallback, ExportableState):
         place(self)
         self._guard()
         if model is not None and not _is_empty(model):
-            self._stack = LayerStack(model)
+            self._stack = LayerStack(model, head=False)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """Begin to watch, and go on where a checkpoint left off."""
@@ -119,7 +119,7 @@ class WindowCallback(TrainerCallback, ExportableState):
         self._guard()
         self.detach()
         if self._stack is None or self._stack.model is not model:
-            self._stack = LayerStack(model)
+            self._stack = LayerStack(model, head=False)
         self.window = _saved_window(state, type(self).__name__) if state.global_step else None
         self._file = History(args.output_dir) if self.history and state.is_world_process_zero else None
         if self._file is not None:

@@ -13,6 +13,8 @@ and the single numbers `kv_sharing` (query heads a key and value head) and, of t
 where it returns them, `aux_loss` and `z_loss`.
 """
 
+import logging
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -23,7 +25,7 @@ from torch import Tensor, nn
 
 from depthscope.anatomy import LayerStack
 from depthscope.callbacks.base import Measured, WindowCallback
-from depthscope.callbacks.watching import Watch
+from depthscope.callbacks.watching import Watch, argument
 from depthscope.errors import SettingsError
 from depthscope.modes import evaluating
 from depthscope.sparsity.attention import ATTENTION_METRICS, AttentionProbe, probing_attention
@@ -32,6 +34,8 @@ from depthscope.sparsity.weights import WEIGHT_METRICS, weight_sparsity
 from depthscope.tracing import text_config
 
 __all__ = ["SparsityCallback"]
+
+logger = logging.getLogger(__name__)
 
 LOSSES = ("aux_loss", "z_loss")
 
@@ -71,7 +75,9 @@ class SparsityCallback(WindowCallback):
         self._sums: dict[int, Tensor] = {}
         self._losses: Tensor | None = None
         self._sample: tuple[Tensor, Tensor | None] | None = None
+        self._sampled = False  # whether the pass that is running has given the sample
         self._passes = 0  # training passes since the last fetch
+        self._told = False
         self._measured_at = 0
         self._step = 0
 
@@ -81,13 +87,13 @@ class SparsityCallback(WindowCallback):
 
     def attach(self, stack: LayerStack) -> None:
         """Watch the routers, and keep the last batch at hand."""
-        self._top_k = chosen_per_token(stack.model)
+        self._top_k = chosen_per_token(stack.entry)
         routers = {router: partial(self._seen.__setitem__, layer) for layer, router in find_routers(stack).items()}
         self._watch = Watch(stack, others=routers, begin=self._seen.clear, end=self._end_pass)
         self._handles = [
-            stack.model.register_forward_pre_hook(self._keep_sample, with_kwargs=True),
-            stack.model.register_forward_hook(self._keep_losses),
+            owner.register_forward_pre_hook(self._sample_hook(owner), with_kwargs=True) for owner in stack.around
         ]
+        self._handles.append(stack.entry.register_forward_hook(self._keep_losses))
 
     def detach(self) -> None:
         """Take the hooks off."""
@@ -95,7 +101,7 @@ class SparsityCallback(WindowCallback):
             self._watch.remove()
         for handle in self._handles:
             handle.remove()
-        self._watch, self._handles, self._sample = None, [], None
+        self._watch, self._handles, self._sample, self._sampled = None, [], None, False
         self._seen, self._sums, self._losses, self._passes = {}, {}, None, 0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
@@ -160,7 +166,7 @@ class SparsityCallback(WindowCallback):
                 columns |= {name: [row[name] for row in found] for name in WEIGHT_METRICS}
             columns |= self._attention()
         values = {name: _mean(column) for name, column in columns.items()}
-        values |= _kv_sharing(self._stack.model)
+        values |= _kv_sharing(self._stack.entry)
         passes = window["losses"][-1]
         if passes:
             values |= {name: window["losses"][index] / passes for index, name in enumerate(LOSSES)}
@@ -168,7 +174,12 @@ class SparsityCallback(WindowCallback):
 
     def _attention(self) -> dict[str, list[float]]:
         """Attention sparsity on the sample, in a pass of its own; nothing where there is no sample of token ids."""
-        if self._sample is None or self._stack is None or not self.sequences:
+        if self._stack is None or not self.sequences:
+            return {}
+        if self._sample is None:
+            if not self._told:
+                logger.warning("The sparsity of attention is not measured: the model is not called with token ids.")
+                self._told = True
             return {}
         ids, mask = self._sample
         real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
@@ -189,6 +200,7 @@ class SparsityCallback(WindowCallback):
 
     def _end_pass(self, mask: Tensor | None) -> None:
         self._passes += 1
+        self._sampled = False
         for layer, output in self._seen.items():
             sums = router_sums(output, self._top_k, mask)
             if sums is not None:
@@ -196,14 +208,21 @@ class SparsityCallback(WindowCallback):
                 self._sums[layer] = self._sums[layer] + exact if layer in self._sums else exact
         self._seen.clear()
 
-    def _keep_sample(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not (module.training and torch.is_grad_enabled()):
-            return
-        ids, mask = kwargs.get("input_ids", args[0] if args else None), kwargs.get("attention_mask")
-        if isinstance(ids, Tensor) and ids.dim() == 2:
-            rows = slice(0, self.sequences)
-            real = mask[rows].detach() if isinstance(mask, Tensor) and mask.shape == ids.shape else None
-            self._sample = ids[rows].detach(), real
+    def _sample_hook(self, owner: nn.Module) -> Callable[..., None]:
+        """Keep some sequences of a training pass, from wherever on the way to the layers they are token ids."""
+        given_ids, given_mask = argument(owner, "input_ids"), argument(owner, "attention_mask")
+
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            # Further down in the same pass the mask may have another form.
+            if self._sampled or not (module.training and torch.is_grad_enabled()):
+                return
+            ids, mask = given_ids(args, kwargs), given_mask(args, kwargs)
+            if isinstance(ids, Tensor) and ids.dim() == 2:
+                rows = slice(0, self.sequences)
+                real = mask[rows].detach() if isinstance(mask, Tensor) and mask.shape == ids.shape else None
+                self._sample, self._sampled = (ids[rows].detach(), real), True
+
+        return hook
 
     def _keep_losses(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """The router losses of a training pass, where the model returns them; the last entry counts the passes."""

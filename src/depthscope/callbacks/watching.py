@@ -1,5 +1,6 @@
 """Hooks on a model in training that see each layer's input and output once, in training passes only."""
 
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch.utils.hooks import RemovableHandle
 from depthscope.anatomy import LayerStack
 from depthscope.standins import hidden_among, hidden_of
 
-__all__ = ["Watch"]
+__all__ = ["Watch", "argument"]
 
 
 class Watch:
@@ -43,9 +44,9 @@ class Watch:
         self._mask: Tensor | None = None
         self._begin, self._end = begin, end
         self._handles: list[RemovableHandle] = []
-        decoder = stack.model.get_submodule(stack.path.rpartition(".")[0])
-        for owner in {stack.model, decoder}:
-            self._add(owner.register_forward_pre_hook(self._keep_mask, with_kwargs=True))
+        decoder = stack.around[-1]
+        for owner in stack.around:
+            self._add(owner.register_forward_pre_hook(self._mask_hook(owner), with_kwargs=True))
         self._add(decoder.register_forward_pre_hook(self._enter))
         # Also when the pass fails: what comes next must not be taken for a part of it.
         self._add(decoder.register_forward_hook(self._leave, always_call=True))
@@ -69,10 +70,15 @@ class Watch:
     def _add(self, handle: RemovableHandle) -> None:
         self._handles.append(handle)
 
-    def _keep_mask(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        mask = kwargs.get("attention_mask")
-        if isinstance(mask, Tensor) and mask.dim() == 2:
-            self._mask = mask
+    def _mask_hook(self, owner: nn.Module) -> Callable[..., None]:
+        given = argument(owner, "attention_mask")
+
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            mask = given(args, kwargs)
+            if isinstance(mask, Tensor) and mask.dim() == 2:
+                self._mask = mask
+
+        return hook
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         self._inside = self.measuring and module.training and torch.is_grad_enabled()
@@ -109,3 +115,14 @@ class Watch:
                     function(result)
 
         return hook
+
+
+def argument(module: nn.Module, name: str) -> Callable[[tuple[Any, ...], dict[str, Any]], Any]:
+    """A function that finds an argument of a module's forward pass, given by name or by position; None without it."""
+    names = list(inspect.signature(module.forward).parameters)
+    place = names.index(name) if name in names else None
+
+    def given(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return args[place] if place is not None and place < len(args) else kwargs.get(name)
+
+    return given

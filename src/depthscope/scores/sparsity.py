@@ -91,7 +91,7 @@ class ExpertLoad(Score):
 
     def measure(self, batch: Batch, tick: Callable[[float], None]) -> None:
         """Run the batch once more, one block at a time, watching the routers."""
-        routers, top_k = find_routers(self.stack), chosen_per_token(self.stack.model)
+        routers, top_k = find_routers(self.stack), chosen_per_token(self.stack.entry)
         self.table("blocks")[batch.rows] = 1
         for position, row in enumerate(batch.rows) if routers else ():
             block = batch.blocks.select(torch.tensor([position]))

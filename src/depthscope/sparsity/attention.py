@@ -66,7 +66,10 @@ class AttentionProbe:
         if len(query) != len(self._real) or any(options.get(name) is not None for name in UNKNOWN):
             return
         queries = self._queries.to(query.device)
-        visible, bias = _visible(mask, queries, key, options.get("sliding_window"))
+        # As the attention functions see it: what the call says goes before what the module is.
+        causal = options.get("is_causal")
+        causal = getattr(module, "is_causal", True) if causal is None else causal
+        visible, bias = _visible(mask, queries, key, options.get("sliding_window"), bool(causal))
         if visible is None:
             return
         probabilities = _probabilities(query[:, :, queries], key, visible, bias, options)  # [B, H, Q, T]
@@ -81,7 +84,7 @@ class AttentionProbe:
 @contextmanager
 def probing_attention(stack: LayerStack, probe: AttentionProbe) -> Iterator[None]:
     """Let `probe` see what the model's attention functions are given in the passes inside."""
-    names = {_implementation(stack.model)}
+    names = {_implementation(stack.entry)}
     if "eager" in names and not all(_eager_functions(stack)):
         names.discard("eager")  # an attention that does not ask the interface
     local = ALL_ATTENTION_FUNCTIONS._local_mapping
@@ -128,18 +131,19 @@ def _eager_functions(stack: LayerStack) -> list[bool]:
     return [part is None or any(_eager_function(module) for module in part.modules()) for part in parts]
 
 
-def _visible(mask: Any, queries: Tensor, key: Tensor, window: Any) -> tuple[Tensor | None, Tensor | None]:
+def _visible(mask: Any, queries: Tensor, key: Tensor, window: Any, causal: bool) -> tuple[Tensor | None, Tensor | None]:
     """Which positions the queries see, [B or 1, 1 or H, Q, T], and what is added to their scores if anything is."""
     positions = torch.arange(key.shape[2], device=key.device)
-    causal = positions[None, :] <= queries[:, None]
+    ahead = positions[None, :] - queries[:, None]
+    visible = ahead <= 0 if causal else torch.ones_like(ahead, dtype=torch.bool)
     if isinstance(window, int) and window > 0:
-        causal &= positions[None, :] > queries[:, None] - window
+        visible &= ahead.abs() < window
     if mask is None:
-        return causal[None, None], None
+        return visible[None, None], None
     if not isinstance(mask, Tensor):
         return None, None
     if mask.dim() == 2:  # padding only, as flash attention is given it
-        return causal[None, None] & mask[:, None, None, :].bool(), None
+        return visible[None, None] & mask[:, None, None, :].bool(), None
     if mask.dim() != 4 or mask.shape[2] < len(positions):
         return None, None
     chosen = mask[:, :, queries, : len(positions)]

@@ -1,8 +1,12 @@
 """Tiny random causal language models that tests build in milliseconds."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, Gemma4TextConfig, LlamaConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, Gemma4TextConfig, LlamaConfig, LlamaModel, PreTrainedModel
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 LAYERS, WIDTH, VOCABULARY = 4, 24, 90
 
@@ -68,3 +72,46 @@ class AffineLayer(nn.Module):
     def forward(self, hidden: Tensor, **kwargs: object) -> Tensor:
         """Map [B, T, d] to [B, T, d]."""
         return hidden + self.linear(hidden)
+
+
+class TokenFirst(nn.Module):
+    """Lets an attention that takes [B, T, d] work on [T, B, d]."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, hidden_states: Tensor, **kwargs: Any) -> tuple[Tensor, ...]:
+        """Map [T, B, d] to [T, B, d]."""
+        out, *rest = self.inner(hidden_states=hidden_states.transpose(0, 1), **kwargs)
+        return out.transpose(0, 1), *rest
+
+
+class TokenFirstModel(LlamaModel):
+    """A Llama whose stream is [T, B, d], as some models have it (XLNet, ChatGLM)."""
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
+        """Turn the embeddings, and turn back after the last layer."""
+        hidden = self.embed_tokens(input_ids)
+        positions = torch.arange(input_ids.shape[1])[None]
+        mask = create_causal_mask(
+            config=self.config,
+            inputs_embeds=hidden,
+            attention_mask=attention_mask,
+            past_key_values=None,
+            position_ids=positions,
+        )
+        rotary = self.rotary_emb(hidden, positions)
+        hidden = hidden.transpose(0, 1).contiguous()
+        for layer in self.layers:
+            hidden = layer(hidden, attention_mask=mask, position_embeddings=rotary)
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden.transpose(0, 1)))
+
+
+def token_first_llama(**changes: object) -> PreTrainedModel:
+    """`tiny_llama` with the same weights and a stream [T, B, d]."""
+    model = tiny_llama(**changes)
+    model.model.__class__ = TokenFirstModel
+    for layer in model.model.layers:
+        layer.self_attn = TokenFirst(layer.self_attn)
+    return model

@@ -1,12 +1,18 @@
 """What must hold whatever the numbers are: identities, equal layers, scalings, batch sizes, repeated runs."""
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 import torch
 
-from depthscope import Blocks, LayerReport, Settings, analyze
-from models import WIDTH, AffineLayer, make_identity, random_blocks, tiny_llama
+from depthscope import Blocks, LayerReport, LayerStack, Settings, SettingsError, analyze
+from depthscope.anatomy import Capture
+from depthscope.callbacks import EffectivenessCallback
+from depthscope.scores import usefulness
+from models import WIDTH, AffineLayer, make_identity, random_blocks, tiny_llama, token_first_llama
 
 FIT, EVAL, LENGTH = 6, 4, 24
 BLOCKS = random_blocks(FIT + EVAL, LENGTH)
@@ -177,6 +183,66 @@ def test_the_papers_code_gives_other_ratios_and_says_so() -> None:
     assert any("un-transposed" in note for note in released.notes)
     assert released.scores["usefulness_ratio"] > right.scores["usefulness_ratio"] + 0.01
     assert released.scores["causal"] == right.scores["causal"]
+
+
+def test_what_one_setting_implies_goes_when_it_goes() -> None:
+    implied = Settings(paper_code=True)
+    assert implied.fits_in_sample
+    assert implied.to_dict()["in_sample"]
+    for taken_back in (implied.with_(paper_code=False), replace(implied, paper_code=False)):
+        assert not taken_back.fits_in_sample
+        assert taken_back == Settings()
+    assert Settings(paper_code=True, in_sample=True).with_(paper_code=False).fits_in_sample
+    with pytest.raises(SettingsError, match="fit_blocks"):
+        Settings(paper_code=True, fit_blocks=0).with_(paper_code=False)
+    kept = EffectivenessCallback(BLOCKS, paper_code=True).state()["args"]
+    assert not EffectivenessCallback(**{**kept, "paper_code": False}).settings.fits_in_sample
+
+
+@pytest.mark.parametrize("silent", ["self_attn.o_proj", "mlp.down_proj"])
+def test_a_sublayer_that_returns_zeros_has_variance_zero(silent: str) -> None:
+    model = tiny_llama()
+    with torch.no_grad():
+        model.model.layers[1].get_submodule(silent).weight.zero_()
+    model.model.layers[2] = AffineLayer(WIDTH)  # has neither
+    rows = measure(model, scores="variance", fit_blocks=0).layers
+    name, other = ("attention_variance", "mlp_variance") if "attn" in silent else ("mlp_variance", "attention_variance")
+    assert rows[1][name] == 0
+    assert rows[1][other] > 0
+    assert rows[2][name] is None
+
+
+@pytest.mark.parametrize("length", [EVAL, 12])  # as many tokens as blocks, and more
+def test_a_stream_with_its_tokens_first_gives_the_same_scores(length: int) -> None:
+    mask = torch.ones(FIT + EVAL, length, dtype=torch.bool)
+    mask[::2, length - 2 :] = False
+    blocks = Blocks(random_blocks(FIT + EVAL, length), attention_mask=mask)
+    scores = "variance,block_influence,skip,causal,jacobian,attention_sparsity"
+    one, other = (measure(build(), blocks, scores=scores, probes=4) for build in (tiny_llama, token_first_llama))
+    assert_equal_scores(one, other.model_copy(update={"layers": _with_kinds_of(one, other)}), 1e-5)
+
+
+def _with_kinds_of(one: LayerReport, other: LayerReport) -> list[dict[str, object]]:
+    return [{**row, "kind": its["kind"]} for row, its in zip(other.layers, one.layers, strict=True)]
+
+
+def test_a_fit_in_several_passes_keeps_only_the_layers_of_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = measure(tiny_llama(), scores="usefulness")
+    kept: list[tuple[set[int], set[int]]] = []
+    capturing = LayerStack.capturing
+
+    @contextmanager
+    def spied(self: LayerStack, **options: object) -> Iterator[Capture]:
+        with capturing(self, **options) as capture:
+            yield capture
+        kept.append((set(capture.inputs), set(capture.outputs)))
+
+    monkeypatch.setattr(LayerStack, "capturing", spied)
+    monkeypatch.setattr(usefulness, "ACCUMULATOR_BYTES", 2 * 16 * WIDTH**2)  # two layers at once
+    in_parts = measure(tiny_llama(), scores="usefulness")
+    assert ({0, 1}, {0, 1}) in kept
+    assert ({2, 3}, {2, 3}) in kept
+    assert_equal_scores(whole, in_parts, 1e-9)
 
 
 def test_the_threshold_moves_usefulness_but_no_ratio() -> None:

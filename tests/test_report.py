@@ -4,6 +4,7 @@ import errno
 import json
 import math
 import os
+import random
 import subprocess
 import sys
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from pydantic import ValidationError
 from depthscope.errors import ReportError
 from depthscope.files import write_atomically
 from depthscope.glossary import GLOBAL_SCORES, LAYER_SCORES, format_number, format_with_error
+from depthscope.page import render_page
 from depthscope.report import LayerReport
 from depthscope.summary import ranges
 from reports import ALL_SCORES, sample_content, sample_report
@@ -411,6 +413,22 @@ def test_the_summary_says_what_the_numbers_say() -> None:
     assert "Costliest: 0 (loss ×3.0000), 2 (loss ×1.5000)." in summary
 
 
+def test_layers_without_a_score_are_not_counted() -> None:
+    content = sample_content(6, ("skip", "usefulness"))
+    for row in content["layers"][:2]:
+        row |= {"skip_ratio": None, "usefulness_ratio": None}
+    for row, ratio in zip(content["layers"][2:], (1.5, 1.5, 1.0, 1.5), strict=True):
+        row |= {"skip_ratio": ratio, "usefulness_ratio": ratio}
+    content["scores"] |= {"effective_depth_skip": 3.0, "effective_depth_linear": 0.0, "usefulness": 0.75}
+    del content["scores"]["effective_depth_skip_se"], content["scores"]["effective_depth_linear_se"]
+    report = LayerReport(**content)
+    counted = "of the 4 layers with a score (6 in all)"
+    assert f"Effective depth: 3.00 {counted} by skipping, 0 by linearising." in report.summary()
+    assert f"raises the loss by less than 2%): 1 {counted}: 4." in report.summary()
+    assert f"by more than 1.1 for 3 {counted}." in report.summary()
+    assert render_page([report]).count(counted) >= 4  # in the summary and in the tiles
+
+
 @pytest.mark.parametrize("score", ALL_SCORES)
 def test_the_summary_speaks_only_of_scores_that_are_present(score: str) -> None:
     words = {
@@ -463,10 +481,23 @@ def test_numbers_are_written_with_four_digits(value: float | None, text: str) ->
 @pytest.mark.parametrize(
     ("value", "error", "text"),
     [(1.04721, 0.00312, "1.0472 ± 0.0031"), (3701.0, 12.0, "3,701 ± 12"), (2.0, None, "2.000"), (2.0, 0.0, "2.000"),
-     (0.5, 0.0999, "0.50 ± 0.10"), (None, 0.1, "–")],
+     (0.5, 0.0999, "0.50 ± 0.10"), (None, 0.1, "–"), (1234567.0, 500.0, "1,234,570 ± 500"),
+     (98765.4, 150.0, "98,770 ± 150"), (123456.0, 99.6, "123,460 ± 100"), (-3.0, 500.0, "0 ± 500"),
+     (1.23456789e-9, 1e-14, "1.234568e-09 ± 1.0e-14"), (0.0, 1e-12, "0 ± 1.0e-12"), (0.1217, 1e-18, "0.1217"),
+     (1.23456e20, 1e15, "1.234560e+20 ± 1.0e+15"), (1.0, float("nan"), "1.000"), (float("inf"), 1.0, "inf")],
 )  # fmt: skip
 def test_a_value_is_rounded_to_its_error(value: float | None, error: float | None, text: str) -> None:
     assert format_with_error(value, error) == text
+
+
+def test_rounding_changes_a_value_by_less_than_its_error() -> None:
+    rng = random.Random(0)
+    for _ in range(2000):
+        value, error = rng.choice((-1, 1)) * 10 ** rng.uniform(-12, 18), 10 ** rng.uniform(-15, 17)
+        shown, _, its_error = format_with_error(value, error).partition(" ± ")
+        if its_error:
+            assert abs(float(shown.replace(",", "")) - value) <= error / 2, (value, error)
+            assert float(its_error.replace(",", "")) == pytest.approx(error, rel=0.06)
 
 
 def test_runs_of_layers_are_shortened() -> None:

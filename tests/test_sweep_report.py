@@ -525,6 +525,26 @@ def test_the_words_say_what_moves_by_more_than_the_seeds_do(folder: Path) -> Non
     assert "Within the noise: held-out loss" in said[0]
 
 
+def test_the_noise_is_the_error_of_a_difference_of_two_means(folder: Path) -> None:
+    index = json.loads((folder / "sweep.json").read_text())
+    for point in list(index["points"]):
+        if point["variant"] in ("depth-L2", "depth-L4"):
+            more = {**point, "seed": point["seed"] + 2, "point": f"{point['variant']}-seed{point['seed'] + 2}"}
+            shutil.copytree(folder / "points" / point["point"], folder / "points" / more["point"])
+            change_json(folder / "points" / more["point"] / "result.json", point=more["point"], seed=more["seed"])
+            index["points"].append(more)
+    write_json(folder / "sweep.json", index | {"seeds": [0, 1, 2, 3]})
+    seeds = (2.7, 2.9, 3.1, 3.3)
+    deviation = statistics.stdev(seeds)
+    error = deviation * math.sqrt(1 / 4 + 1 / 4)
+    for shift, kind in ((2.2 * error, "Clear: held-out loss rises"), (1.8 * error, "Within the noise: held-out loss")):
+        set_losses(folder, {f"depth-L2-seed{seed}": loss for seed, loss in enumerate(seeds)})
+        set_losses(folder, {f"depth-L4-seed{seed}": loss + shift for seed, loss in enumerate(seeds)})
+        results = load_results(folder)
+        assert kind in family_words(results, lay_out(results, family(results, "depth")))[0]
+    assert "standard error of the difference of two means" in to_markdown(results)
+
+
 def test_with_one_seed_the_noise_is_that_of_the_blocks(tmp_path: Path, made: Path) -> None:
     folder = Path(shutil.copytree(made, tmp_path / "one"))
     index = json.loads((folder / "sweep.json").read_text())

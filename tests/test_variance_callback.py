@@ -15,7 +15,7 @@ from depthlm import tiny_depthlm
 from depthscope import LayerStack, NoLayerStackError, SettingsError
 from depthscope.callbacks import VarianceCallback, read_history
 from depthscope.callbacks.variance import _Spread
-from models import tiny_llama
+from models import tiny_llama, token_first_llama
 from runs import Recorder, Sentences, arguments, naive_variances, trainer
 
 
@@ -57,6 +57,15 @@ def test_equals_a_naive_computation(name: str, accumulation: int, tmp_path: Path
         for metric, expected in naive_variances(seen).items():
             close(row["layers"][metric], expected)
         assert row["tokens"] == sum(int(mask.sum()) for _, _, mask in seen)
+
+
+def test_a_stream_with_its_tokens_first_gives_the_same_values(tmp_path: Path) -> None:
+    rows = []
+    for name, build in (("one", tiny_llama), ("other", token_first_llama)):
+        trainer(build(), tmp_path / name, [VarianceCallback(moments_every=1)], max_steps=2, logging_steps=2).train()
+        rows.append(read_history(tmp_path / name)[0]["layers"])
+    for metric, column in rows[0].items():
+        close(rows[1][metric], np.array(column))
 
 
 @pytest.mark.parametrize("changed", [False, True])

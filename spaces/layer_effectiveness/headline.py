@@ -5,7 +5,7 @@ from html import escape
 
 from depthscope import LayerReport
 from depthscope.glossary import format_number
-from depthscope.summary import ranges
+from depthscope.summary import of_layers, ranges
 
 __all__ = ["headline", "tiles"]
 
@@ -20,10 +20,10 @@ def headline(report: LayerReport) -> str:
     near = report.near_identity()
     if near is None:
         return f"{layers} layers, in {len(report.layer_scores)} scores"
-    count = len(near.layers)
-    parts = [f"{count} of {layers} layers {'is' if count == 1 else 'are'} near the identity"]
+    count, whole = len(near.layers), of_layers(report, near.score)
+    parts = [f"{count} {whole} {'is' if count == 1 else 'are'} near the identity"]
     if count == 0:
-        parts = [f"None of the {layers} layers is near the identity"]
+        parts = [f"None of the {whole.removeprefix('of ').removeprefix('the ')} is near the identity"]
     if cost := _cost(report):
         parts.append(cost)
     return "; ".join(parts)
@@ -49,15 +49,17 @@ def _in_percent(ratio: float) -> str:
 
 def tiles(report: LayerReport) -> str:
     """Up to four numbers as HTML: the number, what it is of, and what it says."""
-    layers = report.model["num_layers"]
     found: list[tuple[str, str, str]] = []
-    depth = report.scores.get("effective_depth_skip") or report.scores.get("effective_depth_linear")
-    if depth is not None:
-        found.append((format_number(depth, 2), f"of {layers} layers", "effective depth: so many share the work"))
+    for name, score in (("effective_depth_skip", "skip_ratio"), ("effective_depth_linear", "usefulness_ratio")):
+        depth = report.scores.get(name)
+        if depth is not None:
+            meaning = "effective depth: so many share the work"
+            found.append((format_number(depth, 2), of_layers(report, score), meaning))
+            break
     near = report.near_identity()
     if near is not None:
         which = f"layers {ranges(near.layers)}" if near.layers else "no layer"
-        found.append((str(len(near.layers)), f"of {layers} layers near the identity", which))
+        found.append((str(len(near.layers)), f"{of_layers(report, near.score)} near the identity", which))
     if ranked := report.ranked("skip_ratio"):
         layer, ratio = ranked[-1]
         found.append((f"layer {layer}", f"loss ×{format_number(ratio, 3)} without it", "costliest to drop"))

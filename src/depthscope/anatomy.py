@@ -157,6 +157,10 @@ class LayerStack:
         """Undo `flat`: [B, T, S * d] back to the model's own layout of the stream."""
         return self._trace.axes.restore(flat)
 
+    def token_first(self, index: int | None = None, part: str = "") -> bool:
+        """Whether tokens stand before sequences, [T, B, d], in the stream, or in what a sublayer of a layer returns."""
+        return self._trace.axes.token_first if index is None else self._trace.token_first[index][part]
+
     def select(self, hidden: Tensor, rows: Tensor) -> Tensor:
         """Pick sequences out of a batch: the residual stream of `rows`, in the model's own layout."""
         return hidden.index_select(self._trace.axes.batch, rows.to(hidden.device))
@@ -274,17 +278,19 @@ class LayerStack:
         outputs: bool = True,
         sublayers: Callable[[Tensor], Tensor] | bool = False,
         first: int = 0,
+        last: int | None = None,
     ) -> Iterator[Capture]:
-        """Keep what passes layers `first`..L-1 (or their stand-ins) in the forward passes inside; the last one counts.
+        """Keep what passes layers `first`..`last` (or L-1) in the forward passes inside; the last pass counts.
 
-        Tensors are kept as they are, without a copy, unless the model changes them in place. With `sublayers`, the
-        outputs of each layer's attention (or other token mixer) and MLP are kept too, where there are such submodules;
-        a function given there is applied to them at once, so that what it returns is kept instead.
+        Of layers that something stands in for, what passes that. Tensors are kept as they are, without a copy, unless
+        the model changes them in place. With `sublayers`, the outputs of each layer's attention (or other token mixer)
+        and MLP are kept too, where there are such submodules; a function given there is applied to them at once, so
+        that what it returns is kept instead.
         """
         capture = Capture()
         keep = torch.clone if self._trace.changes_in_place else _as_is
         with ExitStack() as stack:
-            for index in range(first, self.num_layers):
+            for index in range(first, self.num_layers if last is None else last + 1):
                 layer = self.layers[index]
                 if inputs:
                     handle = layer.register_forward_pre_hook(_keep_input(capture.inputs, index, keep), with_kwargs=True)

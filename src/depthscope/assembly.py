@@ -90,7 +90,7 @@ def _notes(stack: LayerStack, scores: Mapping[str, Score], blocks: Blocks, setti
             "paper_code: usefulness is what the paper's released code computes (linear map applied un-transposed, "
             "fitted on the evaluation text), not what the paper defines."
         )
-    elif settings.in_sample and "usefulness" in scores:
+    elif settings.fits_in_sample and "usefulness" in scores:
         notes.append("in_sample: the linear maps were fitted on the evaluation text itself.")
     notes += _fit_notes(stack, scores.get("usefulness"), settings)
     for layer, reason in stack.unskippable.items():
@@ -108,7 +108,7 @@ def _fit_notes(stack: LayerStack, score: Score | None, settings: Settings) -> li
     if not isinstance(score, Usefulness):
         return []
     notes = []
-    tokens = (settings.eval_blocks if settings.in_sample else settings.fit_blocks) * settings.block_size
+    tokens = (settings.eval_blocks if settings.fits_in_sample else settings.fit_blocks) * settings.block_size
     if tokens <= 2 * stack.width:
         notes.append(
             f"The linear maps have {stack.width} inputs and were fitted on {tokens} tokens only: usefulness ratios are "

@@ -5,6 +5,7 @@ called by one name everywhere. The order of both tables is the order in which a 
 """
 
 import math
+import sys
 from dataclasses import dataclass
 
 __all__ = [
@@ -148,10 +149,19 @@ def format_score(name: str, value: float | None) -> str:
 
 def format_with_error(value: float | None, error: float | None) -> str:
     """Write `value ± error`, the error with two significant digits and the value to the same decimal place."""
-    if value is None or error is None or error == 0:
+    if value is None or error is None or not math.isfinite(value) or not math.isfinite(error):
         return format_number(value)
-    exponent = int(f"{error:.1e}".split("e")[1])
-    decimals = 1 - exponent
-    if not 0 <= decimals <= 8:
-        return f"{format_number(value)} ± {format_number(error, 2)}"
-    return f"{value:,.{decimals}f} ± {error:,.{decimals}f}"
+    if error <= abs(value) * sys.float_info.epsilon:  # none, or less than the value itself can tell
+        return format_number(value)
+    decimals = 1 - _exponent(error, 2)
+    if decimals > 8 or max(abs(value), error) >= 1e15:
+        shown = f"{value:.{max(1, decimals + _exponent(value, 2))}e}" if value else "0"
+        return f"{shown} ± {error:.1e}"
+    places = max(0, decimals)
+    # Adding 0 takes the sign off a value that rounds to 0.
+    return f"{round(value, decimals) + 0.0:,.{places}f} ± {round(error, decimals):,.{places}f}"
+
+
+def _exponent(value: float, digits: int) -> int:
+    """The power of ten of a number's first digit, once it is rounded to `digits` significant ones."""
+    return int(f"{value:.{digits - 1}e}".split("e")[1])

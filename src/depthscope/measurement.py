@@ -44,7 +44,7 @@ def total_work(stack: LayerStack, scores: Mapping[str, Score], settings: Setting
     each = stack.num_layers + head + sum(score.work() for score in scores.values())
     if any(score.skip_updates or score.skip_losses for score in scores.values()):
         each += sum(_skip_work(stack, scores.values()))
-    fit = settings.eval_blocks if settings.in_sample else settings.fit_blocks
+    fit = settings.eval_blocks if settings.fits_in_sample else settings.fit_blocks
     return each * settings.eval_blocks + (fit * stack.num_layers if "usefulness" in scores else 0)
 
 
@@ -64,7 +64,7 @@ def measure(
     try:
         if isinstance(useful := scores.get("usefulness"), Usefulness):
             shown.at("fitting linear maps")
-            fitted = measured if settings.in_sample else fitting
+            fitted = measured if settings.fits_in_sample else fitting
             useful.fit(lambda: _fit_batches(fitted, size, stack, processes, shown), processes.add_up)
         for rows in _chunks(processes.share(range(settings.eval_blocks)), size):
             batch = _measure_batch(stack, scores, measured, rows, shown)

@@ -35,7 +35,7 @@ from depthscope.glossary import (
 )
 from depthscope.plots import EXPLANATIONS, TITLE_HEIGHT, compare_layers, figures
 from depthscope.report import LayerReport
-from depthscope.summary import summarize
+from depthscope.summary import of_layers, summarize
 
 __all__ = [
     "embedded",
@@ -175,16 +175,15 @@ def _section(report: LayerReport, label: str, element: str, drawn: dict[str, Any
 
 def _tiles(report: LayerReport) -> list[tuple[str, str, str]]:
     """Choose up to four numbers for the head of the page: the number, what it is of, and what it says."""
-    num_layers = report.model["num_layers"]
     tiles = []
-    depth = report.scores.get("effective_depth_skip")
-    if depth is None:
-        depth = report.scores.get("effective_depth_linear")
-    if depth is not None:
-        tiles.append((format_number(depth, 2), f"of {num_layers} layers", "effective depth"))
+    for name, score in (("effective_depth_skip", "skip_ratio"), ("effective_depth_linear", "usefulness_ratio")):
+        depth = report.scores.get(name)
+        if depth is not None:
+            tiles.append((format_number(depth, 2), of_layers(report, score), "effective depth"))
+            break
     near = report.near_identity()
     if near:
-        tiles.append((str(len(near.layers)), f"of {num_layers} layers", "near the identity"))
+        tiles.append((str(len(near.layers)), of_layers(report, near.score), "near the identity"))
     if ranked := report.ranked("skip_ratio"):
         layer, ratio = ranked[0]
         tiles.append((f"layer {layer}", f"loss ×{ratio:.4f} without it", "cheapest to leave out"))

@@ -93,10 +93,11 @@ class DataFacts(TypedDict):
 
 @dataclass(frozen=True)
 class NearIdentity:
-    """The layers that are near the identity, and the criterion in words: "skipping the layer raises ..."."""
+    """The layers that are near the identity, the criterion in words: "skipping the layer raises ...", and its score."""
 
     layers: tuple[int, ...]
     criterion: str
+    score: str
 
 
 class LayerReport(BaseModel):
@@ -252,12 +253,14 @@ class LayerReport(BaseModel):
             return NearIdentity(
                 tuple(i for i, r in enumerate(self.column("skip_ratio")) if r is not None and r < NEAR_SKIP_RATIO),
                 f"skipping the layer raises the loss by less than {share}",
+                "skip_ratio",
             )
         if self.has("block_influence"):
             values = self.column("block_influence")
             return NearIdentity(
                 tuple(i for i, b in enumerate(values) if b is not None and b < NEAR_BLOCK_INFLUENCE),
                 f"1 − cosine of the layer's input and output is below {NEAR_BLOCK_INFLUENCE:g}",
+                "block_influence",
             )
         return None
 

@@ -58,10 +58,10 @@ def summary(run: RunHistory) -> list[str]:
     if "variance" in run.metrics:
         at, values = run.over_time("variance")
         first, last = values[0][-1], values[-1][-1]
-        if first and last:
+        if first is not None and last is not None:
             change = f"from {format_number(first, 3)} (step {at[0]}) to {format_number(last, 3)} (step {at[-1]})"
             lines.append(f"The variance of the residual stream after the last layer went {change}.")
-        if values[-1][0] and last:
+        if values[-1][0] and last is not None:
             growth = format_number(last / values[-1][0], 3)
             lines.append(f"It is {growth} times that after the first layer at the end.")
     if run.not_finite is not None:

@@ -58,9 +58,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "scores", _checked_scores(self.scores))
-        if self.paper_code:
-            object.__setattr__(self, "in_sample", True)
-        needs_fit = "usefulness" in self.scores and not self.in_sample
+        needs_fit = "usefulness" in self.scores and not self.fits_in_sample
         _whole("fit_blocks", self.fit_blocks, 1 if needs_fit else 0, "blocks to fit the linear maps on")
         _whole("eval_blocks", self.eval_blocks, 1, "blocks to measure on")
         _whole("block_size", self.block_size, 2, "tokens in a block")
@@ -78,9 +76,15 @@ class Settings:
                 f'pairs is {self.pairs!r}; give "all", "adjacent", or the share to sample as a number between 0 and 1.'
             )
 
+    @property
+    def fits_in_sample(self) -> bool:
+        """Whether the linear maps are fitted on the evaluation blocks: asked for, or as the paper's code does."""
+        # Not written into `in_sample`, where it would outlast a `paper_code` that is taken back.
+        return self.in_sample or self.paper_code
+
     def to_dict(self) -> dict[str, Any]:
-        """The settings as a report keeps them."""
-        return {**asdict(self), "scores": list(self.scores)}
+        """The settings as a report keeps them: what was done, so `in_sample` also where `paper_code` implies it."""
+        return {**asdict(self), "scores": list(self.scores), "in_sample": self.fits_in_sample}
 
     def with_(self, **changes: Any) -> "Settings":
         """The same settings but for `changes`."""

@@ -8,7 +8,7 @@ from depthscope.glossary import format_number, format_with_error
 if TYPE_CHECKING:
     from depthscope.report import LayerReport
 
-__all__ = ["effective_depth", "ranges", "summarize"]
+__all__ = ["effective_depth", "of_layers", "ranges", "summarize"]
 
 
 def summarize(report: "LayerReport") -> str:
@@ -26,15 +26,28 @@ def summarize(report: "LayerReport") -> str:
 
 def effective_depth(report: "LayerReport") -> str:
     """Say the effective depth as "x of L layers", by each way it was measured; empty when it was not."""
-    ways = {"effective_depth_skip": "by skipping", "effective_depth_linear": "by linearising"}
+    ways = (
+        ("effective_depth_skip", "skip_ratio", "by skipping"),
+        ("effective_depth_linear", "usefulness_ratio", "by linearising"),
+    )
     parts: list[str] = []
-    for name, way in ways.items():
+    said = ""
+    for name, score, way in ways:
         value, error = report.scores.get(name), report.scores.get(f"{name}_se")
         if value is not None:
             shown = format_with_error(value, error) if error else format_number(value, 3)
-            whole = "" if parts else f" of {_count(report.model['num_layers'], 'layer')}"
-            parts.append(f"{shown}{whole} {way}")
+            whole = of_layers(report, score)
+            parts.append(f"{shown} {way}" if whole == said else f"{shown} {whole} {way}")
+            said = whole
     return f"Effective depth: {', '.join(parts)}." if parts else ""
+
+
+def of_layers(report: "LayerReport", score: str) -> str:
+    """Say of how many layers a number is that was counted over those which have `score`."""
+    layers, scored = report.model["num_layers"], len(report.ranked(score))
+    if scored in (0, layers):  # 0: the report holds the number only
+        return f"of {_count(layers, 'layer')}"
+    return f"of the {_count(scored, 'layer')} with a score ({layers} in all)"
 
 
 def ranges(numbers: Sequence[int]) -> str:
@@ -61,8 +74,7 @@ def _near_the_identity(report: "LayerReport") -> str:
     if near is None:
         return ""
     which = f": {ranges(near.layers)}" if near.layers else ""
-    layers = _count(report.model["num_layers"], "layer")
-    return f"Near the identity ({near.criterion}): {len(near.layers)} of {layers}{which}."
+    return f"Near the identity ({near.criterion}): {len(near.layers)} {of_layers(report, near.score)}{which}."
 
 
 def _cost_of_skipping(report: "LayerReport") -> str:
@@ -83,18 +95,21 @@ def _usefulness(report: "LayerReport") -> str:
     text = f"Making one layer affine multiplies the loss by {mean:.4f} on average"
     threshold = report.settings.get("threshold")
     if share is not None and isinstance(threshold, (int, float)):
-        num_layers = report.model["num_layers"]
-        text += f", and by more than {threshold:g} for {round(share * num_layers)} of {_count(num_layers, 'layer')}"
+        counted = len(report.ranked("usefulness_ratio")) or report.model["num_layers"]
+        whole = of_layers(report, "usefulness_ratio")
+        text += f", and by more than {threshold:g} for {round(share * counted)} {whole}"
     return f"{text}."
 
 
 def _variance(report: "LayerReport") -> str:
     values = report.column("variance")
     first, last = values[0], values[-1]
-    if len(values) < 2 or not first or last is None:
+    if len(values) < 2 or first is None or last is None:
         return ""
     text = f"Variance of the residual stream: {format_number(first, 3)} after layer 0, "
-    text += f"{format_number(last, 3)} after layer {len(values) - 1} (×{format_number(last / first, 3)})"
+    text += f"{format_number(last, 3)} after layer {len(values) - 1}"
+    if first:
+        text += f" (×{format_number(last / first, 3)})"
     layer, peak = report.ranked("variance")[-1]
     if peak > max(first, last):
         text += f", with its peak of {format_number(peak, 3)} after layer {layer}"

@@ -47,6 +47,11 @@ class StreamAxes:
         others = tuple(axis for axis in range(len(shape)) if axis not in (batch, tokens))
         return cls(batch, tokens, others, tuple(shape[axis] for axis in others))
 
+    @property
+    def token_first(self) -> bool:
+        """Whether the tokens stand before the sequences, [T, B, d]."""
+        return self.tokens < self.batch
+
     def features(self, hidden: Tensor) -> Tensor:
         """View a stream as [B, T, S, d], S parallel streams (usually one)."""
         ordered = hidden.permute(self.batch, self.tokens, *self.others)
@@ -74,6 +79,7 @@ class Trace:
     kinds: tuple[Hashable, ...]
     kind_names: tuple[str, ...]
     sublayers: tuple[Mapping[str, str], ...]  # for each layer {"attention": name, "mlp": name}, where found
+    token_first: tuple[Mapping[str, bool], ...]  # and whether what they return has its tokens before its sequences
     changes_in_place: bool
     example: Tensor  # [TRACE_BATCH, TRACE_TOKENS] token ids
     logits: Tensor | None  # [TRACE_BATCH, TRACE_TOKENS, V] what the model answered; None where no head was asked for
@@ -191,6 +197,7 @@ def _trace(model: nn.Module, entry: nn.Module, head: bool) -> Trace:
             "one hidden state a token."
         )
     names = [_kind_name(layer, entry, index) for index, layer in enumerate(layers)]
+    sublayers = tuple(_sublayers(layer, calls) for layer in layers)
     return Trace(
         path=path,
         entry=entry,
@@ -200,7 +207,11 @@ def _trace(model: nn.Module, entry: nn.Module, head: bool) -> Trace:
         axes=axes,
         kinds=tuple((name, _structure(layer)) for name, layer in zip(names, layers, strict=True)),
         kind_names=tuple(names),
-        sublayers=tuple(_sublayers(layer, calls) for layer in layers),
+        sublayers=sublayers,
+        token_first=tuple(
+            {part: _token_first(calls[id(layer.get_submodule(name))][0].out, axes) for part, name in found.items()}
+            for layer, found in zip(layers, sublayers, strict=True)
+        ),
         changes_in_place=any(call.changed for call in ordered),
         example=example,
         logits=logits,
@@ -401,6 +412,13 @@ def _sublayers(layer: nn.Module, calls: Mapping[int, list[_Call]]) -> dict[str, 
         elif any(word in words for word in ATTENTION_WORDS):
             found.setdefault("attention", name)
     return found
+
+
+def _token_first(result: Any, axes: StreamAxes) -> bool:
+    """Whether a sublayer returns [T, B, d]; where its tokens stand in one row, they are in the order of the stream."""
+    shape = _shape(result)
+    first = tuple(shape[:2]) if shape is not None else ()
+    return axes.token_first if set(first) != {TRACE_BATCH, TRACE_TOKENS} else first == (TRACE_TOKENS, TRACE_BATCH)
 
 
 def _is_token_wise(shape: torch.Size | None) -> bool:

@@ -26,7 +26,7 @@ from limits import Limits
 from measuring import measure
 from models import make_identity, random_blocks, tiny_llama
 from problems import Problem
-from reports import sample_report
+from reports import sample_content, sample_report
 from service import Service
 from sparsity_figure import sparsity
 from start_stop import with_token
@@ -114,6 +114,15 @@ def test_a_report_without_a_run_of_idle_layers_has_no_drop():
     assert (
         headline(report) == "None of the 6 layers is near the identity; dropping layer 0, the cheapest, costs 50% loss"
     )
+
+
+def test_a_layer_without_a_score_is_not_counted_and_a_depth_of_zero_is_one():
+    content = sample_content(6, ("skip", "usefulness"))
+    content["layers"][0]["skip_ratio"] = None
+    content["scores"] |= {"effective_depth_skip": 0.0, "effective_depth_linear": 3.0}
+    report = LayerReport(**content)
+    assert "of the 5 layers with a score (6 in all)" in headline(report)
+    assert "<strong>0</strong><span>of the 5 layers with a score (6 in all)</span>" in tiles(report)
 
 
 def test_a_headline_counts_the_layers_that_are_near_the_identity():

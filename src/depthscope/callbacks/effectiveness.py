@@ -106,7 +106,7 @@ class EffectivenessCallback(TrainerCallback, ExportableState):
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps of this callback."""
-        options = self.settings.to_dict()
+        options = {**self.settings.to_dict(), "in_sample": self.settings.in_sample}
         for name in ("scores", "eval_blocks", "block_size", "fit_blocks"):
             del options[name]
         args = {

@@ -191,20 +191,23 @@ class VarianceCallback(WindowCallback):
 
     def _end_pass(self, mask: Tensor | None) -> None:
         """Turn what was kept of a pass into sums, all layers at once: as many operations as one layer would take."""
-        if self._sums is None or not self._seen["stream"]:
+        if self._sums is None or self._stack is None or not self._seen["stream"]:
             return
         shape = self._seen["stream"][0].length.shape[:2]
         real = mask if mask is not None and mask.shape == shape else None
         for kind, names in (("stream", STREAM), ("attention", PARTS[:3]), ("mlp", PARTS[3:])):
             if self._seen[kind]:
                 values = _stream_values(self._seen[kind]) if kind == "stream" else _part_values(self._seen[kind])
-                self._sums.add(names, [seen.index for seen in self._seen[kind]], values, real)
+                layers = [seen.index for seen in self._seen[kind]]
+                # What a sublayer returns lies in one row, in whichever order the model has tokens and sequences.
+                turned = kind != "stream" and self._stack.token_first(layers[0], kind)
+                self._sums.add(names, layers, values, real.T if turned and real is not None else real)
         if self._seen_moments:
-            layers, moments = zip(*self._seen_moments, strict=True)
+            seen_layers, moments = zip(*self._seen_moments, strict=True)
             device = moments[0].device
             values = torch.stack([moment.to(device) for moment in moments], 1)  # [moments, L, B, T]
-            self._sums.add(MOMENTS, list(layers), values[:-1], real)
-            self._sums.raise_largest(list(layers), values[-1], real)
+            self._sums.add(MOMENTS, list(seen_layers), values[:-1], real)
+            self._sums.raise_largest(list(seen_layers), values[-1], real)
         self._begin_pass()
 
 

@@ -193,8 +193,12 @@ def mean(values: Array) -> float:
 def effective_depth(ratios: Array) -> float:
     """The participation ratio of the loss increases, `(sum e)^2 / sum e^2` with `e = max(ratio - 1, 0)`.
 
-    It is L when all layers matter alike, 1 when one layer does all the work, and 0 when none does.
+    It is L when all layers matter alike, 1 when one layer does all the work, 0 when none does, and NaN where no layer
+    has a ratio.
     """
-    increases = np.clip(ratios[~np.isnan(ratios)] - 1, 0, None)
+    defined = ratios[~np.isnan(ratios)]
+    if not defined.size:
+        return float("nan")
+    increases = np.clip(defined - 1, 0, None)
     squares = float((increases**2).sum())
     return float(increases.sum() ** 2 / squares) if squares else 0.0

@@ -94,7 +94,7 @@ class Usefulness(Score):
 
     def _fit_some(self, layers: list[int], batches: Iterable[Blocks], add_up: Callable[[Tensor], None]) -> None:
         sums = {layer: LeastSquares(self.stack.width) for layer in layers}
-        with self.stack.capturing() as capture:
+        with self.stack.capturing(first=layers[0], last=layers[-1]) as capture:
             for blocks in batches:
                 self.stack.run_through(layers[-1], blocks.input_ids, blocks.attention_mask)
                 for layer in layers:

@@ -16,6 +16,8 @@ from torch import Tensor
 
 from depthscope.scores.base import Array, Batch, Explanation, Score, Sums, Values, ratio, wide
 
+PARTS = ("attention", "mlp")
+
 
 class Variance(Score):
     """Mean over tokens of `Var_d(h_l)` at each layer's output, its growth split, and of attention and MLP outputs."""
@@ -47,17 +49,20 @@ class Variance(Score):
                 ("variance_covariance", covariance.mean(-1)),
             ):
                 self.table(name, count)[batch.rows, layer] = batch.masked_sum(per_token)
-            for name, kept in (("attention_variance", batch.attention), ("mlp_variance", batch.mlp)):
+            for part, kept in zip(PARTS, (batch.attention, batch.mlp), strict=True):
                 if layer in kept:
-                    self.table(name, count)[batch.rows, layer] = batch.masked_sum(kept[layer].view_as(batch.token_mask))
+                    per_token = kept[layer].reshape(batch.token_mask.shape)
+                    if stack.token_first(layer, part):
+                        per_token = kept[layer].reshape(batch.token_mask.T.shape).T
+                    self.table(f"{part}_variance", count)[batch.rows, layer] = batch.masked_sum(per_token)
+                    self.table(f"{part}_tokens", count)[batch.rows, layer] = self.sums["tokens"][batch.rows]
 
     def finish(self, sums: Sums) -> Values:
         """Divide by the number of tokens."""
-        names = [name for name in sums if name != "tokens"]
-        layers: dict[str, Array] = {name: ratio(sums[name], sums["tokens"]) for name in names}
-        for name in ("attention_variance", "mlp_variance"):
-            if name in layers:  # a layer without such a submodule added nothing
-                layers[name][sums[name] == 0] = float("nan")
+        # A layer without an attention or an MLP has counted no token for it: no value, where one of zeros has 0.
+        parts = {f"{part}_variance": sums[f"{part}_tokens"] for part in PARTS if f"{part}_tokens" in sums}
+        names = [name for name in sums if name.endswith("variance") or name.startswith("variance_")]
+        layers: dict[str, Array] = {name: ratio(sums[name], parts.get(name, sums["tokens"])) for name in names}
         last, first = layers["variance"][-1], layers["variance"][0]
         return Values(scores={"variance": float(last), "variance_growth": float(ratio(last, first))}, layers=layers)
 

@@ -1,8 +1,9 @@
 """What moves in a family of a sweep, in words: in which direction, and whether by more than the noise.
 
 A change is called clear where it exceeds twice the noise. The noise of a change between two variants is the standard
-deviation over seeds that all variants of the line share (pooled); with one seed, the standard errors over blocks of the
-two, as independent ones add up. Neither says anything of other data, other sizes or longer training.
+error of the difference of their means over seeds, s sqrt(1/n + 1/m) with s the standard deviation that all variants of
+the line share (pooled); with one seed, the standard errors over blocks of the two, as independent ones add up. Neither
+says anything of other data, other sizes or longer training.
 """
 
 import math
@@ -74,7 +75,7 @@ def changes(results: SweepResults, places: Sequence[Place], first: Place, last: 
 
     Args:
         results: the sweep.
-        places: the variants whose spread over seeds is the noise; in the order of the axis, if it has one.
+        places: the variants whose spread over seeds makes the noise; in the order of the axis, if it has one.
         first: one of them.
         last: another.
     """
@@ -83,9 +84,15 @@ def changes(results: SweepResults, places: Sequence[Place], first: Place, last: 
         cells = {place.variant: cell(results, place.variant, name) for place in places}
         ends = [cells[place.variant] for place in (first, last)]
         if ends[0].mean is not None and ends[1].mean is not None:
-            noise = _noise(list(cells.values()), ends)
-            between = [(place.label, mean) for place in places if (mean := cells[place.variant].mean) is not None]
-            turn = _turn(between, ends[0].mean, ends[1].mean, CLEAR * noise) if noise is not None else None
+            pooled = pooled_deviation(list(cells.values()))
+            noise = _noise(ends[0], ends[1], pooled)
+            between = [
+                (place.label, each.mean, CLEAR * max(noises))
+                for place in places
+                if (each := cells[place.variant]).mean is not None
+                and (noises := [some for end in ends if (some := _noise(each, end, pooled)) is not None])
+            ]
+            turn = _turn(between, ends[0].mean, ends[1].mean) if noise is not None else None
             found.append(Change(name, ends[0].mean, ends[1].mean, noise, turn))
     return found
 
@@ -155,14 +162,14 @@ def _some(found: list[str], most: int) -> str:
     return "; ".join(found[:most] + more)
 
 
-def _turn(between: Sequence[tuple[str, float]], first: float, last: float, least: float) -> tuple[str, float] | None:
-    """The place that lies furthest beyond both ends, by more than `least`."""
+def _turn(between: Sequence[tuple[str, float, float]], first: float, last: float) -> tuple[str, float] | None:
+    """The place that lies furthest beyond both ends, of those that do by more than the third entry."""
 
     def beyond(value: float) -> float:
         return max(value - max(first, last), min(first, last) - value)
 
-    furthest = max(between, key=lambda each: beyond(each[1]), default=None)
-    return furthest if furthest is not None and beyond(furthest[1]) > least else None
+    far = [(label, value) for label, value, least in between if beyond(value) > least]
+    return max(far, key=lambda each: beyond(each[1]), default=None)
 
 
 def _paper(layout: Layout, first: Place, last: Place, told: list[Change]) -> str:
@@ -177,7 +184,7 @@ def _paper(layout: Layout, first: Place, last: Place, told: list[Change]) -> str
         theirs = direction(series, first.value, last.value)
         agrees = (theirs[1] - theirs[0]) * (change.last - change.first) > 0
         kind = "Not clear here" if change.clear is not True else "As here" if agrees else "Other than here"
-        turn = _turn(list(zip(series.positions, series.values, strict=True)), *theirs, least=0.0)
+        turn = _turn([(at, value, 0.0) for at, value in zip(series.positions, series.values, strict=True)], *theirs)
         between = f" ({turn[1]:g} at {turn[0]})" if turn else ""
         kept[kind].append(f"{COLUMNS[series.score].label} {theirs[0]:g} to {theirs[1]:g}{between}")
     parts = [f"{kind}: {'; '.join(found)}." for kind, found in kept.items() if found]
@@ -191,14 +198,11 @@ def _range(layout: Layout, first: Place, last: Place) -> str:
     return f"{series.axis} {labels[0]} to {labels[1]}"
 
 
-def _noise(cells: list[Cell], ends: list[Cell]) -> float | None:
-    pooled = pooled_deviation(cells)
+def _noise(one: Cell, other: Cell, pooled: float | None) -> float | None:
+    """The standard error of the difference of two means: over seeds where their spread is known, else over blocks."""
     if pooled is not None:
-        return pooled
-    errors = [end.error for end in ends]
-    if errors[0] is None or errors[1] is None:
-        return None
-    return math.hypot(errors[0], errors[1])
+        return pooled * math.sqrt(1 / one.seeds + 1 / other.seeds)
+    return None if one.error is None or other.error is None else math.hypot(one.error, other.error)
 
 
 def noise_words(results: SweepResults) -> str:
@@ -209,7 +213,7 @@ def noise_words(results: SweepResults) -> str:
     if max(counts) > 1:
         return (
             f"± is the standard deviation over {max(counts)} seeds. A change is called clear where it exceeds twice "
-            "the standard deviation that the variants of its line share."
+            "the standard error of the difference of two means, from the deviation that the variants of its line share."
         )
     return (
         "There is one seed, so no spread over seeds is known. A change is called clear where it exceeds twice the "

@@ -57,6 +57,8 @@ class LayerStack:
 
     Raises:
         NoLayerStackError: no list of layers is called once each and in order; the message says what was found.
+        NotCausalError: the model sees the tokens that it should predict.
+        BatchDependentError: what it says of a text depends on the other texts of the batch, or on chance.
     """
 
     def __init__(self, model: nn.Module, *, head: bool = True) -> None:
@@ -134,6 +136,11 @@ class LayerStack:
     def example_logits(self) -> Tensor:
         """The logits of the small example that the layers were found with, [B, T, V]."""
         return self._require_logits(self._trace.logits)
+
+    @property
+    def batch_effect(self) -> float:
+        """How far the logits of a text move with the other texts of its batch, beside their spread: rounding."""
+        return self._trace.batch_effect
 
     @property
     def width(self) -> int:

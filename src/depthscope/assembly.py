@@ -18,6 +18,9 @@ from depthscope.scores.permutation import Permutation
 from depthscope.scores.usefulness import Usefulness
 from depthscope.settings import Settings
 
+# Rounding that shows in the digits of a report.
+VISIBLE = 1e-2
+
 
 def assemble(
     stack: LayerStack,
@@ -98,6 +101,11 @@ def _notes(stack: LayerStack, scores: Mapping[str, Score], blocks: Blocks, setti
     if not stack.resumable:
         notes.append(
             "Later layers of this model read what earlier ones left behind; every experiment ran from the start."
+        )
+    if stack.batch_effect > VISIBLE:
+        notes.append(
+            f"The logits of a text move by {stack.batch_effect:.1g} of their spread with the other texts of its batch, "
+            "by the model's own rounding: scores depend on the batch size to that extent."
         )
     if settings.eval_blocks == 1:
         notes.append("One evaluation block tells no standard error; raise eval_blocks.")

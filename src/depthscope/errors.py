@@ -13,6 +13,14 @@ class NoLayerStackError(DepthscopeError):
     """The model has no plain stack of decoder layers, each called once and in order."""
 
 
+class NotCausalError(NoLayerStackError):
+    """The model sees the tokens that it should predict."""
+
+
+class BatchDependentError(NoLayerStackError):
+    """What the model says of a text depends on more than the text."""
+
+
 class ModelLoadError(DepthscopeError):
     """The model could not be loaded: missing, gated, unsafe, not a causal language model, ..."""
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from depthscope.causality import coarsest_epsilon, require_causal
 from depthscope.errors import NoLayerStackError
 from depthscope.modes import evaluating
 from depthscope.standins import LayerResult, hidden_among, hidden_of, result_like
@@ -83,6 +84,7 @@ class Trace:
     changes_in_place: bool
     example: Tensor  # [TRACE_BATCH, TRACE_TOKENS] token ids
     logits: Tensor | None  # [TRACE_BATCH, TRACE_TOKENS, V] what the model answered; None where no head was asked for
+    batch_effect: float  # how far the logits of a text move with the other texts of its batch, beside their spread
 
 
 @dataclass
@@ -147,10 +149,11 @@ def trace_layers(model: nn.Module, *, head: bool = True) -> Trace:
     Args:
         model: a causal language model; without `head`, any model whose layers work on token ids.
         head: whether it must have a language-modelling head. Without one the layers can be watched, but there are no
-            logits, and what stands behind the layers (a classifier, a reward, a value) is not looked at.
+            logits, what stands behind the layers (a classifier, a reward, a value) is not looked at, and tokens may see
+            those that follow.
 
     Raises:
-        NoLayerStackError: the model does not run on plain token ids, or has no plain stack.
+        NoLayerStackError: the model does not run on plain token ids, is not causal, or has no plain stack.
     """
     _refuse_other_models(model, head)
     try:
@@ -187,6 +190,7 @@ def _trace(model: nn.Module, entry: nn.Module, head: bool) -> Trace:
     example = example_ids(entry)
     lists = _module_lists(model)
     calls, logits = _watch(entry, lists, example, head)
+    batch_effect = 0.0 if logits is None else _require_causal(entry, example, logits)
     path, layers = _choose(entry, lists, calls)
     ordered = [calls[id(layer)][0] for layer in layers]
     axes = StreamAxes.of(ordered[0].into.shape)
@@ -215,11 +219,12 @@ def _trace(model: nn.Module, entry: nn.Module, head: bool) -> Trace:
         changes_in_place=any(call.changed for call in ordered),
         example=example,
         logits=logits,
+        batch_effect=batch_effect,
     )
 
 
-def example_ids(model: nn.Module) -> Tensor:
-    """Token ids [TRACE_BATCH, TRACE_TOKENS] that no special meaning is given to, the same at every call."""
+def example_ids(model: nn.Module, draw: int = 0) -> Tensor:
+    """Token ids [TRACE_BATCH, TRACE_TOKENS] that no special meaning is given to, the same at every call of a draw."""
     size = getattr(text_config(model), "vocab_size", None)
     if not isinstance(size, int):
         size = getattr(input_embeddings(model), "num_embeddings", None)
@@ -229,7 +234,7 @@ def example_ids(model: nn.Module) -> Tensor:
         )
     special = _special_ids(getattr(model, "config", None))
     plain = [token for token in range(min(size, 4096)) if token not in special] or [0]
-    steps = torch.arange(TRACE_BATCH * TRACE_TOKENS) * 7919  # a prime stride visits the vocabulary unevenly
+    steps = torch.arange(TRACE_BATCH * TRACE_TOKENS) * 7919 + draw  # a prime stride visits the vocabulary unevenly
     return torch.tensor(plain)[steps % len(plain)].view(TRACE_BATCH, TRACE_TOKENS)
 
 
@@ -257,6 +262,19 @@ def _refuse_other_models(model: nn.Module, head: bool) -> None:
         raise NoLayerStackError(
             f"{name} has no language-modelling head, so there is no next-token loss to measure; "
             "load it with AutoModelForCausalLM."
+        )
+
+
+def _require_causal(model: nn.Module, example: Tensor, answer: Tensor) -> float:
+    """Refuse a model that looks ahead; returns how far the logits of a text move with the other texts of its batch."""
+    with evaluating(model), torch.no_grad():
+        return require_causal(
+            type(model).__name__,
+            lambda ids: run(model, ids).logits,
+            example,
+            answer,
+            (example_ids(model, draw) for draw in count(1)),
+            epsilon=coarsest_epsilon(model),
         )
 
 

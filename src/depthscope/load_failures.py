@@ -7,6 +7,7 @@ messages changes from version to version and decides nothing here.
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 import transformers
@@ -15,6 +16,7 @@ from safetensors import SafetensorError
 
 from depthscope.checkpoints import CONFIG, Checkpoint, damaged_file, explain_hub_error
 from depthscope.errors import ModelLoadError
+from depthscope.gguf_header import read_header
 from depthscope.messages import one_line
 
 __all__ = ["LOAD_FAILURES", "load_errors"]
@@ -58,7 +60,7 @@ def _explain(checkpoint: Checkpoint, part: str, error: BaseException) -> str:
             return explain_hub_error(cause, checkpoint.name, checkpoint.revision)
     what = f"{type(error).__name__}: {one_line(error)}"
     if checkpoint.gguf_file:
-        return _explain_gguf(checkpoint, what, error)
+        return _explain_gguf(checkpoint, what)
     if damaged := damaged_file(checkpoint):
         return f"{damaged[0]} of {checkpoint.name!r} is damaged ({damaged[1]}) Fetch the file again."
     quantization = checkpoint.read_json(CONFIG).get("quantization_config")
@@ -80,24 +82,13 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__ or error.__context__
 
 
-def _explain_gguf(checkpoint: Checkpoint, what: str, error: BaseException) -> str:
-    if isinstance(error, ImportError):
-        return f"Reading {checkpoint.name!r} needs the package `gguf` ({what}) Install it: pip install gguf."
-    architecture = _gguf_architecture(checkpoint.gguf_file or "")
+def _explain_gguf(checkpoint: Checkpoint, what: str) -> str:
+    architecture = read_header(Path(checkpoint.gguf_file or ""), checkpoint.name).architecture
     if architecture is None:
-        return f"{checkpoint.name!r} is damaged: its header or its weights end early or are garbled. Fetch it again."
+        return (
+            f"{checkpoint.name!r} names no architecture (general.architecture in its header). Convert the model again."
+        )
     return (
         f"{checkpoint.name!r} is a GGUF file of the architecture {architecture!r}, which transformers "
         f"{transformers.__version__} cannot load ({what}) Give the original model instead."
     )
-
-
-def _gguf_architecture(path: str) -> str | None:
-    """The architecture that a GGUF file names; None if its header or tensors cannot be read."""
-    try:
-        from gguf import GGUFReader
-
-        field = GGUFReader(path).get_field("general.architecture")
-        return None if field is None else str(field.contents())
-    except LOAD_FAILURES:
-        return None

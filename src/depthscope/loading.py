@@ -6,7 +6,9 @@ being completed with random weights.
 """
 
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,6 +29,8 @@ from depthscope.checkpoints import ADAPTER_CONFIG, CONFIG, Checkpoint, find_chec
 from depthscope.devices import device_arguments, find_device, find_dtype
 from depthscope.errors import ModelLoadError
 from depthscope.facts import model_facts
+from depthscope.gguf_header import read_header
+from depthscope.gguf_reading import reading_once
 from depthscope.load_failures import LOAD_FAILURES, load_errors
 from depthscope.messages import listed, one_line
 from depthscope.quiet import quiet
@@ -115,6 +119,13 @@ def load_model(
 
 
 def _load_checkpoint(checkpoint: Checkpoint, options: _Options) -> LoadedModel:
+    with ExitStack() as stack:
+        if checkpoint.gguf_file is not None:
+            stack.enter_context(reading_once(read_header(Path(checkpoint.gguf_file), checkpoint.name)))
+        return _load_files(checkpoint, options)
+
+
+def _load_files(checkpoint: Checkpoint, options: _Options) -> LoadedModel:
     settings = checkpoint.read_json(CONFIG)
     _require_config(checkpoint, settings, options.trust_remote_code)
     config = _load_config(checkpoint, options)

@@ -36,6 +36,8 @@ CONFIG, ADAPTER_CONFIG = "config.json", "adapter_config.json"
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+# What FSDP2 writes, a file a process.
+PROCESS_SHARD = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")
 # What a Trainer leaves beside the weights.
 NOT_WEIGHTS = re.compile(r"training_args|optimizer|scheduler|scaler|rng_state|trainer_state")
 REACH_TIMEOUT = 10.0  # seconds
@@ -127,23 +129,24 @@ def find_checkpoint(name: str, *, revision: str | None = None, token: str | None
     return _hub_checkpoint(name, revision, token)
 
 
-def require_weights(checkpoint: Checkpoint, config: dict[str, Any]) -> None:
-    """Refuse a checkpoint whose weights are absent, or in a form that can run code.
+def require_weights(checkpoint: Checkpoint, config: dict[str, Any]) -> list[str]:
+    """Refuse a checkpoint whose weights are absent, or in a form that can run code; give the files that hold them.
 
     Raises:
-        ModelLoadError: no weights, pickles only, or shards that are absent.
+        ModelLoadError: no weights, pickles only, shards that are absent, or weights of one process among many.
     """
     if checkpoint.gguf_file:
-        return
+        return []
     named = config.get("transformers_weights")  # a config may name a file of its own
     candidates = (named,) if isinstance(named, str) else (WEIGHTS, INDEX)
     chosen = next((file for file in candidates if file in checkpoint.files), None)
+    if parts := sorted(file for file in checkpoint.files if PROCESS_SHARD.fullmatch(file)):
+        raise ModelLoadError(_process_shards(checkpoint.name, parts, chosen))
     if chosen is None:
         raise ModelLoadError(_no_weights(checkpoint))
     if not chosen.endswith((".safetensors", ".safetensors.index.json")):
         raise ModelLoadError(_pickle_only(checkpoint.name, [chosen]))
-    if chosen.endswith(".index.json"):
-        _require_shards(checkpoint, chosen)
+    return _require_shards(checkpoint, chosen) if chosen.endswith(".index.json") else [chosen]
 
 
 def damaged_file(checkpoint: Checkpoint) -> tuple[str, str] | None:
@@ -325,7 +328,17 @@ def _pickle_only(name: str, pickles: list[str]) -> str:
     )
 
 
-def _require_shards(checkpoint: Checkpoint, index: str) -> None:
+def _process_shards(name: str, parts: list[str], whole: str | None) -> str:
+    """What to do about parts; transformers prefers them to a whole file, and drops what has no place in silence."""
+    instead = f"Delete them if {whole} is the model. Otherwise put" if whole else "Put"
+    return (
+        f"{name!r} holds the parts of a model that the processes of a distributed training wrote ({listed(parts)}). "
+        f'{instead} them together: python -c "from transformers.distributed.checkpoint import '
+        f"consolidate_distributed_checkpoint as c; c({name!r}, 'whole')\", and copy the config and tokenizer beside it."
+    )
+
+
+def _require_shards(checkpoint: Checkpoint, index: str) -> list[str]:
     weight_map = checkpoint.read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
         raise ModelLoadError(f"{index} of {checkpoint.name!r} has no list of weights. Fetch the file again.")
@@ -337,3 +350,4 @@ def _require_shards(checkpoint: Checkpoint, index: str) -> None:
             f"{checkpoint.name!r} lacks {len(absent)} of its {len(shards)} weight files ({listed(absent)}). Fetch "
             "them, or the whole model, again."
         )
+    return sorted(shards)

@@ -25,6 +25,7 @@ from transformers import (
 )
 
 from depthscope.adapters import apply_adapter, require_adapter_weights
+from depthscope.audit import audit, require_all_weights
 from depthscope.checkpoints import ADAPTER_CONFIG, CONFIG, Checkpoint, find_checkpoint, require_weights
 from depthscope.devices import device_arguments, find_device, find_dtype
 from depthscope.errors import ModelLoadError
@@ -32,7 +33,7 @@ from depthscope.facts import model_facts
 from depthscope.gguf_header import read_header
 from depthscope.gguf_reading import reading_once
 from depthscope.load_failures import LOAD_FAILURES, load_errors
-from depthscope.messages import listed, one_line
+from depthscope.messages import one_line
 from depthscope.quiet import quiet
 
 __all__ = ["LoadedModel", "load_model", "model_facts"]
@@ -130,10 +131,10 @@ def _load_files(checkpoint: Checkpoint, options: _Options) -> LoadedModel:
     _require_config(checkpoint, settings, options.trust_remote_code)
     config = _load_config(checkpoint, options)
     _require_causal(checkpoint.name, config, options.trust_remote_code)
-    require_weights(checkpoint, settings)
+    files = require_weights(checkpoint, settings)
     if ADAPTER_CONFIG in checkpoint.files:  # transformers puts an adapter beside the weights on by itself
         require_adapter_weights(checkpoint)
-    model, notes = _load_weights(checkpoint, config, options)
+    model, notes = _load_weights(checkpoint, config, options, settings, files)
     tokenizer, problem = _load_tokenizer(checkpoint, options)
     source = "adapter" if ADAPTER_CONFIG in checkpoint.files else checkpoint.source
     facts = model_facts(model, name=checkpoint.name, source=source, revision=checkpoint.revision)
@@ -236,7 +237,9 @@ def _require_causal(name: str, config: PretrainedConfig, trust_remote_code: bool
 # The weights
 
 
-def _load_weights(checkpoint: Checkpoint, config: PretrainedConfig, options: _Options) -> tuple[nn.Module, list[str]]:
+def _load_weights(
+    checkpoint: Checkpoint, config: PretrainedConfig, options: _Options, settings: Mapping[str, Any], files: list[str]
+) -> tuple[nn.Module, list[str]]:
     with load_errors(checkpoint, "weights"):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             **checkpoint.where,
@@ -251,12 +254,10 @@ def _load_weights(checkpoint: Checkpoint, config: PretrainedConfig, options: _Op
             ignore_mismatched_sizes=True,  # to name them in our own message
         )
     model, info = loaded
-    _require_all_weights(checkpoint.name, info)
-    unexpected = sorted(info["unexpected_keys"])
-    notes = [
-        f"{len(unexpected)} weights in the checkpoint are not the model's and were left out: {listed(unexpected)}."
-    ]
-    return model.eval(), notes if unexpected else []
+    if checkpoint.gguf_file:
+        require_all_weights(checkpoint.name, info)
+        return model.eval(), []
+    return model.eval(), audit(checkpoint, settings, files, model, info)
 
 
 def _plain_weights(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -264,18 +265,6 @@ def _plain_weights(checkpoint: Checkpoint) -> dict[str, Any]:
     if checkpoint.gguf_file is None or not hasattr(transformers, "GgufConfig"):
         return {}
     return {"quantization_config": transformers.GgufConfig(dequantize=True)}
-
-
-def _require_all_weights(name: str, info: Mapping[str, Any]) -> None:
-    """Refuse what transformers would fill with random numbers."""
-    missing, mismatched = sorted(info["missing_keys"]), sorted(entry[0] for entry in info["mismatched_keys"])
-    found = [f"{len(missing)} are missing ({listed(missing)})"] if missing else []
-    found += [f"{len(mismatched)} have another shape ({listed(mismatched)})"] if mismatched else []
-    if found:
-        raise ModelLoadError(
-            f"The weights of {name!r} do not fit its config: {' and '.join(found)}. It would run with random numbers "
-            "in their place; fetch or save the model again, config and weights together."
-        )
 
 
 # The tokenizer

@@ -1,0 +1,84 @@
+"""What the safetensors files of a checkpoint hold: names, types and shapes from the headers, values on request."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import parse_local_safetensors_file_metadata
+from safetensors import safe_open
+
+from depthscope.checkpoints import Checkpoint
+
+__all__ = ["FLOATS", "StoredTensor", "StoredTensors"]
+
+# The types of numbers that are weights as they stand, as safetensors calls them; all others hold codes, or counts.
+FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+MOST_READ = 2**26  # elements of a tensor that is looked into as a whole
+ROWS = 4096
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """One tensor of a file; `dtype` is safetensors' name of the type, such as "BF16" or "F8_E4M3"."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    path: Path
+
+    @property
+    def size(self) -> int:
+        """The number of elements."""
+        return int(torch.Size(self.shape).numel())
+
+
+class StoredTensors:
+    """The tensors of one or several files, in the order in which they are read: of two with one name, the later counts.
+
+    Raises:
+        ModelLoadError: (on creation) a file cannot be fetched.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, files: list[str]) -> None:
+        self.tensors = list(_headers(checkpoint, files))
+        self.by_name = {tensor.name: tensor for tensor in self.tensors}
+        self._open: dict[Path, Any] = {}
+
+    def __iter__(self) -> Iterator[StoredTensor]:
+        return iter(self.by_name.values())
+
+    def read(self, tensor: StoredTensor) -> torch.Tensor | None:
+        """The values, in float32 (float64 for float64); None for a tensor that is too large to be looked into."""
+        if tensor.size > MOST_READ:
+            return None
+        values = self._file(tensor.path).get_tensor(tensor.name)
+        return values if values.dtype == torch.float64 else values.float()
+
+    def are_equal(self, one: StoredTensor, other: StoredTensor) -> bool:
+        """Whether two tensors hold the same numbers, whatever their types."""
+        if one.shape != other.shape:
+            return False
+        if not one.shape:
+            return bool(torch.equal(self._rows(one, None), self._rows(other, None)))
+        parts = (slice(start, start + ROWS) for start in range(0, one.shape[0], ROWS))
+        return all(torch.equal(self._rows(one, part), self._rows(other, part)) for part in parts)
+
+    def _rows(self, tensor: StoredTensor, part: slice | None) -> torch.Tensor:
+        file = self._file(tensor.path)
+        rows = file.get_tensor(tensor.name) if part is None else file.get_slice(tensor.name)[part]
+        return rows.double()
+
+    def _file(self, path: Path) -> Any:
+        if path not in self._open:
+            self._open[path] = safe_open(path, framework="pt")
+        return self._open[path]
+
+
+def _headers(checkpoint: Checkpoint, files: list[str]) -> Iterator[StoredTensor]:
+    for file in files:
+        path = checkpoint.fetch(file)
+        if path is not None:
+            for name, entry in parse_local_safetensors_file_metadata(path).tensors.items():
+                yield StoredTensor(name, entry.dtype, tuple(entry.shape), path)

@@ -663,12 +663,26 @@ def test_an_adapter_that_does_not_fit_its_base_is_refused(
         load_model(str(adapter))
 
 
-def test_adapter_weights_without_a_place_are_a_note(adapter: Path, tmp_path: Path) -> None:
+def test_adapter_weights_without_a_place_are_refused_unless_they_add_nothing(adapter: Path, tmp_path: Path) -> None:
     base = save(llama(num_hidden_layers=1), tmp_path / "shallow")
     edit(adapter, "adapter_config.json", base_model_name_or_path=str(base))
-    assert load_model(str(adapter)).notes == [
-        f"2 weights of the adapter have no place in its base model {base.name!r}."
-    ]
+    assert "2 of its weights have no place there" in refusal(adapter)
+    weights = load_file(adapter / "adapter_model.safetensors")
+    untrained = {name: tensor * ("lora_A" in name) for name, tensor in weights.items()}
+    save_file(untrained, adapter / "adapter_model.safetensors", metadata={"format": "pt"})
+    (note,) = load_model(str(adapter)).notes
+    assert note.startswith(f"2 weights of the adapter have no place in its base model {base.name!r}")
+
+
+def test_a_base_model_beside_its_adapter_is_held_against_its_config_too(adapter: Path, folder: Path) -> None:
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        shutil.copy(adapter / name, folder)
+    weights = load_file(folder / "model.safetensors")
+    save_file(weights | {"model.layers.0.mlp.up_proj.bias": torch.ones(32)}, folder / "model.safetensors")
+    assert "1 that are biases" in refusal(folder)
+    del weights["model.layers.0.mlp.up_proj.weight"]
+    save_file(weights, folder / "model.safetensors")
+    assert "1 are missing (model.layers.0.mlp.up_proj.weight)" in refusal(folder)
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from depthscope.messages import listed, one_line
 if TYPE_CHECKING:
     from depthscope.loading import LoadedModel
 
-__all__ = ["apply_adapter", "require_adapter_weights"]
+__all__ = ["apply_adapter", "apply_adapter_beside", "require_adapter_weights"]
 
 # What PEFT raises for a config or weights that it cannot put on a model.
 ADAPTER_FAILURES = (
@@ -47,11 +47,7 @@ def apply_adapter(
         ModelLoadError: PEFT, the base model or the adapter's weights are missing, or do not fit one another.
     """
     settings = checkpoint.read_json(ADAPTER_CONFIG)
-    require_adapter_weights(checkpoint)
-    with _adapter_errors(checkpoint, f"{ADAPTER_CONFIG} is not valid"):
-        from peft import PeftConfig
-
-        config = PeftConfig.from_pretrained(**_where(checkpoint))
+    config = _adapter_config(checkpoint)
     name, revision = settings.get("base_model_name_or_path"), settings.get("revision")
     if not isinstance(name, str) or not name:
         raise ModelLoadError(
@@ -65,8 +61,27 @@ def apply_adapter(
             f"The base model of the adapter {checkpoint.name!r} cannot be loaded: {error} (It is named by "
             f"base_model_name_or_path in {ADAPTER_CONFIG}.)"
         ) from error
-    model = _put_on(checkpoint, config, base)
+    model = _put_on(checkpoint, config, base.model, base.facts["name"])
     return model, base, _require_all_weights(checkpoint, model, base.facts["name"])
+
+
+def apply_adapter_beside(checkpoint: Checkpoint, model: nn.Module) -> tuple[nn.Module, list[str]]:
+    """Put an adapter on the model whose files it lies beside; gives the model in evaluation mode, and notes.
+
+    Raises:
+        ModelLoadError: as for [`apply_adapter`].
+    """
+    config = _adapter_config(checkpoint)
+    model = _put_on(checkpoint, config, model, checkpoint.name)
+    return model, _require_all_weights(checkpoint, model, checkpoint.name)
+
+
+def _adapter_config(checkpoint: Checkpoint) -> Any:
+    require_adapter_weights(checkpoint)
+    with _adapter_errors(checkpoint, f"{ADAPTER_CONFIG} is not valid"):
+        from peft import PeftConfig
+
+        return PeftConfig.from_pretrained(**_where(checkpoint))
 
 
 def require_adapter_weights(checkpoint: Checkpoint) -> None:
@@ -106,19 +121,20 @@ def _stored_keys(checkpoint: Checkpoint) -> set[str]:
         ) from error
 
 
-def _put_on(checkpoint: Checkpoint, config: Any, base: "LoadedModel") -> nn.Module:
+def _put_on(checkpoint: Checkpoint, config: Any, base: nn.Module, name: str) -> nn.Module:
     from peft import PeftModel
 
-    with _adapter_errors(checkpoint, f"it does not fit its base model {base.facts['name']!r}"):
-        model = PeftModel.from_pretrained(base.model, checkpoint.location, config=config, **_hub_arguments(checkpoint))
+    with _adapter_errors(checkpoint, f"it does not fit its base model {name!r}"):
+        model = PeftModel.from_pretrained(base, checkpoint.location, config=config, **_hub_arguments(checkpoint))
     return model.eval()
 
 
 def _require_all_weights(checkpoint: Checkpoint, model: Any, base: str) -> list[str]:
-    """Refuse an adapter that lacks weights, which PEFT would run with fresh ones; note weights that have no place."""
+    """Refuse an adapter that lacks weights, which PEFT would run with fresh ones, or that has some without a place."""
     from peft import get_peft_model_state_dict
 
     stored, expected = _stored_keys(checkpoint), set(get_peft_model_state_dict(model, save_embedding_layers=False))
+    homeless = stored - expected - set(model.state_dict())  # whole embeddings may be stored too
     if not expected <= stored:
         # PEFT renames the weights of older adapters, so its own word counts.
         result = model.load_adapter(checkpoint.location, model.active_adapter, **_hub_arguments(checkpoint))
@@ -127,9 +143,28 @@ def _require_all_weights(checkpoint: Checkpoint, model: Any, base: str) -> list[
                 f"The adapter {checkpoint.name!r} does not fit its base model {base!r}: {len(missing)} of its weights "
                 f"are missing ({listed(missing)}). Check base_model_name_or_path, or fetch the adapter again."
             )
+        homeless = set(result.unexpected_keys)
+    if not homeless:
         return []
-    homeless = stored - expected - set(model.state_dict())  # whole embeddings may be stored too
-    return [f"{len(homeless)} weights of the adapter have no place in its base model {base!r}."] if homeless else []
+    if not _add_nothing(checkpoint, homeless):
+        raise ModelLoadError(
+            f"The adapter {checkpoint.name!r} does not fit its base model {base!r}: {len(homeless)} of its weights "
+            f"have no place there ({listed(sorted(homeless))}), and without them it is another adapter. Check "
+            "base_model_name_or_path and target_modules."
+        )
+    return [
+        f"{len(homeless)} weights of the adapter have no place in its base model {base!r}; they are those of an "
+        "untrained adapter, which adds nothing."
+    ]
+
+
+def _add_nothing(checkpoint: Checkpoint, names: set[str]) -> bool:
+    """Whether weights without a place are of LoRA pairs whose second matrix is zero, as it is before training."""
+    last = [name for name in names if "lora_B" in name or "lora_embedding_B" in name]
+    if not last or not all("lora_" in name for name in names) or not names <= _stored_keys(checkpoint):
+        return False
+    with safe_open(checkpoint.fetch(ADAPTER_WEIGHTS), framework="pt") as file:
+        return not any(file.get_tensor(name).any() for name in last)
 
 
 def _where(checkpoint: Checkpoint) -> dict[str, Any]:

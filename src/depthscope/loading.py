@@ -24,7 +24,7 @@ from transformers import (
     PretrainedConfig,
 )
 
-from depthscope.adapters import apply_adapter, require_adapter_weights
+from depthscope.adapters import apply_adapter, apply_adapter_beside, require_adapter_weights
 from depthscope.audit import audit, require_all_weights
 from depthscope.checkpoints import ADAPTER_CONFIG, CONFIG, Checkpoint, find_checkpoint, require_weights
 from depthscope.devices import device_arguments, find_device, find_dtype
@@ -49,6 +49,9 @@ TOKENIZER_FILES = frozenset(
         "tekken.json",
     )
 )
+
+
+NO_FOLDER = "no-adapter"  # where transformers is told to look for one
 
 
 @dataclass
@@ -132,11 +135,15 @@ def _load_files(checkpoint: Checkpoint, options: _Options) -> LoadedModel:
     config = _load_config(checkpoint, options)
     _require_causal(checkpoint.name, config, options.trust_remote_code)
     files = require_weights(checkpoint, settings)
-    if ADAPTER_CONFIG in checkpoint.files:  # transformers puts an adapter beside the weights on by itself
+    has_adapter = ADAPTER_CONFIG in checkpoint.files
+    if has_adapter:
         require_adapter_weights(checkpoint)
     model, notes = _load_weights(checkpoint, config, options, settings, files)
+    if has_adapter:
+        model, more = apply_adapter_beside(checkpoint, model)
+        notes = notes + more
     tokenizer, problem = _load_tokenizer(checkpoint, options)
-    source = "adapter" if ADAPTER_CONFIG in checkpoint.files else checkpoint.source
+    source = "adapter" if has_adapter else checkpoint.source
     facts = model_facts(model, name=checkpoint.name, source=source, revision=checkpoint.revision)
     return LoadedModel(model, tokenizer, facts, notes, problem)
 
@@ -245,6 +252,7 @@ def _load_weights(
             **checkpoint.where,
             **device_arguments(options.device),
             **_plain_weights(checkpoint),
+            **_no_adapter(checkpoint),
             config=config,
             dtype=options.dtype,
             use_safetensors=True,
@@ -265,6 +273,11 @@ def _plain_weights(checkpoint: Checkpoint) -> dict[str, Any]:
     if checkpoint.gguf_file is None or not hasattr(transformers, "GgufConfig"):
         return {}
     return {"quantization_config": transformers.GgufConfig(dequantize=True)}
+
+
+def _no_adapter(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Leave an adapter beside the weights to us: transformers' report on it replaces the one on the weights."""
+    return {"adapter_kwargs": {"subfolder": NO_FOLDER}} if ADAPTER_CONFIG in checkpoint.files else {}
 
 
 # The tokenizer

@@ -1,5 +1,6 @@
 """The corpus: text of every kind becomes the same blocks every time, and what cannot become blocks is said clearly."""
 
+import copy
 import json
 import logging
 import os
@@ -40,8 +41,8 @@ def train(model: object, pre_tokenizer: object, trainer: object, normalizer: obj
 
 @pytest.fixture(scope="module")
 def tokenizer() -> PreTrainedTokenizerFast:
-    """A byte-level BPE that would put <s> before a text if it were asked for special tokens."""
-    found = train(
+    """A byte-level BPE that puts nothing before a text."""
+    return train(
         models.BPE(),
         pre_tokenizers.ByteLevel(add_prefix_space=False),
         trainers.BpeTrainer(
@@ -51,8 +52,6 @@ def tokenizer() -> PreTrainedTokenizerFast:
             show_progress=False,
         ),
     )
-    found.backend_tokenizer.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 0)])
-    return found
 
 
 @pytest.fixture(scope="module")
@@ -230,11 +229,13 @@ def test_real_text_is_cut_like_its_whole(tokenizer: PreTrainedTokenizerFast) -> 
 def test_no_special_tokens_are_added_and_no_length_is_warned_about(
     tmp_path: Path, tokenizer: PreTrainedTokenizerFast, caplog: pytest.LogCaptureFixture
 ) -> None:
-    assert tokenizer("a b").input_ids[0] == tokenizer.bos_token_id
+    beginning = copy.deepcopy(tokenizer)
+    beginning.backend_tokenizer.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 0)])
+    assert beginning("a b").input_ids[0] == beginning.bos_token_id
     (path := tmp_path / "text.txt").write_text(prose(100), encoding="utf-8")
     with caplog.at_level(logging.WARNING):
         logging.getLogger("transformers").propagate = True
-        blocks = load_blocks(path, tokenizer, num_blocks=2, block_size=32)
+        blocks = load_blocks(path, beginning, num_blocks=2, block_size=32, bos="no")
     assert tokenizer.bos_token_id not in flat(blocks)
     assert not caplog.records
     assert blocks.token_mask.all()

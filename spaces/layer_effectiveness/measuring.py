@@ -65,7 +65,7 @@ def read_text(text: Text, loaded: LoadedModel, settings: Settings) -> Blocks:
     """
     source: Any = None
     if text.kind in ("pasted", "file"):
-        source = [text.value]
+        source = iter([text.value])  # a list of names of files would be read as those files
     names = {"pasted": "pasted text", "file": "uploaded text"}
     return load_blocks(
         source,
@@ -75,6 +75,7 @@ def read_text(text: Text, loaded: LoadedModel, settings: Settings) -> Blocks:
         dataset=text.value if text.kind == "dataset" else None,
         column=text.column,
         split=text.split,
+        bos=settings.bos,
         name=names.get(text.kind),
     )
 

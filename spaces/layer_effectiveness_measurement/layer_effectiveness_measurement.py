@@ -8,6 +8,8 @@ import datasets
 import evaluate
 
 import depthscope
+from depthscope.settings import bos_choice
+from depthscope.special_tokens import SpecialTokens
 
 DESCRIPTION = """
 Measures how much every layer of a causal language model contributes: by what the loss grows when the layer is left out
@@ -23,6 +25,8 @@ Args:
     model_id (str): the same by the name that the perplexity measurement has for it.
     tokenizer: the tokenizer of a loaded model.
     block_size (int): tokens in a block; 128 by default.
+    bos (str): whether each block begins with the beginning-of-sequence token: "yes", "no" or "auto", what the tokenizer
+        does by itself.
     fit_blocks, eval_blocks (int): blocks that fit and that measure; by default, all that the texts hold.
     scores (str): scores to compute, separated by commas; "all" by default. `depthscope scores` explains them.
     revision, dtype, device, trust_remote_code: how a model is loaded; no code of its repository runs by default.
@@ -99,6 +103,7 @@ class LayerEffectiveness(evaluate.Measurement):
             tokenizer,
             num_blocks=settings.fit_blocks + settings.eval_blocks,
             block_size=settings.block_size,
+            bos=settings.bos,
             name="data",
         )
         return flat(depthscope.analyze(model, tokenizer, blocks=blocks, settings=settings))
@@ -109,7 +114,9 @@ def _settings(data: list[str], tokenizer: Any, options: dict[str, Any]) -> depth
     size = options.pop("block_size", BLOCK_SIZE)
     fit, measured = options.pop("fit_blocks", None), options.pop("eval_blocks", None)
     if tokenizer is not None and (fit is None or measured is None):
-        held = sum(len(tokenizer(text, add_special_tokens=False, verbose=False).input_ids) for text in data) // size
+        own = size - len(SpecialTokens.of(tokenizer).start(bos_choice(options.get("bos", "auto"))))
+        tokens = sum(len(tokenizer(text, add_special_tokens=False, verbose=False).input_ids) for text in data)
+        held = tokens // max(1, own)
         measured = measured or max(1, (held - fit if fit is not None else held // 3))
         fit = fit if fit is not None else max(1, held - measured)
     try:

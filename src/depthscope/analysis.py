@@ -50,13 +50,14 @@ def analyze(
 
     Args:
         model: a Hub id, a folder, a `.gguf` file, a PEFT adapter folder, or a loaded model.
-        tokenizer: for a loaded model, the tokenizer that turns text into its ids; not needed with `blocks`.
+        tokenizer: for a loaded model, the tokenizer that turns text into its ids; with `blocks`, it only says which
+            ids are special, and so do not count at the start of a block.
         text: a text file, several, or a directory; by default the Python standard library's own source.
         dataset: a `datasets` name or object instead of `text`.
         column: the column of the dataset that holds the text; found by itself where that is clear.
         split: the split of the dataset.
-        blocks: token ids [N, T] instead of text: the first `fit_blocks` fit linear maps, the next `eval_blocks`
-            measure.
+        blocks: `Blocks`, or token ids [N, T], instead of text: the first `fit_blocks` fit linear maps, the next
+            `eval_blocks` measure. Ids are taken as they are; special tokens at the start of a block do not count.
         settings: what to measure and how exactly; single `options` (see `Settings`) override it.
         revision: branch, tag or commit of a Hub id.
         dtype: "auto" (float32 on a CPU, else the checkpoint's), "float32", "bfloat16" or "float16".
@@ -97,9 +98,10 @@ def analyze(
             dataset=dataset,
             column=column,
             split=split,
+            bos=chosen.bos,
         )
-    elif not isinstance(blocks, Blocks):
-        blocks = Blocks.from_ids(blocks)
+    else:
+        blocks = Blocks.given(blocks, tokenizer or loaded.tokenizer)
     chosen = chosen.with_(block_size=blocks.input_ids.shape[1])
     report = analyze_blocks(loaded.model, blocks, chosen, facts=loaded.facts, processes=processes, progress=progress)
     # Through JSON and back: what is returned is, to the order of its keys, what a saved report gives when it is loaded.
@@ -141,6 +143,7 @@ def _settings(settings: Settings | None, options: dict[str, Any]) -> Settings:
 
 def _require_blocks(model: nn.Module, blocks: Blocks, settings: Settings) -> None:
     """Refuse blocks that are too few, too long for the model's positions, or hold ids that it does not know."""
+    blocks.check_bos(str(settings.bos))
     needed = settings.fit_blocks + settings.eval_blocks
     if len(blocks) < needed:
         raise CorpusError(

@@ -70,6 +70,7 @@ def _data_facts(blocks: Blocks, settings: Settings) -> DataFacts:
         "eval_blocks": settings.eval_blocks,
         "block_size": settings.block_size,
         "tokens": int(measured.token_mask.sum()),
+        "bos": list(blocks.start),
     }
     return cast("DataFacts", facts)
 
@@ -95,7 +96,12 @@ def _notes(stack: LayerStack, scores: Mapping[str, Score], blocks: Blocks, setti
         )
     elif settings.fits_in_sample and "usefulness" in scores:
         notes.append("in_sample: the linear maps were fitted on the evaluation text itself.")
-    notes += _fit_notes(stack, scores.get("usefulness"), settings)
+    notes += _fit_notes(stack, scores.get("usefulness"), blocks, settings)
+    if settings.bos == "no":
+        notes.append(
+            "bos: no block begins with a beginning-of-sequence token, as was asked for. A model that was trained with "
+            "one may be far off what it was trained on."
+        )
     for layer, reason in stack.unskippable.items():
         notes.append(f"Layer {layer} cannot be skipped or replaced in this model ({reason}); its scores are empty.")
     if not stack.resumable:
@@ -112,11 +118,12 @@ def _notes(stack: LayerStack, scores: Mapping[str, Score], blocks: Blocks, setti
     return notes
 
 
-def _fit_notes(stack: LayerStack, score: Score | None, settings: Settings) -> list[str]:
+def _fit_notes(stack: LayerStack, score: Score | None, blocks: Blocks, settings: Settings) -> list[str]:
     if not isinstance(score, Usefulness):
         return []
     notes = []
-    tokens = (settings.eval_blocks if settings.fits_in_sample else settings.fit_blocks) * settings.block_size
+    fitted = slice(settings.fit_blocks, settings.fit_blocks + settings.eval_blocks)
+    tokens = int(blocks.token_mask[fitted if settings.fits_in_sample else slice(settings.fit_blocks)].sum())
     if tokens <= 2 * stack.width:
         notes.append(
             f"The linear maps have {stack.width} inputs and were fitted on {tokens} tokens only: usefulness ratios are "

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 __all__ = ["Comparison", "LayerMatch", "ScoreRow", "compare"]
 
 # Settings that do not change what is measured.
-HARMLESS_SETTINGS = frozenset({"batch_size", "device", "scores", "out", "html"})
+# "bos" is what was asked for: the data say whether blocks begin with it.
+HARMLESS_SETTINGS = frozenset({"batch_size", "bos", "device", "scores", "out", "html"})
 
 
 @dataclass(frozen=True)
@@ -175,6 +176,13 @@ def _warnings(reports: Sequence[LayerReport], labels: Sequence[str]) -> list[str
         texts = _each(labels, [report.data["name"] for report in reports])
         found.append(
             f"The text differs, or was tokenized differently ({texts}): differences may come from it, not the model."
+        )
+    starts = [report.data.get("bos") or [] for report in reports]  # before there was the fact, there was no BOS
+    if len({bool(start) for start in starts}) > 1:
+        how = _each(labels, ["yes" if start else "no" for start in starts])
+        found.append(
+            f"Blocks begin with a beginning-of-sequence token in one and not in the other ({how}): it changes what a "
+            "model that was trained with one makes of the text, and losses most of all."
         )
     if len({report.model.get("vocab_size") for report in reports}) > 1:
         found.append("The vocabularies differ, so losses per token are not comparable; ratios of losses are.")

@@ -1,13 +1,16 @@
 """Documents -> blocks of tokens [N, T], with a fingerprint.
 
-Text is tokenized without special tokens, document after document, and cut into consecutive blocks from its start, so
-that the same text, tokenizer and sizes always give the same blocks.
+Text is tokenized without special tokens, document after document, and cut into consecutive pieces from its start, so
+that the same text, tokenizer and sizes always give the same blocks. Each block then begins with the tokenizer's
+beginning-of-sequence token, BOS, where that is asked for or the tokenizer does so by itself; a block of T tokens holds
+T - 1 of the text then.
 """
 
 import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import chain, takewhile
 from typing import Any
 
 import torch
@@ -16,7 +19,9 @@ from torch import Tensor
 from depthscope.documents import Document
 from depthscope.errors import CorpusError, SettingsError
 from depthscope.quiet import quiet
+from depthscope.settings import bos_choice
 from depthscope.sources import find_source
+from depthscope.special_tokens import SpecialTokens, encode
 
 __all__ = ["Blocks", "load_blocks"]
 
@@ -32,7 +37,8 @@ class Blocks:
 
     `input_ids` is [N, T] int64 on the CPU; `attention_mask` is [N, T] bool, False at padding, or None where nothing is
     padded; `special_ids` are the ids that count as special at the start of a block. `fingerprint` is the first 16 hex
-    digits of the SHA-256 over shape, ids and mask: equal fingerprints mean the very same tokens.
+    digits of the SHA-256 over shape, ids, mask and, where special tokens begin a block, which tokens count: equal
+    fingerprints mean the very same measurement.
     """
 
     input_ids: Tensor
@@ -42,7 +48,7 @@ class Blocks:
     fingerprint: str = field(init=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "fingerprint", _fingerprint(self.input_ids, self.attention_mask))
+        object.__setattr__(self, "fingerprint", _fingerprint(self.input_ids, self.attention_mask, self.token_mask))
 
     @classmethod
     def from_ids(
@@ -70,6 +76,19 @@ class Blocks:
         mask = None if attention_mask is None else _mask(attention_mask, input_ids.shape)
         return cls(input_ids, mask, frozenset(map(int, special_ids)), name)
 
+    @classmethod
+    def given(cls, blocks: Any, tokenizer: Any = None) -> "Blocks":
+        """Take blocks as they are, and token ids [N, T] with the special ids of the tokenizer that they are of.
+
+        So ids that begin with BOS are measured as the text that they came from.
+
+        Raises:
+            CorpusError: as by `from_ids`.
+        """
+        if isinstance(blocks, Blocks):
+            return blocks
+        return cls.from_ids(blocks, special_ids=() if tokenizer is None else SpecialTokens.of(tokenizer).ids)
+
     def __len__(self) -> int:
         return self.input_ids.shape[0]
 
@@ -94,12 +113,46 @@ class Blocks:
 
     @cached_property
     def token_mask(self) -> Tensor:
-        """The tokens that count, [N, T] bool: neither padding nor special tokens at the start; every score uses it."""
-        real = torch.ones_like(self.input_ids, dtype=torch.bool) if self.attention_mask is None else self.attention_mask
-        special = torch.isin(self.input_ids, torch.tensor(sorted(self.special_ids), dtype=torch.int64))  # [N, T]
-        # Padding before the special tokens does not end the start of a block.
-        leading = (special | ~real).int().cumprod(dim=1).bool()  # [N, T]
-        return real & ~leading
+        """The tokens that count, [N, T] bool: neither padding nor special tokens at the start; every score uses it.
+
+        A special token at the start is read by the model and counts for nothing: no score is taken at its position, and
+        neither is the prediction made there, of the first token of the text.
+        """
+        return self._real & ~self._leading
+
+    @cached_property
+    def start(self) -> tuple[int, ...]:
+        """The special tokens that all blocks begin with, such as BOS; empty where there are none."""
+        rows = [
+            row[kept].tolist()
+            for row, kept in zip(self.input_ids, self._real & self._leading, strict=True)  # [T] each
+        ]
+        return tuple(ids[0] for ids in takewhile(lambda ids: len(set(ids)) == 1, zip(*rows, strict=False)))
+
+    @property
+    def _real(self) -> Tensor:  # [N, T] what is no padding
+        return torch.ones_like(self.input_ids, dtype=torch.bool) if self.attention_mask is None else self.attention_mask
+
+    @property
+    def _leading(self) -> Tensor:  # [N, T] special tokens at the start, and padding before and among them
+        special = torch.isin(self.input_ids, torch.tensor(sorted(self.special_ids), dtype=torch.int64))
+        return (special | ~self._real).int().cumprod(dim=1).bool()
+
+    def check_bos(self, bos: str) -> None:
+        """Raise a `SettingsError` if `bos`, which says how text is cut, is "yes" or "no" and these blocks are not so.
+
+        Ids are taken as they are: no BOS is put before them and none is taken away.
+        """
+        if bos == "yes" and not self.start:
+            raise SettingsError(
+                'bos is "yes", but the blocks do not all begin with a special token. Put BOS before each block, and '
+                "give the tokenizer too or name it in Blocks.from_ids(ids, special_ids=[...]); or give the text."
+            )
+        if bos == "no" and self.start:
+            raise SettingsError(
+                f'bos is "no", but every block begins with the special token {self.start[0]}. Leave it out of the '
+                'blocks, or take bos="auto", which measures blocks as they are.'
+            )
 
     def check_vocabulary(self, vocab_size: int) -> None:
         """Raise a `CorpusError` if a token that the model would read is not among its `vocab_size` tokens."""
@@ -116,32 +169,41 @@ def load_blocks(
     *,
     num_blocks: int,
     block_size: int,
-    dataset: str | None = None,
+    dataset: Any = None,
     column: str | None = None,
     split: str | None = None,
+    bos: str | bool = "auto",
     name: str | None = None,
     vocab_size: int | None = None,
 ) -> Blocks:
     """Read text, tokenize it without special tokens and cut it into consecutive blocks from its start.
 
+    Chats (a column of messages) are written by the tokenizer's chat template; documents that are token ids already are
+    taken as they are, but for a BOS at their start, which only blocks begin with.
+
     Args:
         source: None for the embedded corpus (the Python standard library's source); a path or a list of paths of UTF-8
-            text files, of .jsonl, .json, .csv or .parquet files, or of folders (their text files, in sorted order); a
-            `datasets` object; or an iterable of documents, each a string.
+            text files, of .jsonl, .json, .csv, .parquet or .arrow files, of folders (their text files, in sorted
+            order), or of a folder written by `save_to_disk`; a `datasets` object; a data frame of pandas or polars, or
+            a table of pyarrow; or an iterable of documents, each a string, a chat (a list of messages with role and
+            content) or a list of token ids.
         tokenizer: a tokenizer of transformers.
         num_blocks: N, how many blocks; never fewer are returned.
-        block_size: T, tokens in a block.
+        block_size: T, tokens in a block, special tokens at its start included.
         dataset: a dataset of the Hugging Face Hub instead of `source`, as "name" or "name:config"; it is streamed.
-        column: the column that holds the text (found by itself where that is clear).
+        column: the column that holds the text, the chats or the token ids (found by itself where that is clear).
         split: the split of the dataset ("train" where there is one).
+        bos: whether each block begins with the beginning-of-sequence token: "yes", "no", or "auto", what the tokenizer
+            puts before a text by itself. It counts for nothing; see `Blocks.token_mask`.
         name: what the report calls the text.
         vocab_size: the model's number of tokens, to refuse tokens beyond it.
 
     Raises:
         CorpusError: the text is missing, unreadable or too short, or does not fit the model's vocabulary.
-        SettingsError: sizes or options that make no sense.
+        SettingsError: sizes or options that make no sense, or a BOS that the tokenizer does not have.
     """
     _check_sizes(num_blocks, block_size)
+    bos = bos_choice(bos)
     if tokenizer is None:
         raise CorpusError(
             "Text needs a tokenizer, and none was given. Give the model's tokenizer, or blocks of token ids instead of "
@@ -150,14 +212,22 @@ def load_blocks(
     found = find_source(source, dataset=dataset, column=column, split=split)
     name = name or found.name
     with quiet():
-        ids = _first_ids(found.documents, tokenizer, num_blocks * block_size)
-    if len(ids) < num_blocks * block_size:
-        raise CorpusError(_too_short(name, len(ids), num_blocks, block_size))
-    blocks = Blocks.from_ids(
-        torch.tensor(ids, dtype=torch.int64).view(num_blocks, block_size),
-        name=name,
-        special_ids=_special_ids(tokenizer),
-    )
+        special = SpecialTokens.of(tokenizer)
+        documents = iter(found.documents)
+        first = next(documents, None)
+        start = special.start(bos, first.tokens(tokenizer) if first is not None and first.tokens else ())
+        own = block_size - len(start)  # tokens of the text in a block
+        if own < 2:
+            raise SettingsError(
+                f"Blocks of {block_size} tokens begin with {len(start)} special ones and hold {max(own, 0)} of the "
+                f"text; at least 2 are needed. Raise block_size to {len(start) + 2} or more."
+            )
+        ids = _first_ids(chain([first] if first else [], documents), tokenizer, special, num_blocks * own)
+    if len(ids) < num_blocks * own:
+        raise CorpusError(_too_short(name, len(ids), num_blocks, block_size, own))
+    text = torch.tensor(ids, dtype=torch.int64).view(num_blocks, own)
+    before = torch.tensor(start, dtype=torch.int64).expand(num_blocks, -1)
+    blocks = Blocks.from_ids(torch.cat([before, text], dim=1), name=name, special_ids=special.ids | set(start))
     if vocab_size is not None:
         blocks.check_vocabulary(vocab_size)
     return blocks
@@ -172,28 +242,32 @@ def _check_sizes(num_blocks: int, block_size: int) -> None:
         )
 
 
-def _too_short(name: str, have: int, num_blocks: int, block_size: int) -> str:
-    asked = f"{num_blocks:,} block{'s' * (num_blocks > 1)} of {block_size:,} ({num_blocks * block_size:,} tokens)"
+def _too_short(name: str, have: int, num_blocks: int, block_size: int, own: int) -> str:
+    besides = "" if own == block_size else ", without the special ones"
+    asked = f"{num_blocks:,} block{'s' * (num_blocks > 1)} of {block_size:,} ({num_blocks * own:,} tokens{besides})"
     if have == 0:
         return f"{name} holds no text, but {asked} were asked for. Give a text that is not empty."
     return (
         f"{name} holds {have:,} tokens, but {asked} were asked for. Lower the number of blocks to "
-        f"{have // block_size:,} or the block size, or add more text."
-        if have >= block_size
+        f"{have // own:,} or the block size, or add more text."
+        if have >= own
         else f"{name} holds {have:,} tokens, but {asked} were asked for. Lower the block size, or add more text."
     )
 
 
-def _first_ids(documents: Iterable[Document], tokenizer: Any, needed: int) -> list[int]:
+def _first_ids(documents: Iterable[Document], tokenizer: Any, special: SpecialTokens, needed: int) -> list[int]:
     ids: list[int] = []
     for document in documents:
-        ids += _document_ids(document, tokenizer, needed - len(ids))
+        if document.tokens is None:
+            ids += _text_ids(document, tokenizer, needed - len(ids))
+        else:
+            ids += special.without_start(document.tokens(tokenizer))[: needed - len(ids)]
         if len(ids) >= needed:
             break
     return ids
 
 
-def _document_ids(document: Document, tokenizer: Any, needed: int) -> list[int]:
+def _text_ids(document: Document, tokenizer: Any, needed: int) -> list[int]:
     """The first `needed` ids of the document tokenized whole (or all, where it has fewer).
 
     Of a long document, only a prefix is tokenized: one that ends at a line or word boundary and reaches well beyond the
@@ -205,10 +279,10 @@ def _document_ids(document: Document, tokenizer: Any, needed: int) -> list[int]:
     while True:
         text = document.read(limit)
         if len(text) < limit:
-            return _encode(tokenizer, text)[:needed]
-        ids = _encode(tokenizer, _until_boundary(text))
+            return encode(tokenizer, text)[:needed]
+        ids = encode(tokenizer, _until_boundary(text))
         if len(ids) >= needed + MARGIN_TOKENS:
-            longer = _encode(tokenizer, _until_boundary(document.read(limit + limit // 2)))
+            longer = encode(tokenizer, _until_boundary(document.read(limit + limit // 2)))
             if longer[:needed] == ids[:needed]:
                 return ids[:needed]
         limit *= 2
@@ -221,20 +295,6 @@ def _until_boundary(text: str) -> str:
         if end > 0:
             return text[:end]
     return text
-
-
-def _encode(tokenizer: Any, text: str) -> list[int]:
-    # verbose=False: a text is longer than the model's maximum, and that is no reason to warn.
-    return tokenizer(text, add_special_tokens=False, verbose=False).input_ids if text else []
-
-
-def _special_ids(tokenizer: Any) -> frozenset[int]:
-    """The ids that mark a sequence's start, or pad it; an unknown word is no such mark unless it doubles as one."""
-    marks = ("bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id", "pad_token_id")
-    found = {getattr(tokenizer, mark, None) for mark in marks}
-    unknown = getattr(tokenizer, "unk_token_id", None)
-    others = set(getattr(tokenizer, "all_special_ids", ())) - {unknown}
-    return frozenset(int(index) for index in found | others if index is not None)
 
 
 def _matrix(values: Any, what: str) -> Tensor:
@@ -259,9 +319,12 @@ def _mask(attention_mask: Any, shape: torch.Size) -> Tensor | None:
     return None if bool(mask.all()) else mask
 
 
-def _fingerprint(input_ids: Tensor, attention_mask: Tensor | None) -> str:
+def _fingerprint(input_ids: Tensor, attention_mask: Tensor | None, token_mask: Tensor) -> str:
     digest = hashlib.sha256(repr(tuple(input_ids.shape)).encode())
     digest.update(input_ids.contiguous().numpy().astype("<i8").tobytes())
     if attention_mask is not None:
         digest.update(attention_mask.contiguous().numpy().astype("u1").tobytes())
+    # Only where special tokens do not count, so that other fingerprints are what they were before there was this part.
+    if not token_mask.equal(torch.ones_like(token_mask) if attention_mask is None else attention_mask):
+        digest.update(b"counted" + token_mask.contiguous().numpy().astype("u1").tobytes())
     return digest.hexdigest()[:16]

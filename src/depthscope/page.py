@@ -140,6 +140,9 @@ def reproduce(report: LayerReport) -> str:
     if isinstance(scores := report_settings.get("scores"), list):
         options.append(("--scores", ",".join(map(str, scores))))
     options += [(_flag(key), str(facts[key])) for key in VALUED_OPTIONS if facts.get(key) is not None]
+    # Before there was the option, no block began with BOS.
+    if (bos := report_settings.get("bos", "no")) != "auto":
+        options.append(("--bos", str(bos)))
     options += [(_flag(key),) for key in ("in_sample", "paper_code") if report_settings.get(key) is True]
     if model.get("dtype"):
         options.append(("--dtype", model["dtype"]))

@@ -89,6 +89,7 @@ class DataFacts(TypedDict):
     eval_blocks: NotRequired[int]
     block_size: NotRequired[int]
     tokens: NotRequired[int]
+    bos: NotRequired[list[int]]  # the special tokens that every block begins with and that do not count; [] for none
 
 
 @dataclass(frozen=True)

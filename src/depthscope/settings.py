@@ -18,6 +18,7 @@ SCORE_NAMES = (
 )
 # What "all" leaves out: not effectiveness, but what is at work behind it. `depthscope sparsity` measures them.
 SPARSITY_NAMES = ("weight_sparsity", "attention_sparsity", "expert_load")
+BOS_CHOICES = ("auto", "yes", "no")
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,10 @@ class Settings:
             "all", which means all of the former.
         fit_blocks: how many blocks, from the start of the text, fit the linear maps of the usefulness score.
         eval_blocks: how many blocks, after those, measure everything.
-        block_size: tokens in a block, T.
+        block_size: tokens in a block, T, special tokens at its start included.
+        bos: whether each block of text begins with the beginning-of-sequence token: "yes", "no", or "auto", what the
+            tokenizer puts before a text by itself. It counts for nothing: no score is taken at it, nor is the
+            prediction of the token after it. Blocks that are given are measured as they are.
         batch_size: blocks in a forward pass; None chooses one that keeps the logits small. Scores do not depend on it.
         threshold: a layer is useful when linearising it multiplies the loss by more than this (the paper's is 1.1).
         ridge: ridge of the linear fit, relative to the mean variance of a feature; it pulls the maps towards the
@@ -47,6 +51,7 @@ class Settings:
     fit_blocks: int = 16
     eval_blocks: int = 8
     block_size: int = 256
+    bos: str | bool = "auto"
     batch_size: int | None = None
     threshold: float = 1.1
     ridge: float = 0.0
@@ -62,6 +67,7 @@ class Settings:
         _whole("fit_blocks", self.fit_blocks, 1 if needs_fit else 0, "blocks to fit the linear maps on")
         _whole("eval_blocks", self.eval_blocks, 1, "blocks to measure on")
         _whole("block_size", self.block_size, 2, "tokens in a block")
+        object.__setattr__(self, "bos", bos_choice(self.bos))
         if self.batch_size is not None:
             _whole("batch_size", self.batch_size, 1, "blocks in a forward pass")
         if self.probes != "exact":
@@ -89,6 +95,21 @@ class Settings:
     def with_(self, **changes: Any) -> "Settings":
         """The same settings but for `changes`."""
         return replace(self, **changes)
+
+
+def bos_choice(bos: Any) -> str:
+    """One of `BOS_CHOICES`; True and False, as YAML reads a bare yes and no, mean the same.
+
+    Raises:
+        SettingsError: anything else.
+    """
+    chosen = ("yes" if bos else "no") if isinstance(bos, bool) else bos
+    if not isinstance(chosen, str) or chosen not in BOS_CHOICES:
+        raise SettingsError(
+            f"bos is {bos!r}; give yes (each block begins with the beginning-of-sequence token), no, or auto (what the "
+            "tokenizer does by itself)."
+        )
+    return chosen
 
 
 def _checked_scores(scores: Any) -> tuple[str, ...]:

@@ -38,7 +38,7 @@ def python_stdlib(root: Path | None = None) -> Source:
             "The embedded corpus is the source of Python's standard library, but this Python comes without it (looked "
             f"in {str(root)!r}). Give a text file or a dataset instead."
         )
-    return Source(name, _round_robin([_slices(path) for path in modules]))
+    return Source(name, _round_robin([_slices(path, path.relative_to(root).as_posix()) for path in modules]))
 
 
 def _modules(root: Path) -> list[Path]:
@@ -59,7 +59,7 @@ def _is_public(module: Path) -> bool:
     return not private and LEFT_OUT_FOLDERS.isdisjoint(module.parts)
 
 
-def _slices(path: Path) -> Iterator[Document]:
+def _slices(path: Path, name: str) -> Iterator[Document]:
     try:
         lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
     except UnicodeDecodeError:
@@ -68,10 +68,10 @@ def _slices(path: Path) -> Iterator[Document]:
     for line in lines:
         piece.append(line)
         if sum(map(len, piece)) >= SLICE_CHARACTERS:
-            yield Document.from_text("".join(piece), path.name)
+            yield Document.from_text("".join(piece), name, whole=name)
             piece = []
     if piece:
-        yield Document.from_text("".join(piece), path.name)
+        yield Document.from_text("".join(piece), name, whole=name)
 
 
 def _round_robin(iterators: list[Iterator[Document]]) -> Iterator[Document]:

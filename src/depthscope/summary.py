@@ -1,14 +1,14 @@
 """What a report shows, in a few sentences: only from the scores that are present."""
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from depthscope.glossary import format_number, format_with_error
 
 if TYPE_CHECKING:
     from depthscope.report import LayerReport
 
-__all__ = ["effective_depth", "of_layers", "ranges", "summarize"]
+__all__ = ["beginning", "effective_depth", "of_layers", "ranges", "summarize"]
 
 
 def summarize(report: "LayerReport") -> str:
@@ -50,6 +50,13 @@ def of_layers(report: "LayerReport", score: str) -> str:
     return f"of the {_count(scored, 'layer')} with a score ({layers} in all)"
 
 
+def beginning(data: Mapping[str, Any]) -> str:
+    """Say with which special tokens every block of a text begins; empty where there are none, or it is not known."""
+    ids = data.get("bos") or []
+    shown = ", ".join(map(str, ids[:3])) + (", ..." if len(ids) > 3 else "")
+    return f"each beginning with BOS (token {shown}), which counts for nothing" if ids else ""
+
+
 def ranges(numbers: Sequence[int]) -> str:
     """Write ascending numbers with their runs shortened, as in `3, 5-8, 12`."""
     runs: list[list[int]] = []
@@ -65,6 +72,7 @@ def _subject(report: "LayerReport") -> str:
     data, size = report.data, ""
     if "eval_blocks" in data and "block_size" in data:
         size = f", {_count(data['eval_blocks'], 'block')} of {_count(data['block_size'], 'token')}"
+        size += f", {words}" if (words := beginning(data)) else ""
     layers = _count(report.model["num_layers"], "layer")
     return f"{report.model['name']}: {layers}, measured on {data['name']}{size}."
 

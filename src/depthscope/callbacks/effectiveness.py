@@ -21,7 +21,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from transformers import TrainerCallback
+from transformers import PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 from depthscope.analysis import analyze_blocks
@@ -56,7 +56,8 @@ class EffectivenessCallback(TrainerCallback, ExportableState):
         Trainer(..., callbacks=[EffectivenessCallback(blocks, scores="skip,usefulness", every=500)])
 
     Args:
-        blocks: token ids [N, T], of text that the model is not trained on.
+        blocks: token ids [N, T], of text that the model is not trained on; special tokens of the Trainer's tokenizer at
+            the start of a block, such as BOS, do not count. `depthscope.load_blocks` makes `Blocks` out of text.
         scores: as for `depthscope.analyze`.
         every: compute them every n-th optimiser step, where the time allows it.
         max_overhead: share of the training time (0.05 is 5%) that all analyses together may take; one that would take
@@ -70,7 +71,7 @@ class EffectivenessCallback(TrainerCallback, ExportableState):
 
     Raises:
         NoLayerStackError: (when training begins) the model has no plain stack of decoder layers.
-        SettingsError: an argument is not allowed.
+        SettingsError: an argument is not allowed, or (when training begins) `bos` is not as the blocks are.
     """
 
     def __init__(
@@ -91,6 +92,7 @@ class EffectivenessCallback(TrainerCallback, ExportableState):
         if log not in LOGGED:
             raise SettingsError(f"log is {log!r}; choose one of {', '.join(LOGGED)}.")
         self.blocks = blocks if isinstance(blocks, Blocks) else Blocks.from_ids(torch.as_tensor(blocks))
+        self._as_ids = not isinstance(blocks, Blocks)  # then the tokenizer says which of them are special
         self.settings = _settings(self.blocks, scores, fit_blocks, options)
         self.every = every
         self.max_overhead = max_overhead
@@ -130,6 +132,9 @@ class EffectivenessCallback(TrainerCallback, ExportableState):
         """Refuse a model without layers now and not after hours, and go on where a checkpoint left off."""
         place(self)
         LayerStack(model)
+        if self._as_ids and (tokenizer := _tokenizer(kwargs.get("processing_class"))) is not None:
+            self.blocks = Blocks.given(self.blocks.input_ids, tokenizer)
+        self.blocks.check_bos(str(self.settings.bos))
         self._over = is_over(state)
         if state.global_step:
             saved = (state.stateful_callbacks or {}).get(type(self).__name__)
@@ -198,6 +203,12 @@ class EffectivenessCallback(TrainerCallback, ExportableState):
         if self._file is not None:
             row = {"step": state.global_step, "epoch": state.epoch, "kind": "effectiveness"}
             self._file.append({**row, "values": measured.values, "layers": measured.layers})
+
+
+def _tokenizer(processing_class: Any) -> PreTrainedTokenizerBase | None:
+    """The tokenizer of a Trainer: what it calls its processing class, or a part of that."""
+    found = getattr(processing_class, "tokenizer", processing_class)
+    return found if isinstance(found, PreTrainedTokenizerBase) else None
 
 
 def _settings(blocks: Blocks, scores: Any, fit_blocks: int | None, options: dict[str, Any]) -> Settings:

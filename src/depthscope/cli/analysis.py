@@ -12,6 +12,7 @@ from depthscope.cli.options import (
     OUTPUT,
     TEXT,
     BlockSize,
+    Bos,
     Column,
     Dataset,
     Device,
@@ -47,6 +48,7 @@ def analyze(
         int, typer.Option(help="Blocks after those, that measure everything.", rich_help_panel=TEXT)
     ] = 8,
     block_size: BlockSize = 256,
+    bos: Bos = "auto",
     scores: Annotated[
         str,
         typer.Option(
@@ -107,6 +109,7 @@ def analyze(
             fit_blocks=fit_blocks,
             eval_blocks=eval_blocks,
             block_size=block_size,
+            bos=bos,
             batch_size=batch_size,
             threshold=threshold,
             ridge=ridge,

@@ -10,6 +10,7 @@ __all__ = [
     "OUTPUT",
     "TEXT",
     "BlockSize",
+    "Bos",
     "Column",
     "Dataset",
     "Device",
@@ -43,6 +44,14 @@ Dataset = Annotated[
 Column = Annotated[str | None, typer.Option(help="The column that holds the text.", rich_help_panel=TEXT)]
 Split = Annotated[str | None, typer.Option(help="The split of the dataset.", rich_help_panel=TEXT)]
 BlockSize = Annotated[int, typer.Option(help="Tokens in a block.", rich_help_panel=TEXT)]
+Bos = Annotated[
+    str,
+    typer.Option(
+        help="Whether each block begins with the beginning-of-sequence token, which counts for nothing: yes, no, or "
+        "auto, what the tokenizer does by itself.",
+        rich_help_panel=TEXT,
+    ),
+]
 
 Dtype = Annotated[
     str, typer.Option(help="auto, float32, bfloat16 or float16; auto is float32 on a CPU.", rich_help_panel=HOW)

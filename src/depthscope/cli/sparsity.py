@@ -10,6 +10,7 @@ from depthscope.cli.options import (
     OUTPUT,
     TEXT,
     BlockSize,
+    Bos,
     Column,
     Dataset,
     Device,
@@ -35,6 +36,7 @@ def sparsity(
     split: Split = None,
     blocks: Annotated[int, typer.Option(help="Blocks of text to measure on.", rich_help_panel=TEXT)] = 8,
     block_size: BlockSize = 256,
+    bos: Bos = "auto",
     seed: Annotated[int, typer.Option(help="Seed of the sampled queries.", rich_help_panel=TEXT)] = 0,
     dtype: Dtype = "auto",
     device: Device = None,
@@ -60,7 +62,7 @@ def sparsity(
             column=column,
             split=split,
             settings=Settings(
-                scores=SPARSITY_NAMES, fit_blocks=0, eval_blocks=blocks, block_size=block_size, seed=seed
+                scores=SPARSITY_NAMES, fit_blocks=0, eval_blocks=blocks, block_size=block_size, bos=bos, seed=seed
             ),
             revision=revision,
             dtype=dtype,

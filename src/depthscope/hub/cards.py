@@ -22,7 +22,7 @@ from depthscope.hub.card_sources import read_card_data
 from depthscope.hub.figures import FOLDER, figure_names
 from depthscope.hub.front_matter import INDEXED, evaluation, front_matter, perplexity
 from depthscope.hub.markdown import Markdown, code, inline
-from depthscope.summary import summarize
+from depthscope.summary import beginning, summarize
 
 __all__ = ["card_for", "render_card"]
 
@@ -311,7 +311,8 @@ def _scores(data: DepthCardData) -> list[_Score]:
 def _text_facts(data: DepthCardData) -> dict[str, Any]:
     """The text that the scores were measured on, with None for what is not said of it."""
     wanted = ("name", "fingerprint", "eval_blocks", "block_size", "fit_blocks")
-    return {name: data.report.data.get(name) if data.report else None for name in wanted}
+    facts = {name: data.report.data.get(name) if data.report else None for name in wanted}
+    return {**facts, "beginning": beginning(data.report.data) if data.report else ""}
 
 
 def _threshold(data: DepthCardData) -> float | None:

@@ -123,7 +123,7 @@ def _scores(data: DepthCardData) -> Iterator[EvalResult]:
         return
     text = report.data
     split = data.evaluation.split if data.evaluation and data.evaluation.text == text["name"] else None
-    shared = {name: text.get(name) for name in ("tokens", "block_size", "fingerprint")}
+    shared = {name: text.get(name) or None for name in ("tokens", "block_size", "bos", "fingerprint")}
     for name in INDEXED:
         value = report.scores.get(name)
         if value is not None:

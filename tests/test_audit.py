@@ -459,3 +459,76 @@ def test_parts_of_a_distributed_training_are_not_taken_for_the_model(tmp_path: P
     message = refusal(folder)
     assert "(shard-00000-model-00001-of-00001.safetensors)" in message
     assert "consolidate_distributed_checkpoint" in message
+
+
+# Settings
+
+
+@pytest.mark.parametrize(
+    ("config", "says"),
+    [
+        pytest.param({"rope_scaling": {"factor": 4.0}, "rope_parameters": None}, "factor = 4.0", id="no type"),
+        pytest.param(
+            {"rope_parameters": {"rope_type": "default", "factor": 4.0, "rope_theta": 1e4}},
+            "factor = 4.0 in rope_parameters, where the type is 'default'",
+            id="the default type",
+        ),
+        pytest.param(
+            {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "attention_factor": 2.0, "rope_theta": 1e4}},
+            "attention_factor = 2.0",
+            id="another type's",
+        ),
+        pytest.param(
+            {"rope_parameters": {"full_attention": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}}},
+            "rope_parameters.full_attention",
+            id="by layer type",
+        ),
+        pytest.param(
+            {"rope_theta": 5e5}, "rope_theta = 500000.0 in config.json, where the model has 10000.0", id="base"
+        ),
+        pytest.param(
+            {"rope_parameters": {"rope_theta": 5e5}, "rope_scaling": {"type": "linear", "factor": 2.0}},
+            "rope_theta = 500000.0 in rope_parameters",
+            id="two places",
+        ),
+        pytest.param({"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5", id="a part of each head"),
+        pytest.param({"final_logit_softcapping": 30.0}, "final_logit_softcapping = 30.0", id="cap"),
+        pytest.param({"residual_multiplier": 0.2}, "residual_multiplier = 0.2", id="multiplier"),
+        pytest.param({"alibi": True}, "alibi = True", id="switch"),
+        pytest.param({"norm_eps": 1e-3, "rms_norm_eps": None}, "it is called rms_norm_eps there", id="epsilon"),
+        pytest.param({"hidden_activation": "gelu", "hidden_act": None}, "it is called hidden_act there", id="function"),
+    ],
+)
+def test_settings_that_change_the_function_and_are_not_used_are_refused(
+    config: dict, says: str, tmp_path: Path
+) -> None:
+    message = refusal(write(tmp_path / "model", **config))
+    assert "has settings that LlamaForCausalLM does not use" in message
+    assert says in message
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"rope_scaling": {"type": "linear", "factor": 2.0}, "rope_theta": 5e5, "rope_parameters": None},
+        {"rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0}
+         | {"high_freq_factor": 4.0, "original_max_position_embeddings": 512}},
+        {"residual_multiplier": 1.0, "final_logit_softcapping": None, "alibi": False, "rope_interleaved": False},
+        {"layer_norm_eps": 1e-3, "unsloth_version": "2025.1", "is_llama_config": True, "rope_ratio": 1},
+        {"sliding_window": 4096, "use_sliding_window": False},
+    ],
+    ids=["linear", "llama3", "neutral", "harmless", "unused window"],
+)  # fmt: skip
+def test_settings_that_are_used_or_do_nothing_are_no_obstacle(config: dict, tmp_path: Path) -> None:
+    assert load_model(str(write(tmp_path / "model", **config))).notes == []
+
+
+def test_a_window_that_the_model_does_not_have_is_noted(tmp_path: Path) -> None:
+    (note,) = load_model(str(write(tmp_path / "model", sliding_window=512))).notes
+    assert note.startswith("config.json says sliding_window = 512, which LlamaForCausalLM does not use")
+
+
+def test_a_quantisation_that_nobody_knows_of_weights_in_full_is_no_obstacle(tmp_path: Path) -> None:
+    loaded = load_model(str(write(tmp_path / "model", quantization_config={"quant_method": "flubber"})))
+    assert torch.equal(logits(loaded.model), logits(llama()))
+    assert any("'flubber'" in note for note in loaded.notes)

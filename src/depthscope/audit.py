@@ -16,6 +16,7 @@ from depthscope.leftovers import Leftovers
 from depthscope.messages import listed
 from depthscope.placement import Placement, place
 from depthscope.stored import StoredTensor, StoredTensors
+from depthscope.unused_settings import unused_settings, unused_settings_notes
 
 __all__ = ["audit", "require_all_weights"]
 
@@ -46,8 +47,10 @@ def audit(
     leftovers = Leftovers(model, stored, placed)
     if leftovers.harmful:
         raise ModelLoadError(_harmful(checkpoint.name, model, leftovers))
+    if problem := unused_settings(checkpoint.name, settings, model):
+        raise ModelLoadError(problem)
     notes = [unscaled_note(placed), _harmless(leftovers), _second_weights(checkpoint, files)]
-    return [note for note in notes if note is not None]
+    return [note for note in notes if note is not None] + unused_settings_notes(settings, model)
 
 
 def require_all_weights(name: str, info: Mapping[str, Any], placed: Placement | None = None) -> None:

@@ -5,7 +5,7 @@ end, so that a report does not depend on the number of processes.
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -120,8 +120,9 @@ def analyze_blocks(
     """Measure a loaded model on blocks of tokens; see `analyze`."""
     processes = processes or Processes.here()
     _require_blocks(model, blocks, settings)
-    with evaluating(model), torch.no_grad(), _memory_errors(settings):
+    with evaluating(model), torch.no_grad(), _memory_errors(settings), ExitStack() as compiled:
         stack = LayerStack(model)
+        compiled.enter_context(stack.as_written())
         require_finite(stack)
         scores = {name: SCORES[name](stack, settings, settings.eval_blocks) for name in settings.scores}
         total = total_work(stack, scores, settings) / processes.count

@@ -15,10 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from depthscope.errors import NoLayerStackError
+from depthscope.compiled import as_written, class_name, is_compiled
+from depthscope.errors import AnalysisError, NoLayerStackError
 from depthscope.modes import evaluating
 from depthscope.standins import Feed, Skip, StandIn, StopForward, Stopper, hidden_among, hidden_of
-from depthscope.tracing import MODEL_FAILURES, Trace, input_device, run, trace_layers
+from depthscope.tracing import MODEL_FAILURES, Trace, input_device, run, text_config, trace_layers
 
 __all__ = ["Capture", "LayerStack"]
 
@@ -47,7 +48,8 @@ class LayerStack:
             └── L-1: layer         its output goes to the final norm and the head
 
     Layers count from 0. All context managers restore the model on the way out, also after an exception or Ctrl-C, and
-    nest. The model is neither copied nor changed otherwise.
+    nest. The model is neither copied nor changed otherwise. One that `torch.compile` compiled is run as it was written,
+    because compiled code does not call hooks that came later.
 
     Args:
         model: a causal language model. Its weights must be loaded (not on `meta`, unless offloaded by accelerate).
@@ -66,12 +68,14 @@ class LayerStack:
         self._trace: Trace = trace_layers(model, head=head)
         self.path: str = self._trace.path
         self.layers: nn.ModuleList = self._trace.layers
+        self._written = False  # whether passes run as the model is written now
+        self._awaited: list[Callable[[int], list[int]]] = []  # each names the layers up to one that it did not see
 
     def __len__(self) -> int:
         return len(self.layers)
 
     def __repr__(self) -> str:
-        return f"LayerStack({type(self.model).__name__}, {self.path!r}, {self.num_layers} layers)"
+        return f"LayerStack({class_name(self.model)}, {self.path!r}, {self.num_layers} layers)"
 
     @property
     def num_layers(self) -> int:
@@ -175,12 +179,16 @@ class LayerStack:
     def logits(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Run the model as it stands: ids [B, T] -> logits [B, T, V]; gradients as the caller has set them."""
         self._require_logits(self._trace.logits)
-        return run(self.entry, input_ids, attention_mask).logits
+        with self.as_written():
+            logits: Tensor = run(self.entry, input_ids, attention_mask).logits
+        self._require_seen(self.num_layers - 1)
+        return logits
 
     def run_through(self, last: int, input_ids: Tensor, attention_mask: Tensor | None = None) -> None:
         """Run the model up to and including layer `last` and stop there: no later layer, no final norm, no head."""
         with self.stopping_after(last), suppress(StopForward):
             run(self.entry, input_ids, attention_mask)
+        self._require_seen(last)
 
     @contextmanager
     def standing_in(self, replacements: Mapping[int, nn.Module]) -> Iterator[None]:
@@ -195,7 +203,8 @@ class LayerStack:
         try:
             for index, module in replacements.items():
                 self.layers[index] = self._as_stand_in(module, index)
-            yield
+            with self.as_written():
+                yield
         finally:
             for index, layer in before.items():
                 self.layers[index] = layer
@@ -227,7 +236,8 @@ class LayerStack:
         try:
             self.layers[first], self.layers[second] = at_second, at_first
             _exchange_positional(at_first, at_second)
-            yield
+            with self.as_written():
+                yield
         finally:
             self.layers[first], self.layers[second] = at_first, at_second
             _exchange_positional(at_first, at_second)
@@ -273,7 +283,8 @@ class LayerStack:
             return
         handle = self.layers[index].register_forward_hook(_stop)
         try:
-            yield
+            with self.as_written():
+                yield
         finally:
             handle.remove()
 
@@ -306,6 +317,15 @@ class LayerStack:
                     stack.callback(layer.register_forward_hook(_keep_output(capture.outputs, index, keep)).remove)
                 if sublayers:
                     self._capture_sublayers(capture, index, stack, torch.clone if sublayers is True else sublayers)
+            watched = list(self.layers)
+            kept = [store for store, wanted in ((capture.inputs, inputs), (capture.outputs, outputs)) if wanted]
+
+            def missed(last: int) -> list[int]:
+                there = [index for index in range(first, last + 1) if self.layers[index] is watched[index]]
+                return [index for index in there if any(index not in store for store in kept)]
+
+            stack.enter_context(self._awaiting(missed))
+            stack.enter_context(self.as_written())
             yield capture
 
     def sublayer(self, index: int, part: str) -> nn.Module | None:
@@ -329,11 +349,50 @@ class LayerStack:
 
     @contextmanager
     def _giving(self, index: int, hidden: Tensor) -> Iterator[None]:
-        handle = self.layers[index].register_forward_pre_hook(_replace_input(hidden), with_kwargs=True, prepend=True)
+        given: list[int] = []
+        handle = self.layers[index].register_forward_pre_hook(
+            _replace_input(hidden, lambda: given.append(index)), with_kwargs=True, prepend=True
+        )
+        try:
+            with self._awaiting(lambda last: [] if given or last < index else [index]), self.as_written():
+                yield
+        finally:
+            handle.remove()
+
+    @contextmanager
+    def as_written(self) -> Iterator[None]:
+        """Run the model as it is written in all passes inside, whatever of it is compiled, so that layers are seen."""
+        # Of itself, flex_attention is compiled, and hardly usable otherwise.
+        flexible = getattr(text_config(self.entry), "_attn_implementation", None) == "flex_attention"
+        if self._written or (flexible and not is_compiled(self.model)):
+            yield
+            return
+        self._written = True
+        try:
+            with as_written():
+                yield
+        finally:
+            self._written = False
+
+    @contextmanager
+    def _awaiting(self, missed: Callable[[int], list[int]]) -> Iterator[None]:
+        """Have each run that is made inside checked: `missed` gets the last layer that should have been called."""
+        self._awaited.append(missed)
         try:
             yield
         finally:
-            handle.remove()
+            self._awaited.remove(missed)
+
+    def _require_seen(self, last: int) -> None:
+        """Refuse a run in which hooks were not called: what it gave would be empty or of another run."""
+        unseen = sorted({layer for missed in self._awaited for layer in missed(last)})
+        if unseen:
+            raise AnalysisError(
+                f"{class_name(self.model)} ran, but layers {', '.join(map(str, unseen))} were not seen: their hooks "
+                "were not called. Either other layers have taken their place since they were found, or something runs "
+                "what is in them without calling them (an exported form of the model, say); find the layers anew with "
+                "LayerStack(model), of the model as it was written."
+            )
 
     def _resumes(self, index: int, hidden: Tensor, baseline: Tensor) -> bool:
         try:
@@ -348,7 +407,7 @@ class LayerStack:
     def _require_logits(self, logits: Tensor | None) -> Tensor:
         if logits is None:
             raise NoLayerStackError(
-                f"{type(self.model).__name__} was taken without a language-modelling head, so it has no logits; a "
+                f"{class_name(self.model)} was taken without a language-modelling head, so it has no logits; a "
                 "causal language model as AutoModelForCausalLM loads it has them: LayerStack(model)."
             )
         return logits
@@ -366,10 +425,11 @@ def _exchange_positional(one: nn.Module, other: nn.Module) -> None:
         setattr(other, name, ours)
 
 
-def _replace_input(hidden: Tensor) -> Callable[..., tuple[tuple[Any, ...], dict[str, Any]]]:
+def _replace_input(hidden: Tensor, called: Callable[[], None]) -> Callable[..., tuple[tuple[Any, ...], dict[str, Any]]]:
     def hook(
         module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        called()
         if args:
             return (hidden, *args[1:]), kwargs
         return args, {**kwargs, "hidden_states": hidden}

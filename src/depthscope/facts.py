@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from depthscope.compiled import written
+
 __all__ = ["model_facts"]
 
 # The names that architectures give to the same thing, the usual one first.
@@ -44,7 +46,7 @@ def model_facts(
         revision: the commit, if it came from the Hub.
     """
     unwrap: Any = getattr(model, "get_base_model", None)
-    inner = unwrap() if unwrap is not None else model
+    inner = written(unwrap() if unwrap is not None else model)
     config: Any = getattr(inner, "config", None)
     text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
     return {

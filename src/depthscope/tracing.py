@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from depthscope.causality import coarsest_epsilon, require_causal
+from depthscope.compiled import as_written, class_name, written
 from depthscope.errors import NoLayerStackError
 from depthscope.modes import evaluating
 from depthscope.standins import LayerResult, hidden_among, hidden_of, result_like
@@ -165,7 +166,7 @@ def trace_layers(model: nn.Module, *, head: bool = True) -> Trace:
         found = dict(_traced(model))
         if len(found) > 1:
             raise NoLayerStackError(
-                f"{type(model).__name__} holds several models ({', '.join(found)}), and which of them is meant is not "
+                f"{class_name(model)} holds several models ({', '.join(found)}), and which of them is meant is not "
                 "clear. Such a model cannot be watched layer by layer."
             ) from None
         if not found:
@@ -229,9 +230,7 @@ def example_ids(model: nn.Module, draw: int = 0) -> Tensor:
     if not isinstance(size, int):
         size = getattr(input_embeddings(model), "num_embeddings", None)
     if not isinstance(size, int) or size < 1:
-        raise NoLayerStackError(
-            f"{type(model).__name__} has no vocabulary of token ids; a causal language model has one."
-        )
+        raise NoLayerStackError(f"{class_name(model)} has no vocabulary of token ids; a causal language model has one.")
     special = _special_ids(getattr(model, "config", None))
     plain = [token for token in range(min(size, 4096)) if token not in special] or [0]
     steps = torch.arange(TRACE_BATCH * TRACE_TOKENS) * 7919 + draw  # a prime stride visits the vocabulary unevenly
@@ -252,7 +251,7 @@ def _special_ids(config: Any) -> set[int]:
 
 
 def _refuse_other_models(model: nn.Module, head: bool) -> None:
-    name = type(model).__name__
+    name = class_name(model)
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         raise NoLayerStackError(
             f"{name} is an encoder-decoder; depthscope reads decoder-only causal language models. "
@@ -267,9 +266,9 @@ def _refuse_other_models(model: nn.Module, head: bool) -> None:
 
 def _require_causal(model: nn.Module, example: Tensor, answer: Tensor) -> float:
     """Refuse a model that looks ahead; returns how far the logits of a text move with the other texts of its batch."""
-    with evaluating(model), torch.no_grad():
+    with evaluating(model), torch.no_grad(), as_written():
         return require_causal(
-            type(model).__name__,
+            class_name(model),
             lambda ids: run(model, ids).logits,
             example,
             answer,
@@ -301,13 +300,19 @@ def _watch(
         call.out = result
         call.changed = isinstance(call.into, Tensor) and call.into._version != call.version
 
-    watched = {id(module): module for items in lists.values() for item in items for module in (item, *item.children())}
+    watched = {
+        id(module): module
+        for items in lists.values()
+        for item in items
+        for module in (item, *dict(_children(item)).values())
+    }
     with ExitStack() as stack:
         for module in watched.values():
             stack.callback(module.register_forward_pre_hook(before, with_kwargs=True).remove)
             stack.callback(module.register_forward_hook(after).remove)
         stack.enter_context(evaluating(model))
         stack.enter_context(torch.no_grad())
+        stack.enter_context(as_written())
         try:
             output = run(model, example)
             return calls, output.logits if head else None
@@ -315,7 +320,7 @@ def _watch(
             if not head and any(_is_walked(items, calls) for items in lists.values()):
                 return calls, None  # what comes after the layers may want more: labels, a padding token
             raise NoLayerStackError(
-                f"{type(model).__name__} does not run on plain token ids: {type(error).__name__}: {error}. "
+                f"{class_name(model)} does not run on plain token ids: {type(error).__name__}: {error}. "
                 "depthscope needs a causal language model that takes `input_ids` alone."
             ) from error
 
@@ -330,7 +335,7 @@ def _choose(
         raise NoLayerStackError(_nothing_found(model, lists, calls))
     if expected is None and len(outer := _outermost(found)) > 1:
         raise NoLayerStackError(
-            f"{type(model).__name__} has several stacks of layers ({', '.join(outer)}), and its configuration does not "
+            f"{class_name(model)} has several stacks of layers ({', '.join(outer)}), and its configuration does not "
             "say which is the decoder. Such a model cannot be analysed layer by layer."
         )
     return max(found.items(), key=lambda entry: (len(entry[1]) == expected, len(entry[1])))
@@ -377,10 +382,10 @@ def _nothing_found(model: nn.Module, lists: Mapping[str, nn.ModuleList], calls: 
         counts = sorted({len(calls.get(id(item), [])) for item in items})
         if StreamAxes.of(_first_shape(items, calls)) is not None or counts == [0]:
             times = "never" if counts == [0] else " or ".join(str(count) for count in counts) + " times"
-            seen.append(f"{name or '(root)'}: {len(items)} x {type(items[0]).__name__}, called {times}")
+            seen.append(f"{name or '(root)'}: {len(items)} x {class_name(items[0])}, called {times}")
     found = "; ".join(seen[:6]) if seen else "no list of modules at all"
     return (
-        f"{type(model).__name__} has no plain stack of decoder layers, each called once, in order, on the hidden state "
+        f"{class_name(model)} has no plain stack of decoder layers, each called once, in order, on the hidden state "
         f"of the one before. Found: {found}. Such a model cannot be analysed layer by layer."
     )
 
@@ -392,6 +397,7 @@ def _first_shape(items: nn.ModuleList, calls: Mapping[int, list[_Call]]) -> torc
 
 def _kind_name(layer: nn.Module, model: nn.Module, index: int) -> str:
     """The class of a layer, with the type that its configuration or the layer itself states (attention, block)."""
+    layer = written(layer)
     types = getattr(text_config(model), "layer_types", None)
     stated = [types[index]] if isinstance(types, list | tuple) and index < len(types) else []
     for module in (layer, *layer.children()):
@@ -407,28 +413,30 @@ def _structure(layer: nn.Module) -> Hashable:
     switches = ("is_sliding", "is_causal", "use_rope", "is_moe_layer", "sliding_window", "is_kv_shared_layer")
     return tuple(
         (
-            name,
+            name.removesuffix("_orig_mod").replace("_orig_mod.", "").rstrip("."),
             type(module).__name__,
             tuple((s, vars(module)[s]) for s in switches if isinstance(vars(module).get(s), bool | int)),
         )
         for name, module in layer.named_modules()
+        if written(module) is module  # whether a layer was compiled does not matter
     )
 
 
 def _sublayers(layer: nn.Module, calls: Mapping[int, list[_Call]]) -> dict[str, str]:
     """The names of a layer's attention (or other token mixer) and MLP: called once, one vector a token out."""
     found: dict[str, str] = {}
-    for name, child in layer.named_children():
+    for path, child in _children(layer):
         made = calls.get(id(child), [])
         if len(made) != 1 or not _is_token_wise(_shape(made[0].out)):
             continue
-        words = f"{name} {type(child).__name__}".lower()
-        if any(word in name.lower() for word in NOT_A_SUBLAYER_WORDS):
+        name = path.rpartition(".")[2].lower()
+        words = f"{name} {class_name(child)}".lower()
+        if any(word in name for word in NOT_A_SUBLAYER_WORDS):
             continue
         if any(word in words for word in MLP_WORDS):
-            found.setdefault("mlp", name)
+            found.setdefault("mlp", path)
         elif any(word in words for word in ATTENTION_WORDS):
-            found.setdefault("attention", name)
+            found.setdefault("attention", path)
     return found
 
 
@@ -437,6 +445,14 @@ def _token_first(result: Any, axes: StreamAxes) -> bool:
     shape = _shape(result)
     first = tuple(shape[:2]) if shape is not None else ()
     return axes.token_first if set(first) != {TRACE_BATCH, TRACE_TOKENS} else first == (TRACE_TOKENS, TRACE_BATCH)
+
+
+def _children(layer: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The parts of a layer by their names in it, also where the layer was compiled and put into a module of its own."""
+    own = written(layer)
+    place = next(name for name, module in layer.named_modules() if module is own)
+    for name, child in own.named_children():
+        yield f"{place}.{name}" if place else name, child
 
 
 def _is_token_wise(shape: torch.Size | None) -> bool:

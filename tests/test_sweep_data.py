@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 from depthscope.cli import app
 from depthscope.documents import Document, Source
 from depthscope.errors import CorpusError, SpecificationError, SweepError
+from depthscope.stdlib_text import python_stdlib
 from depthscope.sweep import data as data_module
 from depthscope.sweep.data import Corpus, Sequences, open_corpus, prepare_corpus
 from depthscope.sweep.grid import expand
@@ -194,6 +195,77 @@ def test_what_is_held_out_by_name_stays_so(monkeypatch: pytest.MonkeyPatch) -> N
     assert len(by_name) > 3
     assert held_out(*texts) == by_name
     assert [text for _, text in data_module._split(source_of(*texts))] == texts
+
+
+def test_a_long_document_lies_on_one_side_as_a_whole() -> None:
+    long = {str(index): f"document {index}\n" * 12_000 for index in range(40)}  # 4 pieces each
+    sides: dict[str, set[str]] = {}
+    for kind, text in data_module._split(source_of(*long.values())):
+        sides.setdefault(text.split()[1], set()).add(kind)
+    assert all(len(kinds) == 1 for kinds in sides.values())
+    assert {name for name, kinds in sides.items() if kinds == {"held_out"}} == {
+        name for name in long if zlib.crc32(name.encode()) % 20 == 0
+    }
+    # Also where the names hold out none, and one is chosen.
+    three = ["a line of it\n" * 30_000, "one of another\n" * 6_000, "one of a third\n" * 10_000]
+    found = [(kind, text[:6]) for kind, text in data_module._split(source_of(*three))]
+    assert {first for kind, first in found if kind == "held_out"} == {"one of"}
+    assert sum(kind == "held_out" for kind, _ in found) == 2  # the shorter one, in its 2 pieces
+
+
+def test_a_single_document_is_divided_in_pieces_and_that_is_said() -> None:
+    said: list[str] = []
+    kinds = [kind for kind, _ in data_module._split(source_of("line\n" * 400_000, " \n"), said.append)]
+    assert 0 < kinds.count("held_out") < len(kinds) / 5
+    assert len(said) == 1
+    assert "one document" in said[0]
+    said.clear()
+    list(data_module._split(source_of("line\n" * 40_000, "another"), said.append))
+    assert said == []
+
+
+def test_modules_of_the_standard_library_are_held_out_by_their_path(tmp_path: Path) -> None:
+    names = [f"{package}/__init__.py" for package in ("json", "email", "unittest", "logging", "asyncio", "http", "xml")]
+    names += ["ast.py", "json/decoder.py", "http/server.py", *(f"xml/p{index}/__init__.py" for index in range(40))]
+    for name in names:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(f"# {name}\n" * 800)  # in slices
+    sides: dict[str, set[str]] = {}
+    for kind, text in data_module._split(python_stdlib(tmp_path)):
+        sides.setdefault(text.split()[1], set()).add(kind)
+    assert all(len(kinds) == 1 for kinds in sides.values())
+    by_path = {name for name in names if zlib.crc32(name.encode()) % 20 == 0}
+    assert {name.rpartition("/")[2] for name in by_path} == {"server.py", "__init__.py"}  # some of either
+    assert {name for name, kinds in sides.items() if kinds == {"held_out"}} == by_path
+    assert {document.name for document in python_stdlib(tmp_path).documents} == set(names)
+
+
+def test_tokens_from_before_the_split_by_document_are_kept_whole_or_made_anew(tmp_path: Path) -> None:
+    corpus = prepared(tmp_path)
+    record = tmp_path / "out" / "data" / "data.json"
+    facts = json.loads(record.read_text())
+    assert facts.pop("split") == "by document"
+    record.write_text(json.dumps(facts))
+    assert prepared(tmp_path).fingerprint == corpus.fingerprint  # finished: read as they are
+    # Half tokenized by another rule: what is there is not gone on with.
+    shutil.copytree(tmp_path / "out" / "data", tmp_path / "new" / "data.part")
+    part = tmp_path / "new" / "data.part"
+    (part / "data.json").unlink()
+    state = json.loads((part / "state.json").read_text())
+    del state["split"]
+    (part / "state.json").write_text(json.dumps(state))
+    (part / "train.bin").write_bytes(b"\0" * (part / "train.bin").stat().st_size)
+    assert prepared(tmp_path, "new").train.tolist() == corpus.train.tolist()
+
+
+@pytest.mark.parametrize(
+    "columns", [{"messages": [[{"role": "user", "content": "a"}]] * 3}, {"input_ids": [[1, 2]] * 3}]
+)
+def test_chats_and_token_ids_are_no_text_to_train_on(tmp_path: Path, columns: dict[str, Any]) -> None:
+    datasets = pytest.importorskip("datasets")
+    datasets.Dataset.from_dict(columns).to_json(tmp_path / "rows.jsonl")
+    with pytest.raises(CorpusError, match="where text is needed"):
+        prepared(tmp_path, data={"text": "rows.jsonl"})
 
 
 def test_a_text_of_which_nothing_can_be_held_out_is_refused_with_what_helps(tmp_path: Path) -> None:

@@ -6,8 +6,11 @@
     OUT/data/data.json      what they were made from
     OUT/data/state.json     how far tokenizing was
 
-Documents end with the tokenizer's end-of-text token, where it has one. Tokenizing that was interrupted goes on where it
-was. What came before is then read again, a streamed dataset from the Hub, but not tokenized again.
+Documents end with the tokenizer's end-of-text token, where it has one. What is held out to measure on are whole
+documents, and whole modules of the standard library; only of a single document, pieces.
+
+Tokenizing that was interrupted goes on where it was. What came before is then read again, a streamed dataset from the
+Hub, but not tokenized again.
 """
 
 import json
@@ -17,7 +20,7 @@ import shutil
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +31,7 @@ from torch.utils.data import Dataset
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from depthscope.corpus import Blocks
-from depthscope.documents import Document, Source
+from depthscope.documents import Source
 from depthscope.errors import CorpusError, SettingsError, SweepError
 from depthscope.files import write_atomically
 from depthscope.messages import one_line
@@ -42,7 +45,8 @@ from depthscope.sweep.yaml_lines import Path_
 __all__ = ["Corpus", "Sequences", "open_corpus", "prepare_corpus", "require_text"]
 
 HELD_OUT_SHARE = 20  # one document in so many
-PIECE_CHARACTERS = 50_000  # longer documents are cut at a line, and each piece counts as a document
+PIECE_CHARACTERS = 50_000  # longer documents are cut at a line, to be tokenized piece by piece
+SPLIT = "by document"  # how text is held out; what an interrupted run left by another rule is not gone on with
 BATCH_CHARACTERS = 2_000_000  # tokenized at once
 END = "<|endoftext|>"
 TRAIN, HELD_OUT = "train", "held_out"
@@ -219,7 +223,7 @@ def _make(sweep: Sweep, grid: Grid, part: Path, needed: Needs, made_from: str, s
     source = _source(sweep, data, DATA)
     if data.held_out is None:
         targets = {TRAIN: needed.train, HELD_OUT: needed.held_out}
-        stream.fill(_split(source), targets, said)
+        stream.fill(_split(source, said), targets, said)
     else:
         stream.fill(((TRAIN, text) for _, text in _split(source)), {TRAIN: needed.train}, said)
         held_out = _source(sweep, data.held_out, HELD_OUT_DATA)
@@ -233,6 +237,7 @@ def _make(sweep: Sweep, grid: Grid, part: Path, needed: Needs, made_from: str, s
         "needed": asdict(needed),
         "tokens": stream.counts,
         "fingerprint": stream.fingerprint(),
+        "split": SPLIT,
     }
     write_atomically(part / "data.json", json.dumps(facts, indent=1))
 
@@ -240,12 +245,13 @@ def _make(sweep: Sweep, grid: Grid, part: Path, needed: Needs, made_from: str, s
 def _begin(part: Path, made_from: str) -> None:
     """Keep what an interrupted run left of the same tokens, and nothing else."""
     state = part / "state.json"
-    if _left(state).get("made_from") == made_from:
+    left = _left(state)
+    if left.get("made_from") == made_from and left.get("split") == SPLIT:
         return
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
     nothing = {TRAIN: 0, HELD_OUT: 0}
-    write_atomically(state, json.dumps({"made_from": made_from, "counts": nothing, "read": nothing}))
+    write_atomically(state, json.dumps({"made_from": made_from, "split": SPLIT, "counts": nothing, "read": nothing}))
 
 
 def _source(sweep: Sweep, text: Text, where: Path_) -> Source:
@@ -279,54 +285,65 @@ def _files(sweep: Sweep, path: str, where: Path_) -> list[Path]:
 
 
 def _pieces(source: Source) -> Iterator[tuple[str, str]]:
-    """The texts of a source, long ones in pieces, each with a name that does not change."""
-    for index, document in enumerate(source.documents):
-        name = _name(document, index)
-        text = document.read(None)
-        start = 0
-        while len(text) - start > PIECE_CHARACTERS:
-            end = text.rfind("\n", start, start + PIECE_CHARACTERS) + 1 or start + PIECE_CHARACTERS
-            yield f"{name}:{start}", text[start:end]
-            start = end
-        if text[start:].strip():
-            yield name if start == 0 else f"{name}:{start}", text[start:]
+    """The texts of a source, long ones in pieces, each with the name of what it is held out with.
+
+    That is the document; a single document is all there is to divide, so that each of its pieces has a name of its own.
+    """
+    texts = ((index, document, document.read(None)) for index, document in enumerate(source.documents))
+    written = (entry for entry in texts if entry[2].strip())
+    beginning = list(islice(written, 2))
+    for index, document, text in chain(beginning, written):
+        # The modules of the standard library come in many slices, which stay together.
+        name = document.whole or str(index)
+        for start, piece in _cut(text):
+            yield name if start == 0 or len(beginning) > 1 else f"{name}:{start}", piece
 
 
-def _name(document: Document, index: int) -> str:
-    # The modules of the standard library come in many slices, which stay together.
-    return document.name if document.name.endswith(".py") and os.sep not in document.name else str(index)
+def _cut(text: str) -> Iterator[tuple[int, str]]:
+    """A text in pieces that end with a line, and where each begins."""
+    start = 0
+    while len(text) - start > PIECE_CHARACTERS:
+        end = text.rfind("\n", start, start + PIECE_CHARACTERS) + 1 or start + PIECE_CHARACTERS
+        yield start, text[start:end]
+        start = end
+    if text[start:].strip():
+        yield start, text[start:]
 
 
-def _split(source: Source) -> Iterator[tuple[str, str]]:
+def _split(source: Source, said: Callable[[str], None] = lambda line: None) -> Iterator[tuple[str, str]]:
     """Which documents are trained on and which are held out: by their names, so that it is the same every time.
 
     Where the names hold out none, as they may in a short text, one of several is held out all the same.
     """
-    pieces = ((_kind(name), text) for name, text in _pieces(source))
+    pieces = _pieces(source)
     first: list[tuple[str, str]] = []
-    for kind, text in pieces:
-        first.append((kind, text))
-        if kind == HELD_OUT:
+    for name, text in pieces:
+        first.append((name, text))
+        if ":" in name and len(first) == 2:
+            said(f"The text is one document: of its pieces of {PIECE_CHARACTERS:,} characters, a twentieth is held out")
+        if _kind(name) == HELD_OUT:
             break
     else:
-        first = _with_one_held_out(first)
-    yield from first
-    yield from pieces
+        chosen = _one_to_hold_out(first)
+        yield from ((HELD_OUT if name == chosen else TRAIN, text) for name, text in first)
+        return
+    yield from ((_kind(name), text) for name, text in chain(first, pieces))
 
 
 def _kind(name: str) -> str:
     return HELD_OUT if zlib.crc32(name.encode()) % HELD_OUT_SHARE == 0 else TRAIN
 
 
-def _with_one_held_out(pieces: list[tuple[str, str]]) -> list[tuple[str, str]]:
-    """Hold out the shortest piece that is a twentieth of the text, the last of several, or else the longest."""
-    if len(pieces) < 2:
-        return pieces
-    sizes = [len(text) for _, text in pieces]
-    enough = [size for size in sizes if size * HELD_OUT_SHARE >= sum(sizes)]
-    size = min(enough, default=max(sizes))
-    chosen = len(sizes) - 1 - sizes[::-1].index(size)
-    return [(HELD_OUT if index == chosen else kind, text) for index, (kind, text) in enumerate(pieces)]
+def _one_to_hold_out(pieces: list[tuple[str, str]]) -> str | None:
+    """Choose the shortest document that is a twentieth of the text, the last of several, or else the longest."""
+    sizes: dict[str, int] = {}
+    for name, text in pieces:
+        sizes[name] = sizes.get(name, 0) + len(text)
+    if len(sizes) < 2:
+        return None
+    enough = [size for size in sizes.values() if size * HELD_OUT_SHARE >= sum(sizes.values())]
+    wanted = min(enough, default=max(sizes.values()))
+    return [name for name, size in sizes.items() if size == wanted][-1]
 
 
 def _tokenizer(sweep: Sweep, folder: Path, said: Callable[[str], None]) -> Any:
@@ -428,7 +445,7 @@ class _Stream:
                 os.fsync(file.fileno())
             self.counts[kind] += len(wanted)
         self._read[first] += len(batch)
-        kept = {"made_from": self._made_from, "counts": self.counts, "read": self._read}
+        kept = {"made_from": self._made_from, "split": SPLIT, "counts": self.counts, "read": self._read}
         write_atomically(self._folder / "state.json", json.dumps(kept))
         said(f"Tokenized {self.counts[TRAIN]:,} of {targets.get(TRAIN, 0) or self.counts[TRAIN]:,} training tokens")
 

@@ -77,7 +77,7 @@ SIZES: dict[str, int | float] = {
     **dict.fromkeys(("initializer_range", "init_std"), WEIGHT_STD),
     **dict.fromkeys(("logit_scale", "logits_mup_width_multiplier"), 1.0),
 }
-LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_blocks")
+LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_blocks", "depth")
 SPECIAL_IDS = ("_token_id", "_token_index")
 
 
@@ -85,6 +85,17 @@ def cycling(*kinds: Any) -> Callable[[int], list[Any]]:
     """A list with one entry a layer that goes round `kinds`."""
     return lambda num_layers: [kinds[layer % len(kinds)] for layer in range(num_layers)]
 
+
+MIXED_ROTATIONS = {"rope_type": "default", "rope_theta": 10000.0}
+TINY_EARS = {"encoder_attention_heads": 4, "encoder_layers": 2, "encoder_ffn_dim": 32}
+ROTATE_BY_PLACE = (
+    "glm4v_text",
+    "glm_ocr_text",
+    "paddleocr_vl_text",
+    "qwen2_vl_text",
+    "qwen2_5_vl_text",
+    "qwen2_5_omni_text",
+)
 
 # By the model type of a configuration, nested ones included. A function is given the number of layers.
 OVERRIDES: dict[str, dict[str, Any]] = {
@@ -137,6 +148,12 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "indexer_budget": 4,
         "indexer_compress_ratio": 2,
     },
+    # Models that also see or hear: their rotations are split between time, height and width.
+    **{name: {"rope_parameters": MIXED_ROTATIONS | {"mrope_section": [2, 1, 1]}} for name in ROTATE_BY_PLACE},
+    "glm4v_moe_text": {"rope_parameters": MIXED_ROTATIONS | {"partial_rotary_factor": 1.0, "mrope_section": [2, 1, 1]}},
+    "qwen2_vl_vision": {"embed_dim": 32},
+    "qwen2_audio_encoder": TINY_EARS,
+    "qwen2_5_omni_audio_encoder": TINY_EARS | {"output_dim": 32},
 }
 
 NOT_BUILT: dict[str, str] = {

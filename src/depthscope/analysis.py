@@ -16,7 +16,8 @@ from depthscope.anatomy import LayerStack
 from depthscope.assembly import assemble
 from depthscope.corpus import Blocks, load_blocks
 from depthscope.errors import CorpusError, OutOfMemoryError, SettingsError
-from depthscope.loading import LoadedModel, load_model, model_facts
+from depthscope.facts import model_facts, text_only_notes
+from depthscope.loading import LoadedModel, load_model
 from depthscope.measurement import AnalysisInterrupted, measure, require_finite, total_work
 from depthscope.modes import evaluating
 from depthscope.processes import Processes
@@ -81,7 +82,7 @@ def analyze(
     chosen = _settings(settings, options)
     processes = Processes.here()
     if isinstance(model, nn.Module):
-        loaded = LoadedModel(model, tokenizer, model_facts(model))
+        loaded = LoadedModel(model, tokenizer, model_facts(model), text_only_notes(model))
     else:
         where = str(processes.device) if device is None and processes.count > 1 else device
         with showing_status(f"Loading {model}", visible=progress is True and processes.is_main):

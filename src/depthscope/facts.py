@@ -8,8 +8,9 @@ import torch
 from torch import nn
 
 from depthscope.compiled import written
+from depthscope.messages import listed
 
-__all__ = ["model_facts"]
+__all__ = ["model_facts", "text_only_notes"]
 
 # The names that architectures give to the same thing, the usual one first.
 EXPERTS = (
@@ -67,6 +68,41 @@ def model_facts(
         "quantization": _quantization(config),
         "dtype": _dtype(model),
     }
+
+
+# The parts of a model's config that are about its text; what else has a config of its own sees, hears or draws.
+TEXT_CONFIGS = frozenset(
+    (
+        "text_config",
+        "decoder",
+        "decoder_config",
+        "encoder_config",
+        "global_config",
+        "patcher_config",
+        "attn_config",
+        "ffn_config",
+        "depth_decoder_config",
+    )
+)
+
+
+def text_only_notes(model: nn.Module, config: Any = None) -> list[str]:
+    """Say of a model that takes images or sound too that it is measured on text alone; nothing of other models.
+
+    Args:
+        model: any causal language model, wrapped by PEFT or not.
+        config: that of the checkpoint, where the model was made of a part of it.
+    """
+    unwrap: Any = getattr(model, "get_base_model", None)
+    config = config or getattr(unwrap() if unwrap is not None else model, "config", None)
+    parts = [name for name in getattr(config, "sub_configs", {}) if name not in TEXT_CONFIGS]
+    senses = [name.removesuffix("_config") for name in parts if _read(config, name) is not None]
+    if not senses:
+        return []
+    return [
+        f"A {config.model_type} model takes more than text ({listed(senses)}): what was measured is its language "
+        "model, on text alone."
+    ]
 
 
 def _shown_name(name: str) -> str:

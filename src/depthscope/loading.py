@@ -18,8 +18,10 @@ from transformers import (
     CONFIG_MAPPING,
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_MASKED_LM_MAPPING,
+    MODEL_FOR_MULTIMODAL_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForMultimodalLM,
     AutoTokenizer,
     PretrainedConfig,
 )
@@ -29,7 +31,7 @@ from depthscope.audit import audit, require_all_weights
 from depthscope.checkpoints import ADAPTER_CONFIG, CONFIG, Checkpoint, find_checkpoint, require_weights
 from depthscope.devices import device_arguments, find_device, find_dtype
 from depthscope.errors import ModelLoadError
-from depthscope.facts import model_facts
+from depthscope.facts import model_facts, text_only_notes
 from depthscope.gguf_header import read_header
 from depthscope.gguf_reading import reading_once
 from depthscope.load_failures import LOAD_FAILURES, load_errors
@@ -145,7 +147,7 @@ def _load_files(checkpoint: Checkpoint, options: _Options) -> LoadedModel:
     tokenizer, problem = _load_tokenizer(checkpoint, options)
     source = "adapter" if has_adapter else checkpoint.source
     facts = model_facts(model, name=checkpoint.name, source=source, revision=checkpoint.revision)
-    return LoadedModel(model, tokenizer, facts, notes, problem)
+    return LoadedModel(model, tokenizer, facts, [*text_only_notes(model, config), *notes], problem)
 
 
 def _load_adapter(checkpoint: Checkpoint, options: _Options) -> LoadedModel:
@@ -218,7 +220,7 @@ def _load_config(checkpoint: Checkpoint, options: _Options) -> PretrainedConfig:
     asked = getattr(config, "_attn_implementation", None)
     if isinstance(asked, str) and "/" in asked and not options.trust_remote_code:
         config._attn_implementation = None  # a config may name a kernel, which is code from yet another repository
-    return config
+    return getattr(config, "thinker_config", None) or config  # what writes text, where another model speaks it
 
 
 def _require_causal(name: str, config: PretrainedConfig, trust_remote_code: bool) -> None:
@@ -227,7 +229,7 @@ def _require_causal(name: str, config: PretrainedConfig, trust_remote_code: bool
         what = "an encoder-decoder model"
     elif kind in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False):
         what = "an encoder, which sees the tokens that it should predict"
-    elif kind in MODEL_FOR_CAUSAL_LM_MAPPING:
+    elif kind in MODEL_FOR_CAUSAL_LM_MAPPING or kind in MODEL_FOR_MULTIMODAL_LM_MAPPING:
         return
     elif "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {}):
         if trust_remote_code:
@@ -241,6 +243,13 @@ def _require_causal(name: str, config: PretrainedConfig, trust_remote_code: bool
     )
 
 
+def _auto_class(config: PretrainedConfig) -> Any:
+    """The class that loads a language model of this config: one that also sees or hears has a class of its own."""
+    kind = type(config)
+    in_company = kind in MODEL_FOR_MULTIMODAL_LM_MAPPING and kind not in MODEL_FOR_CAUSAL_LM_MAPPING
+    return AutoModelForMultimodalLM if in_company else AutoModelForCausalLM
+
+
 # The weights
 
 
@@ -248,7 +257,7 @@ def _load_weights(
     checkpoint: Checkpoint, config: PretrainedConfig, options: _Options, settings: Mapping[str, Any], files: list[str]
 ) -> tuple[nn.Module, list[str]]:
     with load_errors(checkpoint, "weights"):
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = _auto_class(config).from_pretrained(
             **checkpoint.where,
             **device_arguments(options.device),
             **_plain_weights(checkpoint),

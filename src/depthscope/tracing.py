@@ -134,14 +134,20 @@ def text_config(model: nn.Module) -> Any:
 
 def input_embeddings(model: nn.Module) -> nn.Module | None:
     """The module that embeds token ids, where the model names it."""
-    named: Any = getattr(model, "get_input_embeddings", None)
-    return named() if named is not None else None
+    return _named(model, "get_input_embeddings")
 
 
 def output_embeddings(model: nn.Module) -> nn.Module | None:
     """The language-modelling head, where the model names it."""
-    named: Any = getattr(model, "get_output_embeddings", None)
-    return named() if named is not None else None
+    return _named(model, "get_output_embeddings")
+
+
+def _named(model: nn.Module, question: str) -> nn.Module | None:
+    ask: Any = getattr(model, question, None)
+    try:
+        return ask() if ask is not None else None
+    except NotImplementedError:  # several models in one
+        return None
 
 
 def trace_layers(model: nn.Module, *, head: bool = True) -> Trace:
@@ -260,7 +266,7 @@ def _refuse_other_models(model: nn.Module, head: bool) -> None:
     if head and output_embeddings(model) is None and not name.endswith(("ForCausalLM", "LMHeadModel")):
         raise NoLayerStackError(
             f"{name} has no language-modelling head, so there is no next-token loss to measure; "
-            "load it with AutoModelForCausalLM."
+            "load it with AutoModelForCausalLM, or give the language model in it."
         )
 
 

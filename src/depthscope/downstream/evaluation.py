@@ -17,7 +17,8 @@ from torch import nn
 from depthscope.downstream.record import Accuracy, Downstream
 from depthscope.downstream.tasks import Selection, load_tasks, require_lm_eval, select
 from depthscope.errors import AnalysisError, OutOfMemoryError, SettingsError
-from depthscope.loading import LoadedModel, load_model, model_facts
+from depthscope.facts import model_facts, text_only_notes
+from depthscope.loading import LoadedModel, load_model
 from depthscope.messages import one_line
 from depthscope.modes import evaluating
 from depthscope.processes import Processes
@@ -76,7 +77,7 @@ def evaluate(
     with showing_status("Reading the tasks", visible=progress), _silent(), _random_state_kept():
         loaded_tasks = load_tasks(selection)
     if isinstance(model, nn.Module):
-        loaded = LoadedModel(model, tokenizer, model_facts(model))
+        loaded = LoadedModel(model, tokenizer, model_facts(model), text_only_notes(model))
     else:
         with showing_status(f"Loading {model}", visible=progress):
             loaded = load_model(

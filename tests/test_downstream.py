@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 from depthlm import tiny_depthlm
@@ -20,12 +20,15 @@ from depthscope.cli import app
 from depthscope.downstream.record import Accuracy, Downstream
 from depthscope.downstream.tasks import GROUPS, KNOWN, load_tasks, select
 from depthscope.errors import CorpusError, ModelLoadError, ReportError, SettingsError
+from depthscope.loading import LoadedModel
 from depthscope.report import LayerReport
 from models import tiny_llama
 from reports import sample_content
 from tiny_tokenizer import save_tokenizer
 
 pytest.importorskip("lm_eval", reason="lm-eval is not installed")
+
+from lm_eval.api.instance import Instance
 
 from depthscope.downstream import harness
 from depthscope.downstream.evaluation import evaluate
@@ -281,6 +284,33 @@ def test_questions_that_do_not_fit_are_noted_and_answers_that_do_not_are_refused
     assert any(note.startswith(f"{CHOICES} of {CHOICES} questions with an answer are longer") for note in found.notes)
     with pytest.raises(SettingsError, match="the model has 4 positions"):
         evaluate(tiny_llama(vocab_size=300, max_position_embeddings=4), tokenizer, tasks="arc_easy", data=folder)
+
+
+@pytest.mark.parametrize("end_of_answers", [None, 2])
+def test_a_tokenizer_without_bos_and_eos_is_no_hindrance_where_none_is_needed(
+    end_of_answers: int | None, tokenizer: Any, folder: Path
+) -> None:
+    model = tiny_llama(vocab_size=300, max_position_embeddings=2048)
+    model.generation_config.eos_token_id = end_of_answers
+    bare = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer)
+    assert (bare.bos_token, bare.eos_token, bare.pad_token, bare.unk_token) == (None,) * 4
+    plain, _ = by_hand(model, bare, [arc(row) for row in QUESTIONS])
+    found = evaluate(model, bare, tasks="arc_easy", data=folder)
+    assert next(row.value for row in found.accuracies if row.metric == "acc") == pytest.approx(sum(plain) / len(plain))
+    assert bare.pad_token is None
+
+    asked = harness.HarnessModel(LoadedModel(model, bare, {}), batch_size=4, progress=False, terminal=sys.stderr)
+    until = {"until": ["\n"], "max_gen_toks": 6, "do_sample": False}
+    questions = ["it", "The layers of a model", "Each adds a little to it, and"]
+    answers = asked.generate_until([Instance("generate_until", {}, (text, dict(until)), 0) for text in questions])
+    for text, answer in zip(questions, answers, strict=True):
+        ids = torch.tensor([bare(text).input_ids])
+        alone = model.generate(ids, max_new_tokens=6, do_sample=False, pad_token_id=0)[0, ids.shape[1] :]
+        ended = [int(index) for index in alone if int(index) != end_of_answers]
+        assert answer == bare.decode(ended, skip_special_tokens=True).split("\n")[0]
+    for kind, arguments in (("loglikelihood", ("", " it")), ("loglikelihood_rolling", ("it",))):
+        with pytest.raises(SettingsError, match=r"the tokenizer has neither\. Set its"):
+            getattr(asked, kind)([Instance(kind, {}, arguments, 0)])
 
 
 @pytest.mark.parametrize(

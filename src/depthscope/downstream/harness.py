@@ -32,21 +32,59 @@ class HarnessModel(HFLM):
     def __init__(self, loaded: LoadedModel, *, batch_size: int, progress: bool, terminal: TextIO) -> None:
         # A copy, because lm-eval gives a tokenizer without a padding token one.
         tokenizer = copy.deepcopy(loaded.require_tokenizer())
+        _give_padding(tokenizer, loaded.model)
         super().__init__(pretrained=loaded.model, tokenizer=tokenizer, backend="causal", batch_size=batch_size)
         self.truncated = self.asked = 0
         self._visible, self._terminal = progress, terminal
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """Give the log-likelihood of each answer after its question, in nats."""
+        if any(request.args[0] == "" for request in requests):
+            self._require_prefix()
         return self._counted("scoring answers", super().loglikelihood, requests)
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
         """Give the log-likelihood of each text, in nats."""
+        self._require_prefix()
         return self._counted("scoring texts", super().loglikelihood_rolling, requests)
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
         """Write an answer after each question."""
         return self._counted("writing answers", super().generate_until, requests)
+
+    # lm-eval looks for BOS at the start of a text, or else for EOS, and ends answers at EOS, without asking whether the
+    # tokenizer has either.
+
+    def tok_encode(
+        self,
+        string: str,
+        add_special_tokens: bool | None = None,
+        left_truncate_len: int | None = None,
+        **options: Any,
+    ) -> list[int]:
+        """Tokenize a text, with the special tokens that the tokenizer adds by itself unless said otherwise."""
+        if add_special_tokens is None and self.prefix_token_id is None:
+            add_special_tokens = True
+        return super().tok_encode(string, add_special_tokens, left_truncate_len, **options)
+
+    def tok_decode(self, tokens: Any, skip_special_tokens: bool = True) -> Any:
+        """Write tokens as text; None, an EOS that is not there, stays None."""
+        return None if tokens is None else super().tok_decode(tokens, skip_special_tokens)
+
+    def tok_batch_encode(self, strings: list[str], *positional: Any, **named: Any) -> tuple[Any, Any]:
+        """Tokenize questions to one length; padding, which is masked, is an id that the model has."""
+        ids, mask = super().tok_batch_encode(strings, *positional, **named)
+        return (ids, mask) if self.tokenizer.pad_token_id < self._size() else (ids.masked_fill(mask == 0, 0), mask)
+
+    def _size(self) -> int:
+        return int(self.model.get_input_embeddings().num_embeddings)
+
+    def _require_prefix(self) -> None:
+        if self.prefix_token_id is None:
+            raise SettingsError(
+                "A task scores texts without a question before them, which begin with BOS or EOS, and the tokenizer "
+                "has neither. Set its bos_token or eos_token to what the model was trained with, or leave the task out."
+            )
 
     def _loglikelihood_tokens(self, requests: list[Any], *positional: Any, **named: Any) -> list[tuple[float, bool]]:
         self._require_positions([continuation for _, _, continuation in requests])
@@ -72,6 +110,14 @@ class HarnessModel(HFLM):
                 return answer(requests, disable_tqdm=True)
             finally:
                 self.set_cache_hook(CacheHook(None))
+
+
+def _give_padding(tokenizer: Any, model: Any) -> None:
+    """Pad with what ends the model's own answers where the tokenizer has no token for it; lm-eval would invent one."""
+    named = ("pad_token_id", "unk_token_id", "eos_token_id")
+    end = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    if isinstance(end, int) and 0 <= end < len(tokenizer) and all(getattr(tokenizer, n, None) is None for n in named):
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(end)
 
 
 class _Counter(CacheHook):

@@ -21,19 +21,24 @@ SETTINGS = {
     "block_count": ("num_hidden_layers", "n_layer"),
     "context_length": ("max_position_embeddings", "n_positions", "seq_length"),
     "embedding_length": ("hidden_size", "n_embd"),
-    "feed_forward_length": ("intermediate_size",),
+    "feed_forward_length": ("n_inner", "intermediate_size"),
     "attention.head_count": ("num_attention_heads", "n_head"),
     "attention.head_count_kv": ("num_key_value_heads",),
     "attention.key_length": ("head_dim",),
     "attention.value_length": ("head_dim",),
     "attention.sliding_window": ("sliding_window",),
     "attention.layer_norm_rms_epsilon": ("rms_norm_eps",),
-    "attention.layer_norm_epsilon": ("layer_norm_eps", "norm_epsilon", "layer_norm_epsilon"),
+    "attention.layer_norm_epsilon": ("layer_norm_eps", "norm_epsilon", "layer_norm_epsilon", "norm_eps"),
     "vocab_size": ("vocab_size",),
     "expert_count": ("num_experts", "num_local_experts"),
     "expert_used_count": ("num_experts_per_tok",),
     "expert_feed_forward_length": ("moe_intermediate_size",),
     "expert_shared_feed_forward_length": ("shared_expert_intermediate_size",),
+    "ssm.conv_kernel": ("conv_kernel",),
+    "ssm.inner_size": ("intermediate_size",),
+    "ssm.state_size": ("state_size",),
+    "ssm.time_step_rank": ("time_step_rank",),
+    "shortconv.l_cache": ("conv_L_cache",),
     "attn_logit_softcapping": ("attn_logit_softcapping",),
     "final_logit_softcapping": ("final_logit_softcapping",),
 }
@@ -84,6 +89,13 @@ def _settings(config: Any) -> dict[str, Any]:
         value = next((getattr(config, field) for field in candidates if getattr(config, field, None) is not None), None)
         if value is not None:
             found[name] = value
+    if config.model_type == "lfm2":
+        kinds = config.layer_types
+        found["attention.head_count_kv"] = [
+            config.num_key_value_heads if kind == "full_attention" else 0 for kind in kinds
+        ]
+    if config.model_type in ("lfm2", "mamba"):  # RMS norms under another name
+        found["attention.layer_norm_rms_epsilon"] = found.pop("attention.layer_norm_epsilon")
     rope = getattr(config, "rope_parameters", None) or {}
     rope = rope.get("full_attention", rope)
     if "rope_theta" in rope:
@@ -133,15 +145,17 @@ def _tensors(model: nn.Module, architecture: str) -> Iterator[tuple[str, np.ndar
         value, (name, suffix) = tensor.float().numpy(), _parted(full)
         if tied and name == "lm_head":
             continue
+        if name.endswith("experts.down_proj"):
+            suffix = ".weight"
         if name.endswith("experts.gate_up_proj"):
             gate, up = np.split(value, 2, axis=1)
             layer = name.split(".")[2]
             yield f"blk.{layer}.ffn_gate_exps.weight", gate
             yield f"blk.{layer}.ffn_up_exps.weight", up
             continue
-        found = names.get_name(name) or names.get_name(f"transformer.{name}")
+        found = names.get_name(name) or names.get_name(name.removeprefix("transformer."))
         assert found is not None, full
-        yield found + (suffix or ".weight"), _as_llama_cpp(value, full, architecture, config)
+        yield found + suffix, _as_llama_cpp(value, full, architecture, config)
 
 
 def _parted(full: str) -> tuple[str, str]:

@@ -17,7 +17,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer
 from depthscope import ModelLoadError, load_model
 from depthscope.gguf_header import read_header
 from depthscope.gguf_reading import reading_once
-from gguf_files import packed, write_gguf
+from gguf_files import logits, packed, write_gguf
 
 KINDS = [
     *("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "BF16", "F16", "TQ1_0", "TQ2_0"),
@@ -107,18 +107,21 @@ def test_other_files_are_read_as_before_meanwhile(plain: Path, tmp_path: Path) -
         assert reader.get_field("general.name").contents() == "another"
 
 
-def test_two_threads_load_two_files_at_once(plain: Path, tmp_path: Path) -> None:
-    other = write_gguf(tmp_path / "x.gguf", tiny("llama", num_hidden_layers=3), tokens="gpt2")
-    before, layers = gguf.GGUFReader, {}
-    threads = [
-        threading.Thread(target=lambda path=path: layers.update({path: len(load_model(str(path)).model.model.layers)}))
-        for path in (plain, other)
-    ]
+def test_two_threads_read_two_files_at_once(plain: Path, tmp_path: Path) -> None:
+    other = write_gguf(tmp_path / "x.gguf", tiny("llama", num_hidden_layers=3))
+    before, found, together = gguf.GGUFReader, {}, threading.Barrier(2)
+
+    def read(path: Path) -> None:
+        with reading_once(read_header(path)):
+            together.wait()
+            found[path] = len(gguf.GGUFReader(str(path)).tensors)
+
+    threads = [threading.Thread(target=read, args=(path,)) for path in (plain, other)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert layers == {plain: 2, other: 3}
+    assert found == {plain: 21, other: 30}
     assert gguf.GGUFReader is before
 
 
@@ -204,3 +207,268 @@ def test_a_header_may_be_bounded(plain: Path) -> None:
     with pytest.raises(ModelLoadError, match=r"header of .* is larger than 0.000976562 MiB"):
         read_header(plain, most_bytes=1024)
     assert len(read_header(plain, most_bytes=10**6).tensors) == 21
+
+
+# The model in the file
+
+
+def sizes(model_type: str, **more: Any) -> Any:
+    return pytest.param(model_type, more, id=model_type)
+
+
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48, "decoder_sparse_step": 1}
+OWN_SHAPE = {"num_key_value_heads": None}
+TYPES = [
+    sizes("llama"),
+    sizes("mixtral", num_local_experts=4),
+    sizes("qwen2"),
+    sizes("qwen2_moe", **EXPERTS, shared_expert_intermediate_size=56),
+    sizes("qwen3", head_dim=16),
+    sizes("qwen3_moe", **EXPERTS, head_dim=16, norm_topk_prob=True),
+    sizes("gemma2", head_dim=16, query_pre_attn_scalar=16, sliding_window=8),
+    sizes("gemma3_text", head_dim=16, query_pre_attn_scalar=16, sliding_window=8, num_hidden_layers=7),
+    sizes("phi3", sliding_window=8),
+    sizes("stablelm"),
+    sizes("starcoder2"),
+    sizes("nemotron", head_dim=8),
+    sizes("falcon", **OWN_SHAPE),
+    sizes("bloom", n_layer=2, n_head=4, **OWN_SHAPE),
+    sizes("gpt2", n_layer=2, n_head=4, n_embd=32, n_inner=64, n_positions=64, **OWN_SHAPE),
+    sizes("mamba", state_size=8, time_step_rank=3, num_attention_heads=None, **OWN_SHAPE),
+    sizes("lfm2", block_auto_adjust_ff_dim=False, layer_types=["conv", "full_attention"]),
+]
+
+
+def loaded_logits(path: Path) -> torch.Tensor:
+    return logits(load_model(str(path)).model)
+
+
+@pytest.mark.parametrize(("model_type", "more"), TYPES)
+def test_a_model_written_as_gguf_is_loaded_as_it_was(model_type: str, more: dict[str, Any], tmp_path: Path) -> None:
+    model = tiny(model_type, **more)
+    loaded = load_model(str(write_gguf(tmp_path / "x.gguf", model, tokens="llama")))
+    assert torch.allclose(logits(loaded.model), logits(model), rtol=1e-5, atol=1e-5)
+    assert loaded.notes == []
+
+
+@pytest.mark.parametrize(("biases", "settings"), [("qkvo", {}), ("qkv", {}), ("", {"mlp_bias": True}), ("o", {})])
+def test_biases_of_a_llama_are_loaded(biases: str, settings: dict[str, Any], tmp_path: Path) -> None:
+    model = tiny("llama", attention_bias=bool(biases), **settings)
+    absent = {}
+    for layer, block in enumerate(model.model.layers):
+        for letter, name in {"q": "attn_q", "k": "attn_k", "v": "attn_v", "o": "attn_output"}.items():
+            if biases and letter not in biases:
+                nn.init.zeros_(getattr(block.self_attn, f"{letter}_proj").bias)
+            if letter not in biases:
+                absent[f"blk.{layer}.{name}.bias"] = None
+    path = write_gguf(tmp_path / "x.gguf", model, tensors=absent)
+    assert torch.allclose(loaded_logits(path), logits(model), atol=1e-5)
+
+
+def test_a_qwen_without_biases_has_none(tmp_path: Path) -> None:
+    model = tiny("qwen2")
+    absent = {f"blk.{layer}.attn_{letter}.bias": None for layer in range(2) for letter in "qkv"}
+    path = write_gguf(tmp_path / "x.gguf", model, tensors=absent)
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            nn.init.zeros_(parameter)
+    assert torch.allclose(loaded_logits(path), logits(model), atol=1e-5)
+
+
+def test_a_bias_that_one_layer_lacks_is_missing(tmp_path: Path) -> None:
+    path = write_gguf(tmp_path / "x.gguf", tiny("qwen2"), tensors={"blk.1.attn_k.bias": None})
+    with pytest.raises(ModelLoadError, match=r"1 .*missing \(model.layers.1.self_attn.k_proj.bias\)"):
+        load_model(str(path))
+
+
+def llama3_factors(base: float, width: int, factor: float) -> np.ndarray:
+    """What llama.cpp's converter writes for a Llama 3.1, frequency by frequency."""
+    found = []
+    for index in range(0, width, 2):
+        length = 2 * np.pi * base ** (index / width)
+        smooth = (8192 / length - 1) / 3
+        found.append(1.0 if length < 2048 else factor if length > 8192 else 1 / ((1 - smooth) / factor + smooth))
+    return np.array(found, np.float32)
+
+
+YARN = {"factor": 4.0, "original_max_position_embeddings": 32, "beta_fast": 8.0, "beta_slow": 2.0}
+YARN_STORED = {"type": "yarn", "factor": 4.0, "original_context_length": 32}
+BETAS = {"yarn_beta_fast": 8.0, "yarn_beta_slow": 2.0}
+LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+SHORT, LONG = [1.5, 1.0, 2.0, 3.0], [4.0, 5.0, 6.0, 8.0]
+LONG_ROPE = {"short_factor": SHORT, "long_factor": LONG, "factor": 1.0, "original_max_position_embeddings": 64}
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen2", "qwen3", "mixtral"])
+@pytest.mark.parametrize(
+    ("rope", "stored", "tensors"),
+    [
+        ({"rope_type": "linear", "factor": 4.0}, {"type": "linear", "factor": 4.0}, {}),
+        ({"rope_type": "linear", "factor": 4.0}, {"factor": 4.0}, {}),
+        ({"rope_type": "default"}, {"type": "none", "factor": 4.0}, {}),
+        ({"rope_type": "default", "rope_theta": 5e5}, {}, {}),
+        ({"rope_type": "yarn", **YARN}, {**YARN_STORED, **BETAS}, {}),
+        ({"rope_type": "yarn", **YARN, "beta_fast": 32.0, "beta_slow": 1.0}, YARN_STORED, {}),
+        (
+            {"rope_type": "yarn", **YARN, "attention_factor": 2 * (1 + 0.1 * np.log(4))},
+            {**YARN_STORED, **BETAS, "attn_factor": 2.0},
+            {},
+        ),
+        ({"rope_type": "llama3", **LLAMA3, "rope_theta": 5e5}, {}, {"rope_freqs": llama3_factors(5e5, 8, 8.0)}),
+        (
+            {"rope_type": "longrope", **LONG_ROPE, "long_factor": SHORT, "attention_factor": 1.0},
+            {},
+            {"rope_freqs": np.array(SHORT, np.float32)},
+        ),
+        ({"rope_type": "default"}, {}, {"rope_freqs": np.ones(4, np.float32)}),
+    ],
+    ids=["linear", "no-type", "none", "base", "yarn", "yarn-usual", "yarn-factor", "llama3", "factors", "ones"],
+)
+def test_the_scaling_of_positions_is_the_files(
+    rope: dict[str, Any], stored: dict[str, Any], tensors: dict[str, np.ndarray], model_type: str, tmp_path: Path
+) -> None:
+    more = {"head_dim": 8} if model_type in ("qwen3", "mixtral") else {}
+    model = tiny(model_type, rope_parameters={"rope_theta": 1e4, **rope}, **more)
+    settings = {f"rope.scaling.{key}": value for key, value in stored.items()}
+    factors = {f"{name}.weight": value for name, value in tensors.items()}
+    path = write_gguf(tmp_path / "x.gguf", model, settings, tensors=factors)
+    assert torch.allclose(loaded_logits(path), logits(model, 48)[:, :24], atol=2e-5)
+
+
+def test_phi3_has_its_two_lists_of_factors(tmp_path: Path) -> None:
+    long = {"rope_type": "longrope", **LONG_ROPE, "attention_factor": 1.25, "rope_theta": 1e4}
+    model = tiny("phi3", rope_parameters=long, original_max_position_embeddings=64)
+    stored = {"rope.scaling.attn_factor": 1.25, "rope.scaling.original_context_length": 64}
+    factors = {"rope_factors_short.weight": np.array(SHORT, np.float32)}
+    factors["rope_factors_long.weight"] = np.array(LONG, np.float32)
+    loaded = load_model(str(write_gguf(tmp_path / "x.gguf", model, stored, tensors=factors))).model
+    for length in (24, 100):
+        assert torch.allclose(logits(loaded, length), logits(model, length), atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "more"),
+    [
+        ("stablelm", {"rope_parameters": {"rope_theta": 3e4, "partial_rotary_factor": 0.5}, "layer_norm_eps": 1e-3}),
+        ("stablelm", {"use_qkv_bias": True, "use_parallel_residual": True}),
+        ("nemotron", {"head_dim": 8, "partial_rotary_factor": 0.25, "norm_eps": 1e-2}),
+        ("starcoder2", {"rope_parameters": {"rope_theta": 1e6}, "norm_epsilon": 1e-3, "tie_word_embeddings": False}),
+        ("phi3", {"rope_parameters": {"rope_theta": 1e5, "partial_rotary_factor": 0.5}, "tie_word_embeddings": True}),
+        ("falcon", {"layer_norm_epsilon": 1e-2, "bias": True, **OWN_SHAPE}),
+        ("llama", {"head_dim": 16, "rms_norm_eps": 1e-2, "tie_word_embeddings": True}),
+        ("qwen3", {"head_dim": 4, "attention_bias": True}),
+        ("gemma2", {"head_dim": 16, "query_pre_attn_scalar": 16, "attn_logit_softcapping": 5.0}),
+        ("gemma2", {"head_dim": 16, "query_pre_attn_scalar": 16, "final_logit_softcapping": 3.0}),
+        ("gemma3_text", {"head_dim": 16, "query_pre_attn_scalar": 16, "layer_types": ["full_attention"] * 2}),
+    ],
+)
+def test_settings_that_transformers_drops_are_the_files(model_type: str, more: dict[str, Any], tmp_path: Path) -> None:
+    model = tiny(model_type, **more)
+    windowed = "sliding_attention" in (getattr(model.config, "layer_types", None) or ())
+    settings = {} if windowed or "gemma" not in model_type else {"attention.sliding_window": None}
+    assert torch.allclose(
+        loaded_logits(write_gguf(tmp_path / "x.gguf", model, settings)), logits(model), rtol=1e-5, atol=1e-5
+    )
+
+
+def test_gemma3_scales_the_positions_of_its_full_layers_only(tmp_path: Path) -> None:
+    rope = {"full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6}}
+    rope["sliding_attention"] = {"rope_type": "default", "rope_theta": 1e4}
+    shape = {"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 8, "num_hidden_layers": 6}
+    model = tiny("gemma3_text", rope_parameters=rope, **shape)
+    path = write_gguf(tmp_path / "x.gguf", model, {"rope.scaling.type": "linear", "rope.scaling.factor": 8.0})
+    assert torch.allclose(loaded_logits(path), logits(model), rtol=1e-5, atol=1e-5)
+
+
+def test_an_output_matrix_of_its_own_is_not_tied(tmp_path: Path) -> None:
+    model = tiny("falcon", tie_word_embeddings=False, **OWN_SHAPE)
+    path = write_gguf(tmp_path / "x.gguf", model)
+    assert torch.allclose(loaded_logits(path), logits(model), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("blk.1.attn_q_norm.weight", np.ones(8, np.float32)),
+        ("output_norm.bias", np.full(32, 0.1, np.float32)),
+        ("blk.0.attn_norm.bias", np.full(32, 0.1, np.float32)),
+        ("blk.0.post_attention_norm.weight", np.ones(32, np.float32)),
+        ("blk.0.attn_q.scale", np.full(1, 0.5, np.float32)),
+        ("blk.2.attn_norm.weight", np.ones(32, np.float32)),
+        ("blk.0.ffn_gate_inp.weight", np.ones((4, 32), np.float32)),
+        ("cls.weight", np.ones((2, 32), np.float32)),
+        ("unheard.of", np.ones(3, np.float32)),
+    ],
+)
+def test_a_tensor_that_has_no_place_is_refused_by_name(name: str, value: np.ndarray, tmp_path: Path) -> None:
+    path = write_gguf(tmp_path / "x.gguf", tiny("llama"), tensors={name: value})
+    with pytest.raises(ModelLoadError, match=rf"LlamaForCausalLM has no place for 1 of the tensors in .* \({name}\)"):
+        load_model(str(path))
+
+
+def test_a_tensor_without_a_place_is_refused_by_the_newer_reader_too(tmp_path: Path) -> None:
+    model = tiny("lfm2", block_auto_adjust_ff_dim=False, layer_types=["conv", "full_attention"])
+    extra = {"blk.0.ffn_gate.bias": np.ones(64, np.float32)}
+    path = write_gguf(tmp_path / "x.gguf", model, tensors=extra, tokens="llama")
+    with pytest.raises(ModelLoadError, match=r"has no place for 1 of the tensors in"):
+        load_model(str(path))
+
+
+def test_a_tensor_that_cannot_matter_is_let_pass(tmp_path: Path) -> None:
+    model = tiny("llama")
+    tensors = {"output_norm.bias": np.zeros(32, np.float32), "blk.0.attn_q.scale": np.ones(1, np.float32)}
+    loaded = load_model(str(write_gguf(tmp_path / "x.gguf", model, tensors=tensors)))
+    assert torch.equal(logits(loaded.model), logits(model))
+    assert loaded.notes == []
+
+
+@pytest.mark.parametrize(
+    ("model_type", "setting", "value"),
+    [
+        ("llama", "attention.causal", False),
+        ("llama", "attention.sliding_window", 8),
+        ("llama", "attention.clamp_kqv", 8.0),
+        ("llama", "attention.max_alibi_bias", 8.0),
+        ("llama", "attention.scale", 0.5),
+        ("llama", "attention.value_length", 4),
+        ("llama", "logit_scale", 2.0),
+        ("llama", "embedding_scale", 2.0),
+        ("llama", "residual_scale", 0.5),
+        ("llama", "final_logit_softcapping", 30.0),
+        ("llama", "attn_logit_softcapping", 30.0),
+        ("llama", "nextn_predict_layers", 1),
+        ("llama", "rope.dimension_count", 4),
+        ("llama", "rope.scaling.yarn_log_multiplier", 0.1),
+        ("llama", "rope.scaling.attn_factor", 2.0),
+        ("llama", "expert_used_count", 2),
+        ("qwen2", "attention.sliding_window", 8),
+        ("qwen3_moe", "expert_weights_scale", 2.5),
+        ("qwen3_moe", "expert_gating_func", 2),
+        ("qwen3_moe", "expert_group_used_count", 2),
+        ("qwen3_moe", "leading_dense_block_count", 1),
+        ("mamba", "ssm.dt_b_c_rms", True),
+    ],
+)
+def test_a_setting_that_the_model_does_not_follow_is_refused_by_name(
+    model_type: str, setting: str, value: Any, tmp_path: Path
+) -> None:
+    more = next(parameter.values[1] for parameter in TYPES if parameter.values[0] == model_type)
+    path = write_gguf(tmp_path / "x.gguf", tiny(model_type, **more), {setting: value})
+    name = "rotary embedding" if setting in ("rope.dimension_count", "rope.scaling.attn_factor") else setting
+    name = "queries and keys are scaled" if setting == "attention.scale" else name
+    with pytest.raises(ModelLoadError, match=f"with other settings than the file states: .*{name}"):
+        load_model(str(path))
+
+
+def test_settings_that_stand_for_nothing_are_let_pass_and_unknown_ones_are_noted(tmp_path: Path) -> None:
+    model = tiny("llama")
+    nothing = {"attention.causal": True, "expert_count": 0, "logit_scale": 0.0, "attention.sliding_window": 128}
+    loaded = load_model(str(write_gguf(tmp_path / "x.gguf", model, {**nothing, "unheard.of": 3.5})))
+    assert torch.equal(logits(loaded.model), logits(model))
+    assert loaded.notes == ["1 of the GGUF file's settings are not known here and were not compared: llama.unheard.of."]
+
+
+def test_an_adapter_in_gguf_form_is_called_one(tmp_path: Path) -> None:
+    path = write_gguf(tmp_path / "x.gguf", tiny("llama"), {"general.type": "adapter"})
+    with pytest.raises(ModelLoadError, match=r"is an adapter in GGUF form"):
+        load_model(str(path))

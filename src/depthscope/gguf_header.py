@@ -58,6 +58,7 @@ class GgufHeader:
     """What a GGUF file says of itself: `metadata` by name (arrays as lists), and its tensors in the file's order."""
 
     path: Path
+    name: str  # what messages call the file
     metadata: dict[str, Any]
     tensors: tuple[StoredTensor, ...]
 
@@ -136,7 +137,11 @@ class _Reading:
             raise self._damaged("its alignment is no power of two")
         entries = [self._entry() for _ in range(tensors)]
         start = -(-self.place // alignment) * alignment
-        return GgufHeader(self.path, metadata, self._placed(entries, start))
+        header = GgufHeader(self.path, self.name, metadata, self._placed(entries, start))
+        layers = header.of_architecture("block_count")
+        if isinstance(layers, int) and layers > len(entries):
+            raise self._damaged(f"it states {layers:,} layers and holds {len(entries):,} tensors")
+        return header
 
     def _placed(self, entries: list[tuple[str, tuple[int, ...], int, int]], start: int) -> tuple[StoredTensor, ...]:
         blocks = _block_sizes(self.name)

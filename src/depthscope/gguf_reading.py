@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 
 from depthscope.gguf_header import GgufHeader, StoredTensor
 
@@ -97,13 +98,16 @@ def _replace() -> None:
         from transformers import modeling_gguf_pytorch_utils as older
         from transformers.integrations.gguf import reader as newer
 
-        wanted = [
+        wanted: list[tuple[Any, str, Any]] = [
             (gguf, "GGUFReader", _reader(gguf.GGUFReader)),
             (gguf, "dequantize", _dequantize(gguf.dequantize)),
             (gguf, "get_tensor_name_map", functools.cache(gguf.get_tensor_name_map)),
             (older, "_gguf_parse_value", _parse_value(older._gguf_parse_value)),
+            (older, "get_gguf_hf_weights_map", _weights_map(older.get_gguf_hf_weights_map)),
+            (older, "TENSOR_PROCESSORS", older.TENSOR_PROCESSORS | {"llama": _mixtral_processor(older)}),
             (newer, "_read_metadata", _read_metadata(newer._read_metadata)),
             (newer, "_read_tensor_table", _read_tensor_table(newer._read_tensor_table)),
+            *((place, name, getattr(place, name) | more) for place, name, more in _further_kinds(newer)),
         ]
     except (ImportError, AttributeError):
         return
@@ -177,3 +181,52 @@ def _read_tensor_table(original: Any) -> Any:
         return [(stored.name, stored.shape, stored.kind, stored.start) for stored in tensors.tensors], 0
 
     return read_tensor_table
+
+
+# What the readers lack
+
+
+def _weights_map(original: Any) -> Any:
+    """llama.cpp calls Mixtral a Llama with experts, and transformers looks for an architecture of its name."""
+
+    def weights_map(model: Any, processor: Any, model_type: str | None = None, *others: Any, **named: Any) -> Any:
+        is_mixtral = model_type is None and model.config.model_type == "mixtral"
+        return original(model, processor, "llama" if is_mixtral else model_type, *others, **named)
+
+    return weights_map
+
+
+def _mixtral_processor(older: Any) -> Any:
+    """Llama's order of rows in queries and keys, and experts put together as those of Qwen's models are."""
+
+    class MixtralTensorProcessor(older.Qwen2MoeTensorProcessor, older.LlamaTensorProcessor):
+        def process(self, weights: Any, name: str, **options: Any) -> Any:
+            if "_exps." in name:
+                return older.Qwen2MoeTensorProcessor.process(self, weights, name, **options)
+            if not name.endswith((".weight", ".bias")):
+                return older.GGUFTensor(weights, name, {})
+            return older.LlamaTensorProcessor.process(self, weights, name, **options)
+
+    return MixtralTensorProcessor
+
+
+def _further_kinds(newer: Any) -> list[tuple[Any, str, dict[int, Any]]]:
+    """The newer of transformers' two readers knows fewer types of tensors than the package does, which unpacks them."""
+    from gguf import GGML_QUANT_SIZES
+    from transformers.integrations.gguf import dequant, gguf_conversion_mapping, utils
+
+    kinds = {int(kind): size for kind, size in GGML_QUANT_SIZES.items() if size[0] > 1}
+    sizes = {kind: size for kind, size in kinds.items() if kind not in dequant.GGML_BLOCK}
+    unpack = {kind: _unpack(kind) for kind in sizes}
+    places = (dequant, newer, gguf_conversion_mapping, utils)
+    return [(place, "GGML_BLOCK", sizes) for place in places] + [(dequant, "_DEQUANT", unpack)]
+
+
+def _unpack(kind: int) -> Any:
+    def unpack(blocks: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        import gguf
+
+        unpacked = gguf.dequantize(blocks.cpu().numpy(), gguf.GGMLQuantizationType(kind))
+        return torch.from_numpy(unpacked).to(blocks.device, dtype)
+
+    return unpack

@@ -32,8 +32,10 @@ from depthscope.checkpoints import ADAPTER_CONFIG, CONFIG, Checkpoint, find_chec
 from depthscope.devices import device_arguments, find_device, find_dtype
 from depthscope.errors import ModelLoadError
 from depthscope.facts import model_facts, text_only_notes
-from depthscope.gguf_header import read_header
+from depthscope.gguf_audit import audit_gguf, complete_biases
+from depthscope.gguf_header import GgufHeader, read_header
 from depthscope.gguf_reading import reading_once
+from depthscope.gguf_settings import adopt_settings
 from depthscope.load_failures import LOAD_FAILURES, load_errors
 from depthscope.messages import one_line
 from depthscope.quiet import quiet
@@ -126,21 +128,26 @@ def load_model(
 
 def _load_checkpoint(checkpoint: Checkpoint, options: _Options) -> LoadedModel:
     with ExitStack() as stack:
+        gguf = None
         if checkpoint.gguf_file is not None:
-            stack.enter_context(reading_once(read_header(Path(checkpoint.gguf_file), checkpoint.name)))
-        return _load_files(checkpoint, options)
+            gguf = read_header(Path(checkpoint.gguf_file), checkpoint.name)
+            stack.enter_context(reading_once(gguf))
+        return _load_files(checkpoint, options, gguf)
 
 
-def _load_files(checkpoint: Checkpoint, options: _Options) -> LoadedModel:
+def _load_files(checkpoint: Checkpoint, options: _Options, gguf: GgufHeader | None) -> LoadedModel:
     settings = checkpoint.read_json(CONFIG)
     _require_config(checkpoint, settings, options.trust_remote_code)
     config = _load_config(checkpoint, options)
+    if gguf is not None:
+        with load_errors(checkpoint, "config"):
+            config = adopt_settings(config, gguf)
     _require_causal(checkpoint.name, config, options.trust_remote_code)
     files = require_weights(checkpoint, settings)
     has_adapter = ADAPTER_CONFIG in checkpoint.files
     if has_adapter:
         require_adapter_weights(checkpoint)
-    model, notes = _load_weights(checkpoint, config, options, settings, files)
+    model, notes = _load_weights(checkpoint, config, options, settings, files, gguf)
     if has_adapter:
         model, more = apply_adapter_beside(checkpoint, model)
         notes = notes + more
@@ -254,7 +261,12 @@ def _auto_class(config: PretrainedConfig) -> Any:
 
 
 def _load_weights(
-    checkpoint: Checkpoint, config: PretrainedConfig, options: _Options, settings: Mapping[str, Any], files: list[str]
+    checkpoint: Checkpoint,
+    config: PretrainedConfig,
+    options: _Options,
+    settings: Mapping[str, Any],
+    files: list[str],
+    gguf: GgufHeader | None,
 ) -> tuple[nn.Module, list[str]]:
     with load_errors(checkpoint, "weights"):
         loaded: Any = _auto_class(config).from_pretrained(
@@ -271,9 +283,11 @@ def _load_weights(
             ignore_mismatched_sizes=True,  # to name them in our own message
         )
     model, info = loaded
-    if checkpoint.gguf_file:
+    if gguf is not None:
+        complete_biases(model, info, gguf)
         require_all_weights(checkpoint.name, info)
-        return model.eval(), []
+        with load_errors(checkpoint, "weights"):
+            return model.eval(), audit_gguf(model, gguf, info["unexpected_keys"])
     return model.eval(), audit(checkpoint, settings, files, model, info)
 
 

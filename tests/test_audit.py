@@ -27,9 +27,10 @@ from transformers import (
 )
 
 import depthscope
+from depthscope.checkpoints import find_checkpoint
 from depthscope.conversion import convert_checkpoint
 from depthscope.errors import ModelLoadError
-from depthscope.loading import load_model
+from depthscope.loading import _load_checkpoint, _Options, load_model
 
 IDS = torch.arange(20)[None] * 7 % 260
 State = dict[str, torch.Tensor]
@@ -532,3 +533,26 @@ def test_a_quantisation_that_nobody_knows_of_weights_in_full_is_no_obstacle(tmp_
     loaded = load_model(str(write(tmp_path / "model", quantization_config={"quant_method": "flubber"})))
     assert torch.equal(logits(loaded.model), logits(llama()))
     assert any("'flubber'" in note for note in loaded.notes)
+
+
+# Types of numbers
+
+
+def test_the_type_that_most_weights_have_is_taken_where_the_config_names_none(tmp_path: Path) -> None:
+    def mixed(state: State) -> None:
+        state |= {name: tensor.to(torch.bfloat16) for name, tensor in state.items() if tensor.dim() > 1}
+        state["lm_head.weight"] = state["lm_head.weight"].float()  # the first of the file
+
+    folder = write(tmp_path / "model", change=mixed, dtype=None)
+    checkpoint = find_checkpoint(str(folder))
+    loaded = _load_checkpoint(checkpoint, _Options("auto", None, trust_remote_code=False, token=None))
+    assert loaded.facts["dtype"] == "bfloat16"
+    assert loaded.notes == []
+
+
+def test_weights_that_the_config_has_rounded_are_noted(tmp_path: Path) -> None:
+    folder = write(tmp_path / "model", llama().to(torch.bfloat16), dtype="float16")
+    checkpoint = find_checkpoint(str(folder))
+    loaded = _load_checkpoint(checkpoint, _Options("auto", None, trust_remote_code=False, token=None))
+    assert loaded.notes == ["The weights are stored as bfloat16 and were rounded to float16, as config.json says."]
+    assert load_model(str(folder), device="cpu").notes == []

@@ -9,7 +9,9 @@ from typer.testing import CliRunner, Result
 
 from depthlm import tiny_depthlm
 from depthscope.cli import app
+from depthscope.conversion import convert_checkpoint
 from depthscope.models.assemble import largest_logit_difference
+from hub import LocalHub
 from models import random_blocks, tiny_llama
 from tiny_tokenizer import save_tokenizer
 
@@ -136,3 +138,28 @@ def test_presets_are_listed() -> None:
     assert "moe-2b-400m" in result.output
     assert all(len(line) <= 80 for line in result.output.splitlines())
     assert CliRunner().invoke(app, ["presets", "--markdown"]).output.startswith("| preset |")
+
+
+def test_a_branch_that_moves_meanwhile_does_not_change_the_type_that_is_written(hub: LocalHub, tmp_path: Path) -> None:
+    hub.client.create_repo("ada/net")
+    tiny_llama().to(torch.bfloat16).save_pretrained(tmp_path / "bfloat16")
+    tiny_llama().save_pretrained(tmp_path / "float32")
+    hub.client.upload_folder(repo_id="ada/net", folder_path=tmp_path / "bfloat16")
+    hub.client.create_branch("ada/net", branch="trial")
+
+    def move(stage: str) -> None:
+        if stage == "Converting":
+            hub.client.upload_folder(repo_id="ada/net", folder_path=tmp_path / "float32", revision="trial")
+
+    convert_checkpoint("ada/net", tmp_path / "out", to="depthlm", revision="trial", stage=move)
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").dtype == torch.bfloat16
+
+
+def test_an_adapter_is_written_in_the_type_of_its_base_where_that_loses_nothing(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    tiny_llama().to(torch.bfloat16).save_pretrained(tmp_path / "base")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    untrained = peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    peft.get_peft_model(base, untrained).save_pretrained(tmp_path / "adapter")
+    convert_checkpoint(str(tmp_path / "adapter"), tmp_path / "out", to="depthlm")
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").dtype == torch.bfloat16

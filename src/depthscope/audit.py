@@ -22,22 +22,20 @@ __all__ = ["audit", "require_all_weights"]
 
 
 def audit(
-    checkpoint: Checkpoint, settings: Mapping[str, Any], files: list[str], model: Any, info: Mapping[str, Any]
+    checkpoint: Checkpoint, settings: Mapping[str, Any], stored: StoredTensors, model: Any, info: Mapping[str, Any]
 ) -> list[str]:
     """Refuse a model that is not the one in its files; give notes on what was left out and cannot matter.
 
     Args:
         checkpoint: the files.
         settings: config.json as it stands.
-        files: those of the weights.
+        stored: the tensors of the files that were read.
         model: what `from_pretrained` made of them.
         info: its loading info.
 
     Raises:
         ModelLoadError: the model would compute something else than the checkpoint says; the message says what to do.
     """
-    extra = getattr(type(model.config), "extra_files", ())  # weights that a config class names itself
-    stored = StoredTensors(checkpoint, [*files, *(file for file in extra if file in checkpoint.files)])
     placed = place(model, stored, set(info["unexpected_keys"]))
     if problem := why_codes(checkpoint, settings, model, placed):
         raise ModelLoadError(problem)
@@ -49,7 +47,7 @@ def audit(
         raise ModelLoadError(_harmful(checkpoint.name, model, leftovers))
     if problem := unused_settings(checkpoint.name, settings, model):
         raise ModelLoadError(problem)
-    notes = [unscaled_note(placed), _harmless(leftovers), _second_weights(checkpoint, files)]
+    notes = [unscaled_note(placed), _harmless(leftovers), _second_weights(checkpoint, stored)]
     return [note for note in notes if note is not None] + unused_settings_notes(settings, model)
 
 
@@ -119,7 +117,7 @@ def _harmless(leftovers: Leftovers) -> str | None:
     return f"Left out of the checkpoint, without changing what the model computes: {groups}."
 
 
-def _second_weights(checkpoint: Checkpoint, files: list[str]) -> str | None:
-    if files == [WEIGHTS] and INDEX in checkpoint.files:
+def _second_weights(checkpoint: Checkpoint, stored: StoredTensors) -> str | None:
+    if WEIGHTS in stored.files and INDEX in checkpoint.files:
         return f"The weights are those of {WEIGHTS}; {INDEX} and its files beside it were not read."
     return None

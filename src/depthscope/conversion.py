@@ -16,8 +16,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from depthscope.checkpoints import CONFIG, find_checkpoint
-from depthscope.devices import DTYPES, find_dtype
+from depthscope.devices import find_dtype
 from depthscope.errors import ConversionError, SettingsError
 from depthscope.loading import load_model
 from depthscope.messages import one_line
@@ -121,7 +120,7 @@ def convert_checkpoint(
         result = convert(source, to, shape)
     stage("Comparing")
     lines = [*loaded.notes, f"{type(source).__name__} -> {type(result).__name__}", _compare(source, result, shape)]
-    lines += _cast(result, wanted, _stored_dtype(name, revision))
+    lines += _cast(result, wanted, loaded.stored_dtype or torch.float32)
     stage("Writing")
     with _new_folder(out) as folder, quiet():
         result.save_pretrained(folder)
@@ -155,13 +154,6 @@ def _largest_logit(model: PreTrainedModel) -> float:
     ids = torch.arange(min(64, model.config.vocab_size))[None]
     with torch.no_grad():
         return model(ids, use_cache=False).logits.abs().max().item()
-
-
-def _stored_dtype(name: str, revision: str | None) -> torch.dtype:
-    """The dtype that a checkpoint says its weights are in; float32 where it does not say."""
-    settings = find_checkpoint(name, revision=revision).read_json(CONFIG)
-    stored = settings.get("dtype") or settings.get("torch_dtype")
-    return DTYPES.get(str(stored), torch.float32)
 
 
 def _cast(model: PreTrainedModel, wanted: torch.dtype | None, stored: torch.dtype) -> list[str]:

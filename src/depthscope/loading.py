@@ -39,6 +39,7 @@ from depthscope.gguf_settings import adopt_settings
 from depthscope.load_failures import LOAD_FAILURES, load_errors
 from depthscope.messages import one_line
 from depthscope.quiet import quiet
+from depthscope.stored import FLOATS, StoredTensors
 
 __all__ = ["LoadedModel", "load_model", "model_facts"]
 
@@ -63,7 +64,7 @@ class LoadedModel:
     """A model in evaluation mode, its tokenizer (None without one) and its facts: the report's `model` section.
 
     `notes` are what a reader of the report should know about the loading; `tokenizer_problem` says why there is no
-    tokenizer.
+    tokenizer; `stored_dtype` is what the checkpoint's own weights are in, where that is known.
     """
 
     model: nn.Module
@@ -71,6 +72,7 @@ class LoadedModel:
     facts: dict[str, Any]
     notes: list[str] = field(default_factory=list)
     tokenizer_problem: str | None = None
+    stored_dtype: torch.dtype | None = None
 
     def require_tokenizer(self) -> Any:
         """The tokenizer.
@@ -147,14 +149,15 @@ def _load_files(checkpoint: Checkpoint, options: _Options, gguf: GgufHeader | No
     has_adapter = ADAPTER_CONFIG in checkpoint.files
     if has_adapter:
         require_adapter_weights(checkpoint)
-    model, notes = _load_weights(checkpoint, config, options, settings, files, gguf)
+    model, notes, stored_dtype = _load_weights(checkpoint, config, options, settings, files, gguf)
     if has_adapter:
         model, more = apply_adapter_beside(checkpoint, model)
         notes = notes + more
     tokenizer, problem = _load_tokenizer(checkpoint, options)
     source = "adapter" if has_adapter else checkpoint.source
     facts = model_facts(model, name=checkpoint.name, source=source, revision=checkpoint.revision)
-    return LoadedModel(model, tokenizer, facts, [*text_only_notes(model, config), *notes], problem)
+    notes = [*text_only_notes(model, config), *notes]
+    return LoadedModel(model, tokenizer, facts, notes, problem, stored_dtype)
 
 
 def _load_adapter(checkpoint: Checkpoint, options: _Options) -> LoadedModel:
@@ -170,7 +173,7 @@ def _load_adapter(checkpoint: Checkpoint, options: _Options) -> LoadedModel:
         tokenizer, problem = _load_tokenizer(checkpoint, options)
     facts = model_facts(model, name=checkpoint.name, source="adapter", revision=checkpoint.revision)
     facts |= {"base_model": base.facts["name"], "base_revision": base.facts["revision"]}
-    return LoadedModel(model, tokenizer, facts, base.notes + notes, problem)
+    return LoadedModel(model, tokenizer, facts, base.notes + notes, problem, base.stored_dtype)
 
 
 # The config
@@ -267,15 +270,21 @@ def _load_weights(
     settings: Mapping[str, Any],
     files: list[str],
     gguf: GgufHeader | None,
-) -> tuple[nn.Module, list[str]]:
+) -> tuple[nn.Module, list[str], torch.dtype | None]:
+    extra = getattr(type(config), "extra_files", ())  # weights that a config class names itself
+    files = [*files, *(file for file in extra if file in checkpoint.files)]
+    said = next((dtype for dtype in FLOATS.values() if dtype == config.dtype), None)
     with load_errors(checkpoint, "weights"):
+        dtype = options.dtype
+        if dtype == "auto" and said is None and files:  # transformers takes that of the first tensor for all
+            dtype = StoredTensors(checkpoint, files).main_dtype or dtype
         loaded: Any = _auto_class(config).from_pretrained(
             **checkpoint.where,
             **device_arguments(options.device),
             **_plain_weights(checkpoint),
             **_no_adapter(checkpoint),
             config=config,
-            dtype=options.dtype,
+            dtype=dtype,
             use_safetensors=True,
             weights_only=True,
             trust_remote_code=options.trust_remote_code,
@@ -287,8 +296,19 @@ def _load_weights(
         complete_biases(model, info, gguf)
         require_all_weights(checkpoint.name, info)
         with load_errors(checkpoint, "weights"):
-            return model.eval(), audit_gguf(model, gguf, info["unexpected_keys"])
-    return model.eval(), audit(checkpoint, settings, files, model, info)
+            return model.eval(), audit_gguf(model, gguf, info["unexpected_keys"]), None
+    stored = StoredTensors(checkpoint, files)
+    notes = audit(checkpoint, settings, stored, model, info)
+    kept = stored.main_dtype
+    if options.dtype == "auto" and said and kept and torch.promote_types(said, kept) != said:
+        notes.append(
+            f"The weights are stored as {_short(kept)} and were rounded to {_short(said)}, as config.json says."
+        )
+    return model.eval(), notes, said or kept
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _plain_weights(checkpoint: Checkpoint) -> dict[str, Any]:

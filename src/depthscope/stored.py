@@ -1,5 +1,6 @@
 """What the safetensors files of a checkpoint hold: names, types and shapes from the headers, values on request."""
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,6 +8,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import parse_local_safetensors_file_metadata
+from huggingface_hub.errors import SafetensorsParsingError
 from safetensors import safe_open
 
 from depthscope.checkpoints import Checkpoint
@@ -42,12 +44,21 @@ class StoredTensors:
     """
 
     def __init__(self, checkpoint: Checkpoint, files: list[str]) -> None:
+        self.files = files
         self.tensors = list(_headers(checkpoint, files))
         self.by_name = {tensor.name: tensor for tensor in self.tensors}
         self._open: dict[Path, Any] = {}
 
     def __iter__(self) -> Iterator[StoredTensor]:
         return iter(self.by_name.values())
+
+    @property
+    def main_dtype(self) -> torch.dtype | None:
+        """The type of number that most elements have; None without any that are weights as they stand."""
+        counts: Counter[str] = Counter()
+        for tensor in self:
+            counts[tensor.dtype] += tensor.size
+        return next((FLOATS[name] for name, _ in counts.most_common() if name in FLOATS), None)
 
     def read(self, tensor: StoredTensor) -> torch.Tensor | None:
         """The values, in float32 (float64 for float64); None for a tensor that is too large to be looked into."""
@@ -80,5 +91,17 @@ def _headers(checkpoint: Checkpoint, files: list[str]) -> Iterator[StoredTensor]
     for file in files:
         path = checkpoint.fetch(file)
         if path is not None:
-            for name, entry in parse_local_safetensors_file_metadata(path).tensors.items():
-                yield StoredTensor(name, entry.dtype, tuple(entry.shape), path)
+            yield from _header(path)
+
+
+def _header(path: Path) -> Iterator[StoredTensor]:
+    try:
+        entries = parse_local_safetensors_file_metadata(path).tensors
+    except SafetensorsParsingError:  # longer than the Hub's client takes, or damaged; tensor by tensor it takes long
+        with safe_open(path, framework="pt") as opened:
+            for name in list(opened.keys()):
+                part = opened.get_slice(name)
+                yield StoredTensor(name, part.get_dtype(), tuple(part.get_shape()), path)
+        return
+    for name, entry in entries.items():
+        yield StoredTensor(name, entry.dtype, tuple(entry.shape), path)

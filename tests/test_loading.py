@@ -349,6 +349,19 @@ def test_weights_that_do_not_fit_the_config_are_refused(changes: dict, says: str
     assert says in message
 
 
+@pytest.mark.parametrize("damage", ["absent", "of another shape"])
+def test_an_expert_that_does_not_fit_is_named_and_no_unseen_report_is_pointed_to(damage: str, tmp_path: Path) -> None:
+    weights = load_file(save(mixtral(), tmp_path) / "model.safetensors")
+    name = next(key for key in weights if "layers.1." in key and ".experts." in key)
+    weights = {key: value for key, value in weights.items() if key != name}
+    weights |= {name: torch.zeros(3, 5)} if damage == "of another shape" else {}
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelLoadError, match=r"1 weight cannot be put together .*layers\.1\.mlp\.experts") as refused:
+        load_model(str(tmp_path))
+    assert "report" not in str(refused.value)
+    assert "size" in str(refused.value).lower()  # torch's own reason
+
+
 def test_a_checkpoint_without_its_head_is_refused(tmp_path: Path) -> None:
     LlamaModel(llama().config).save_pretrained(tmp_path / "headless")
     assert "1 are missing (lm_head.weight)" in refusal(tmp_path / "headless")

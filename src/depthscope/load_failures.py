@@ -5,6 +5,7 @@ messages changes from version to version and decides nothing here.
 """
 
 import struct
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +18,7 @@ from safetensors import SafetensorError
 from depthscope.checkpoints import CONFIG, Checkpoint, damaged_file, explain_hub_error
 from depthscope.errors import ModelLoadError
 from depthscope.gguf_header import read_header
-from depthscope.messages import one_line
+from depthscope.messages import listed, one_line
 
 __all__ = ["LOAD_FAILURES", "load_errors"]
 
@@ -58,7 +59,7 @@ def _explain(checkpoint: Checkpoint, part: str, error: BaseException) -> str:
     for cause in _causes(error):
         if isinstance(cause, HUB_FAILURES):
             return explain_hub_error(cause, checkpoint.name, checkpoint.revision)
-    what = f"{type(error).__name__}: {one_line(error)}"
+    what = _unmade_weights(error) or f"{type(error).__name__}: {one_line(error)}"
     if checkpoint.gguf_file:
         return _explain_gguf(checkpoint, what)
     if damaged := damaged_file(checkpoint):
@@ -74,6 +75,20 @@ def _explain(checkpoint: Checkpoint, part: str, error: BaseException) -> str:
     if part == "config":
         return f"config.json of {checkpoint.name!r} is not valid ({what}) Mend the file, or fetch it again."
     return f"{checkpoint.name!r} cannot be loaded ({what}) Check its config.json, and that the weights belong to it."
+
+
+def _unmade_weights(error: BaseException) -> str:
+    """Which weights could not be put together from the stored ones; transformers logs that, and raises without it."""
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        for value in frame.f_locals.values():
+            if type(value).__name__ == "LoadStateDictInfo" and (found := getattr(value, "conversion_errors", None)):
+                names = sorted(found)
+                # A traceback, its error once more, and which step it was in.
+                lines = [line.strip() for line in str(found[names[0]]).splitlines() if line.strip()]
+                reason = one_line(ValueError(lines[-2] if len(lines) > 1 else "".join(lines)))
+                which = f"{len(names)} weight{'s' * (len(names) > 1)}"
+                return f"{which} cannot be put together from what is stored: {listed(names)}. {reason}"
+    return ""
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:

@@ -44,6 +44,7 @@ def analyze(
     dtype: str = "auto",
     device: str | None = None,
     trust_remote_code: bool = False,
+    attn_implementation: str | None = None,
     progress: bool | Listener = True,
     **options: Any,
 ) -> LayerReport:
@@ -64,6 +65,8 @@ def analyze(
         dtype: "auto" (float32 on a CPU, else the checkpoint's), "float32", "bfloat16" or "float16".
         device: where to run; None chooses, "auto" splits a large model over all devices.
         trust_remote_code: run the code in the model's repository. Off unless you trust who wrote it.
+        attn_implementation: the implementation of attention to load a model with; None takes what its config names, or
+            transformers' default where that does not run here.
         progress: show a progress bar on a terminal, or a function that is told instead: what is being done, and the
             share of the work that is done.
         **options: fields of `Settings`.
@@ -87,7 +90,12 @@ def analyze(
         where = str(processes.device) if device is None and processes.count > 1 else device
         with showing_status(f"Loading {model}", visible=progress is True and processes.is_main):
             loaded = load_model(
-                str(model), revision=revision, dtype=dtype, device=where, trust_remote_code=trust_remote_code
+                str(model),
+                revision=revision,
+                dtype=dtype,
+                device=where,
+                trust_remote_code=trust_remote_code,
+                attn_implementation=attn_implementation,
             )
     if blocks is None:
         needed = chosen.fit_blocks + chosen.eval_blocks

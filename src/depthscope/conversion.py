@@ -88,6 +88,7 @@ def convert_checkpoint(
     dtype: str = "auto",
     revision: str | None = None,
     trust_remote_code: bool = False,
+    attn_implementation: str | None = None,
     stage: Callable[[str], None] = lambda doing: None,
 ) -> list[str]:
     """Convert a checkpoint and its tokenizer into a new folder.
@@ -100,6 +101,7 @@ def convert_checkpoint(
         dtype: of the weights written; "auto" is the checkpoint's own where that loses nothing, otherwise float32.
         revision: a branch, tag or commit of the repository.
         trust_remote_code: whether code from the model's repository may run.
+        attn_implementation: as for [`load_model`].
         stage: told what is being done now, in a word or two.
 
     Returns:
@@ -113,7 +115,14 @@ def convert_checkpoint(
     wanted = find_dtype(dtype, torch.device("cpu")) if dtype != "auto" else None
     _require_new(out)
     stage("Loading")
-    loaded = load_model(name, revision=revision, dtype="float32", device="cpu", trust_remote_code=trust_remote_code)
+    loaded = load_model(
+        name,
+        revision=revision,
+        dtype="float32",
+        device="cpu",
+        trust_remote_code=trust_remote_code,
+        attn_implementation=attn_implementation,
+    )
     source = _without_adapter(loaded.model)
     stage("Converting")
     with quiet():

@@ -27,6 +27,7 @@ from transformers import (
 )
 
 from depthscope.adapters import apply_adapter, apply_adapter_beside, require_adapter_weights
+from depthscope.attn_implementation import choose_attn_implementation, require_attn_implementation
 from depthscope.audit import audit, require_all_weights
 from depthscope.checkpoints import ADAPTER_CONFIG, CONFIG, Checkpoint, find_checkpoint, require_weights
 from depthscope.devices import device_arguments, find_device, find_dtype
@@ -92,6 +93,7 @@ class _Options:
     device: torch.device | None  # None: split over the devices there are
     trust_remote_code: bool
     token: str | None
+    attn_implementation: str | None
 
 
 def load_model(
@@ -102,6 +104,7 @@ def load_model(
     device: str | torch.device | None = None,
     trust_remote_code: bool = False,
     token: str | None = None,
+    attn_implementation: str | None = None,
 ) -> LoadedModel:
     """Load a causal language model, ready to be analysed.
 
@@ -114,13 +117,17 @@ def load_model(
             model over all devices.
         trust_remote_code: whether code from the model's repository may run.
         token: a token of the Hub, for private and gated repositories.
+        attn_implementation: "eager", "sdpa", "flash_attention_2", ...; None takes what the config names, or
+            transformers' default where that does not run here.
 
     Raises:
         ModelLoadError: the model cannot be loaded; the message says why and what to do.
-        SettingsError: no such dtype.
+        SettingsError: no such dtype, or no such implementation of attention.
     """
     place = find_device(device)
-    options = _Options(find_dtype(dtype, place), place, trust_remote_code, token)
+    chosen = find_dtype(dtype, place)
+    require_attn_implementation(attn_implementation, place, chosen)
+    options = _Options(chosen, place, trust_remote_code, token, attn_implementation)
     with quiet():
         checkpoint = find_checkpoint(str(name), revision=revision, token=token)
         if checkpoint.is_adapter:
@@ -140,7 +147,7 @@ def _load_checkpoint(checkpoint: Checkpoint, options: _Options) -> LoadedModel:
 def _load_files(checkpoint: Checkpoint, options: _Options, gguf: GgufHeader | None) -> LoadedModel:
     settings = checkpoint.read_json(CONFIG)
     _require_config(checkpoint, settings, options.trust_remote_code)
-    config = _load_config(checkpoint, options)
+    config, attention = _load_config(checkpoint, options)
     if gguf is not None:
         with load_errors(checkpoint, "config"):
             config = adopt_settings(config, gguf)
@@ -156,7 +163,7 @@ def _load_files(checkpoint: Checkpoint, options: _Options, gguf: GgufHeader | No
     tokenizer, problem = _load_tokenizer(checkpoint, options)
     source = "adapter" if has_adapter else checkpoint.source
     facts = model_facts(model, name=checkpoint.name, source=source, revision=checkpoint.revision)
-    notes = [*text_only_notes(model, config), *notes]
+    notes = [*text_only_notes(model, config), *attention, *notes]
     return LoadedModel(model, tokenizer, facts, notes, problem, stored_dtype)
 
 
@@ -224,13 +231,19 @@ def _needs_code(name: str) -> str:
     )
 
 
-def _load_config(checkpoint: Checkpoint, options: _Options) -> PretrainedConfig:
+def _load_config(checkpoint: Checkpoint, options: _Options) -> tuple[PretrainedConfig, list[str]]:
+    """The config that the model is made from, and notes on the attention that it is made with."""
     with load_errors(checkpoint, "config"):
         config = AutoConfig.from_pretrained(**checkpoint.where, trust_remote_code=options.trust_remote_code)
-    asked = getattr(config, "_attn_implementation", None)
-    if isinstance(asked, str) and "/" in asked and not options.trust_remote_code:
-        config._attn_implementation = None  # a config may name a kernel, which is code from yet another repository
-    return getattr(config, "thinker_config", None) or config  # what writes text, where another model speaks it
+    config = getattr(config, "thinker_config", None) or config  # what writes text, where another model speaks it
+    attention = choose_attn_implementation(
+        config,
+        options.attn_implementation,
+        options.device,
+        options.dtype,
+        trust_remote_code=options.trust_remote_code,
+    )
+    return config, attention
 
 
 def _require_causal(name: str, config: PretrainedConfig, trust_remote_code: bool) -> None:

@@ -11,6 +11,7 @@ from depthscope.cli.options import (
     HOW,
     OUTPUT,
     TEXT,
+    AttnImplementation,
     BlockSize,
     Bos,
     Column,
@@ -86,6 +87,7 @@ def analyze(
     device: Device = None,
     revision: Revision = None,
     trust_remote_code: TrustRemoteCode = False,
+    attn_implementation: AttnImplementation = None,
     out: ReportOut = None,
     html: Annotated[
         Path | None, typer.Option(help="Write a page with interactive plots.", rich_help_panel=OUTPUT)
@@ -130,6 +132,7 @@ def analyze(
             dtype=dtype,
             device=device,
             trust_remote_code=trust_remote_code,
+            attn_implementation=attn_implementation,
             progress=not quiet,
         )
         if Processes.here().is_main:

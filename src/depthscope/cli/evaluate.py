@@ -10,6 +10,7 @@ from depthscope.cli.analysis import require_places
 from depthscope.cli.options import (
     HOW,
     OUTPUT,
+    AttnImplementation,
     Device,
     Dtype,
     Model,
@@ -50,6 +51,7 @@ def evaluate(
     device: Device = None,
     revision: Revision = None,
     trust_remote_code: TrustRemoteCode = False,
+    attn_implementation: AttnImplementation = None,
     out: Annotated[Path | None, typer.Option(help="Write the accuracies as JSON.", rich_help_panel=OUTPUT)] = None,
     report: Annotated[
         Path | None,
@@ -75,6 +77,7 @@ def evaluate(
             device=device,
             revision=revision,
             trust_remote_code=trust_remote_code,
+            attn_implementation=attn_implementation,
             progress=not quiet,
         )
         if not quiet:

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from depthscope.cli.options import HOW, Model, Revision, TrustRemoteCode
+from depthscope.cli.options import HOW, AttnImplementation, Model, Revision, TrustRemoteCode
 from depthscope.cli.shared import app, errors_for_people, say
 
 SHAPE = "Another shape"  # a panel of the help
@@ -46,6 +46,7 @@ def convert(
     ] = "auto",
     revision: Revision = None,
     trust_remote_code: TrustRemoteCode = False,
+    attn_implementation: AttnImplementation = None,
 ) -> None:
     """Turn MODEL into a DepthLM or into a native architecture, exactly, or give it another shape.
 
@@ -65,6 +66,7 @@ def convert(
                 dtype=dtype,
                 revision=revision,
                 trust_remote_code=trust_remote_code,
+                attn_implementation=attn_implementation,
                 stage=status.update,
             )
         for line in lines:

@@ -9,6 +9,7 @@ __all__ = [
     "HOW",
     "OUTPUT",
     "TEXT",
+    "AttnImplementation",
     "BlockSize",
     "Bos",
     "Column",
@@ -63,6 +64,13 @@ Device = Annotated[
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.", rich_help_panel=HOW)]
 TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run the code in the model's repository.", rich_help_panel=HOW)
+]
+AttnImplementation = Annotated[
+    str | None,
+    typer.Option(
+        help="eager, sdpa, flash_attention_2, ...; by default the config's, or one that runs here.",
+        rich_help_panel=HOW,
+    ),
 ]
 
 ReportOut = Annotated[Path | None, typer.Option(help="Write the report as JSON.", rich_help_panel=OUTPUT)]

@@ -9,6 +9,7 @@ from depthscope.cli.analysis import deliver, require_places
 from depthscope.cli.options import (
     OUTPUT,
     TEXT,
+    AttnImplementation,
     BlockSize,
     Bos,
     Column,
@@ -42,6 +43,7 @@ def sparsity(
     device: Device = None,
     revision: Revision = None,
     trust_remote_code: TrustRemoteCode = False,
+    attn_implementation: AttnImplementation = None,
     out: ReportOut = None,
     html: Annotated[Path | None, typer.Option(help="Write a page of the report.", rich_help_panel=OUTPUT)] = None,
     quiet: Quiet = False,
@@ -68,6 +70,7 @@ def sparsity(
             dtype=dtype,
             device=device,
             trust_remote_code=trust_remote_code,
+            attn_implementation=attn_implementation,
             progress=not quiet,
         )
         if Processes.here().is_main:

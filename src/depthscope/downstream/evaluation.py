@@ -45,6 +45,7 @@ def evaluate(
     dtype: str = "auto",
     device: str | None = None,
     trust_remote_code: bool = False,
+    attn_implementation: str | None = None,
     progress: bool = True,
 ) -> Downstream:
     """Measure the accuracy of a causal language model on downstream tasks, as lm-eval defines them.
@@ -61,6 +62,7 @@ def evaluate(
         dtype: "auto" (float32 on a CPU, else the checkpoint's), "float32", "bfloat16" or "float16".
         device: where to run; None chooses, "auto" splits a large model over all devices.
         trust_remote_code: run the code in the model's repository. Off unless you trust who wrote it.
+        attn_implementation: as for [`load_model`].
         progress: show a progress bar on a terminal.
 
     Raises:
@@ -81,7 +83,12 @@ def evaluate(
     else:
         with showing_status(f"Loading {model}", visible=progress):
             loaded = load_model(
-                str(model), revision=revision, dtype=dtype, device=device, trust_remote_code=trust_remote_code
+                str(model),
+                revision=revision,
+                dtype=dtype,
+                device=device,
+                trust_remote_code=trust_remote_code,
+                attn_implementation=attn_implementation,
             )
         loaded.tokenizer = tokenizer or loaded.tokenizer
     loaded.require_tokenizer()

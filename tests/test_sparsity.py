@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
+    DogeConfig,
     Gemma2Config,
     GPT2Config,
     GptOssConfig,
@@ -18,15 +19,18 @@ from transformers import (
     PreTrainedModel,
     Qwen3Config,
 )
+from transformers.utils.output_capturing import OutputRecorder
 from typer.testing import CliRunner
 
 from depthlm import random_ids, tiny_depthlm
 from depthscope import LayerReport, LayerStack, SettingsError, analyze
 from depthscope.cli import app
 from depthscope.sparsity.attention import ATTENTION_METRICS, AttentionProbe, probing_attention
-from depthscope.sparsity.experts import EXPERT_METRICS, find_routers
+from depthscope.sparsity.experts import EXPERT_METRICS, find_routers, router_sums, router_values
+from depthscope.sparsity.routers import Router
 from depthscope.sparsity.weights import WEIGHT_METRICS, weight_sparsity
 from models import random_blocks, tiny_llama
+from routing import expert_metrics, probabilities
 from zoo import NO_PLAIN_STACK, NOT_BUILT, decoder_only_types, example_ids
 from zoo import tiny_model as model_of_type
 
@@ -222,6 +226,76 @@ def test_expert_load_equals_a_naive_count(name: str) -> None:
     )
 
 
+def test_experts_that_are_pairs_of_keys_are_read_as_pairs() -> None:
+    """Doge; its routers mix the tokens of a batch, so that only a training can be watched."""
+    sizes = {"num_hidden_layers": 2, "num_experts": 16, "num_experts_per_tok": 3, "is_moe": True}
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(DogeConfig(**{**SMALL, **sizes}), attn_implementation="eager").eval()
+    routers = find_routers(LayerStack(model, head=False))
+    routings, looked_up = [], []
+    for layer, (router,) in routers.items():
+        router.module.register_forward_hook(lambda m, a, out, r=router: routings.append((r.read(out), out[1])))
+        model.model.layers[layer].mlp.down_embed.register_forward_pre_hook(lambda m, a: looked_up.append(a[0]))
+    with torch.no_grad():
+        model(random_blocks(2, 10), use_cache=False)
+    assert len(routings) == 2
+    for (routing, logits), chosen in zip(routings, looked_up, strict=True):
+        torch.testing.assert_close(routing.choice.sort().values, chosen.sort().values)
+        torch.testing.assert_close(routing.probabilities.double(), probabilities("doge", logits))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("said", ["logits", "probabilities", "sigmoid"])
+def test_a_router_is_read_by_its_values(said: str, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(40, 6, generator=generator)
+    scores = torch.sigmoid(logits) if said == "sigmoid" else torch.softmax(logits, -1)
+    biased = (scores + torch.rand(6, generator=generator)).topk(2).indices
+    weights = scores.gather(-1, biased)
+    output = (
+        scores if said == "probabilities" else logits,
+        (2.5 * weights / weights.sum(-1, keepdim=True)).to(dtype),
+        biased,
+    )
+    router = Router(nn.Identity(), 0, 2, 6)
+    # At first all logits are alike, which tells nothing of how they become scores.
+    even = torch.full_like(logits, 1 / 6 if said == "probabilities" else 0)
+    for given in ((even, torch.full_like(output[1], 0.5), biased), output, output):
+        routing = router.read(given)
+        assert torch.equal(routing.choice, biased)
+    torch.testing.assert_close(routing.probabilities, scores / scores.sum(-1, keepdim=True))
+    assert router_sums(router, (torch.ones(3),)) is None
+    assert router_sums(router, output, torch.ones(7)) is None
+
+
+def test_a_choice_without_weights_is_no_expert() -> None:
+    """ZAYA's router may choose to skip, and says so by expert 0 with the weight 0."""
+    logits = torch.tensor([[3.0, 0.0, 0.0], [0.0, 0.0, 3.0], [0.0, 2.0, 0.0]])
+    p = torch.softmax(logits, -1)
+    output = (logits, torch.tensor([[p[0, 0]], [0.0], [p[2, 1]]]), torch.tensor([[0], [0], [1]]))
+    sums = router_sums(Router(nn.Identity(), 0, 1, 2), output).numpy()
+    assert sums[:2].tolist() == [1, 1]
+    assert router_values([sums])["router_confidence"] == pytest.approx((p[0, 0] + p[1, 2] + p[2, 1]).item() / 3)
+
+
+@pytest.mark.parametrize("recorded", ["class", "name", "list"])
+def test_routers_are_found_by_the_rules_of_transformers(recorded: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = ROUTED["mixtral"]()
+    kind = type(model.model.layers[0].mlp.gate)
+    specs = {
+        "class": kind,  # without an index it is the second part of the output
+        "name": OutputRecorder(None, 0, class_name="mlp.gate"),
+        "list": [OutputRecorder(kind, 0, layer_name="elsewhere"), OutputRecorder(kind, 0, layer_name="mlp.gate")],
+    }
+    monkeypatch.setattr(type(model.model), "_can_record_outputs", {"router_logits": specs[recorded]})
+    monkeypatch.setattr(type(model), "_can_record_outputs", {})
+    found = find_routers(LayerStack(model))
+    at = 1 if recorded == "class" else 0
+    assert {layer: [(r.module, r.index, r.top_k, r.experts) for r in routers] for layer, routers in found.items()} == {
+        layer: [(model.model.layers[layer].mlp.gate, at, 2, 4)] for layer in range(3)
+    }
+
+
 def test_padding_does_not_count() -> None:
     ids = random_ids(1, 12)
     short = analyze(tiny_depthlm("moe"), blocks=ids[:, :8], fit_blocks=0, eval_blocks=1, scores="expert_load")
@@ -269,7 +343,13 @@ def test_any_type_of_model_is_measured_or_left_out(model_type: str) -> None:
     )
     with torch.no_grad():
         assert torch.equal(LayerStack(model).logits(ids), before)
+    expected = expert_metrics(model, LayerStack(model).layers, ids, model_type)
     for row in report.layers:
+        if row["layer"] in expected:
+            found = [row[name] for name in EXPERT_METRICS]
+            np.testing.assert_allclose(found, expected[row["layer"]], rtol=1e-4, atol=1e-6)
+        else:
+            assert row.get("expert_load_max") is None
         assert 0 <= row["weight_hoyer"] <= 1
         seen = [row[name] for name in ATTENTION_METRICS]
         assert None not in seen or seen == [None] * len(seen)

@@ -52,6 +52,7 @@ NAMES_BY_SIZE: dict[int, str] = {
     2: """
         num_key_value_heads num_kv_heads kv_n_heads swa_num_key_value_heads linear_num_key_heads
         n_groups mamba_n_groups mamba_ngroups num_experts_per_tok num_experts_per_token moe_k moe_topk moe_top_k
+        top_k_experts
     """,
     1: """
         n_group num_expert_group topk_group first_k_dense_replace num_dense_layers
@@ -139,7 +140,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "swa_qk_nope_head_dim": 8,
         "swa_v_head_dim": 8,
     },
-    "gemma4_text": {"global_head_dim": 16},
+    "gemma4_text": {"global_head_dim": 16, "enable_moe_block": True},
     "gemma4_unified_text": {"global_head_dim": 16},
     "qwen4_exp_text": {
         "indexer_n_heads": 16,
@@ -205,6 +206,14 @@ def wake_idle_matrices(model: PreTrainedModel) -> None:
     for parameter in model.parameters():
         if parameter.ndim > 1 and parameter.square().mean().sqrt() < WEIGHT_STD / 5:
             parameter.normal_(0.0, WEIGHT_STD)
+    biased = ("correction_bias", "expert_bias", "balancing_biases")
+    for name, bias in (*model.named_parameters(), *model.named_buffers()):
+        if name.endswith(biased):  # without them the chosen experts are those with the largest logits
+            bias.normal_(0.0, WEIGHT_STD)
+    for name, table in model.named_buffers():
+        if name.endswith("tid2eid"):  # from token to experts: a released model has them here, a new one zeros
+            size = getattr(model.config, "num_local_experts", 0)
+            table.copy_(torch.stack([torch.randperm(size)[: table.shape[1]] for _ in table]))
 
 
 def tiny_config(config_class: type[PreTrainedConfig], num_layers: int) -> PreTrainedConfig:

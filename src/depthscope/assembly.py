@@ -102,6 +102,7 @@ def _notes(stack: LayerStack, scores: Mapping[str, Score], blocks: Blocks, setti
             "bos: no block begins with a beginning-of-sequence token, as was asked for. A model that was trained with "
             "one may be far off what it was trained on."
         )
+    notes += [note for score in scores.values() for note in score.notes()]
     for layer, reason in stack.unskippable.items():
         notes.append(f"Layer {layer} cannot be skipped or replaced in this model ({reason}); its scores are empty.")
     if not stack.resumable:

@@ -10,7 +10,7 @@ from torch import nn
 from depthscope.compiled import written
 from depthscope.messages import listed
 
-__all__ = ["model_facts", "text_only_notes"]
+__all__ = ["EXPERTS", "EXPERTS_PER_TOKEN", "model_facts", "text_only_notes", "whole_number"]
 
 # The names that architectures give to the same thing, the usual one first.
 EXPERTS = (
@@ -56,14 +56,14 @@ def model_facts(
         "source": source,
         "model_type": _read(config, "model_type") or "unknown",
         "architecture": type(inner).__name__,
-        "num_layers": _whole(text, "num_hidden_layers"),
-        "hidden_size": _whole(text, "hidden_size"),
+        "num_layers": whole_number(text, "num_hidden_layers"),
+        "hidden_size": whole_number(text, "hidden_size"),
         "num_parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "vocab_size": _whole(text, "vocab_size"),
-        "num_attention_heads": _whole(text, "num_attention_heads"),
-        "num_key_value_heads": _whole(text, "num_key_value_heads"),
-        "num_experts": _whole(text, *EXPERTS),
-        "num_experts_per_tok": _whole(text, *EXPERTS_PER_TOKEN),
+        "vocab_size": whole_number(text, "vocab_size"),
+        "num_attention_heads": whole_number(text, "num_attention_heads"),
+        "num_key_value_heads": whole_number(text, "num_key_value_heads"),
+        "num_experts": whole_number(text, *EXPERTS),
+        "num_experts_per_tok": whole_number(text, *EXPERTS_PER_TOKEN),
         "tied_embeddings": bool(_read(text, "tie_word_embeddings")),
         "quantization": _quantization(config),
         "dtype": _dtype(model),
@@ -118,7 +118,8 @@ def _read(config: Any, name: str) -> Any:
         return None
 
 
-def _whole(config: Any, *names: str) -> int | None:
+def whole_number(config: Any, *names: str) -> int | None:
+    """The first of some entries of a config that is a whole number, None if none is."""
     for name in names:
         value = _read(config, name)
         if isinstance(value, int) and not isinstance(value, bool):

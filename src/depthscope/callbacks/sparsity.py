@@ -28,8 +28,10 @@ from depthscope.callbacks.base import Measured, WindowCallback
 from depthscope.callbacks.watching import Watch, argument
 from depthscope.errors import SettingsError
 from depthscope.modes import evaluating
+from depthscope.sparsity.acting import NoWeightsError
 from depthscope.sparsity.attention import ATTENTION_METRICS, AttentionProbe, probing_attention
-from depthscope.sparsity.experts import EXPERT_METRICS, chosen_per_token, find_routers, router_sums, router_values
+from depthscope.sparsity.experts import EXPERT_METRICS, find_routers, router_sums, router_values
+from depthscope.sparsity.routers import Router
 from depthscope.sparsity.weights import WEIGHT_METRICS, weight_sparsity
 from depthscope.tracing import text_config
 
@@ -71,13 +73,15 @@ class SparsityCallback(WindowCallback):
         self.weights = weights
         self._watch: Watch | None = None
         self._handles: list[Any] = []
-        self._seen: dict[int, Any] = {}  # what the routers returned in the pass that is running
-        self._sums: dict[int, Tensor] = {}
+        self._routers: dict[str, Router] = {}  # by layer, and from the second in a layer on by its number there
+        self._seen: dict[str, Any] = {}  # what they returned in the pass that is running
+        self._sums: dict[str, Tensor] = {}
         self._losses: Tensor | None = None
         self._sample: tuple[Tensor, Tensor | None] | None = None
         self._sampled = False  # whether the pass that is running has given the sample
         self._passes = 0  # training passes since the last fetch
         self._told = False
+        self._told_of_weights = False
         self._measured_at = 0
         self._step = 0
 
@@ -87,9 +91,13 @@ class SparsityCallback(WindowCallback):
 
     def attach(self, stack: LayerStack) -> None:
         """Watch the routers, and keep the last batch at hand."""
-        self._top_k = chosen_per_token(stack.entry)
-        routers = {router: partial(self._seen.__setitem__, layer) for layer, router in find_routers(stack).items()}
-        self._watch = Watch(stack, others=routers, begin=self._seen.clear, end=self._end_pass)
+        self._routers = {
+            f"{layer}.{number}" if number else str(layer): router
+            for layer, routers in find_routers(stack).items()
+            for number, router in enumerate(routers)
+        }
+        others = {router.module: partial(self._seen.__setitem__, name) for name, router in self._routers.items()}
+        self._watch = Watch(stack, others=others, begin=self._seen.clear, end=self._end_pass)
         self._handles = [
             owner.register_forward_pre_hook(self._sample_hook(owner), with_kwargs=True) for owner in stack.around
         ]
@@ -141,10 +149,10 @@ class SparsityCallback(WindowCallback):
         if self._watch is None or not self._passes:
             return
         window = self.window or {"experts": {}, "losses": [0.0] * (len(LOSSES) + 1)}
-        for layer, sums in self._sums.items():
+        for name, sums in self._sums.items():
             total = _added_up(sums).cpu().double().numpy()
-            before = window["experts"].get(str(layer))
-            window["experts"][str(layer)] = (total if before is None else total + np.array(before)).tolist()
+            before = window["experts"].get(name)
+            window["experts"][name] = (total if before is None else total + np.array(before)).tolist()
         if self._losses is not None:
             window["losses"] = (np.array(window["losses"]) + self._losses.cpu().double().numpy()).tolist()
         self._sums, self._losses, self._passes = {}, None, 0
@@ -156,14 +164,16 @@ class SparsityCallback(WindowCallback):
         columns: dict[str, list[float]] = {}
         count = self._stack.num_layers
         if window["experts"]:
-            rows = {int(layer): router_values(np.array(sums)) for layer, sums in window["experts"].items()}
+            by_layer: dict[int, list[np.ndarray]] = {}
+            for name, sums in window["experts"].items():
+                by_layer.setdefault(int(name.partition(".")[0]), []).append(np.array(sums))
+            rows = {layer: router_values(totals) for layer, totals in by_layer.items()}
             for name in EXPERT_METRICS:
                 columns[name] = [rows[layer][name] if layer in rows else float("nan") for layer in range(count)]
         if self._step - self._measured_at >= self.every:
             self._measured_at = self._step
             if self.weights:
-                found = [weight_sparsity(layer) for layer in self._stack.layers]
-                columns |= {name: [row[name] for row in found] for name in WEIGHT_METRICS}
+                columns |= self._weights(self._stack)
             columns |= self._attention()
         values = {name: _mean(column) for name, column in columns.items()}
         values |= _kv_sharing(self._stack.entry)
@@ -171,6 +181,19 @@ class SparsityCallback(WindowCallback):
         if passes:
             values |= {name: window["losses"][index] / passes for index, name in enumerate(LOSSES)}
         return Measured(values, columns)
+
+    def _weights(self, stack: LayerStack) -> dict[str, list[float]]:
+        """Sparsity of the weights that act; NaN, and said once, where they cannot be had."""
+        found = []
+        for layer in stack.layers:
+            try:
+                found.append(weight_sparsity(layer))
+            except NoWeightsError as error:
+                found.append(dict.fromkeys(WEIGHT_METRICS, float("nan")))
+                if not self._told_of_weights:
+                    logger.warning("The sparsity of weights is not measured everywhere: %s.", error)
+                    self._told_of_weights = True
+        return {name: [row[name] for row in found] for name in WEIGHT_METRICS}
 
     def _attention(self) -> dict[str, list[float]]:
         """Attention sparsity on the sample, in a pass of its own; nothing where there is no sample of token ids."""
@@ -201,11 +224,13 @@ class SparsityCallback(WindowCallback):
     def _end_pass(self, mask: Tensor | None) -> None:
         self._passes += 1
         self._sampled = False
-        for layer, output in self._seen.items():
-            sums = router_sums(output, self._top_k, mask)
+        # Routers get their tokens in the order of the stream.
+        real = mask.T if mask is not None and self._stack is not None and self._stack.token_first() else mask
+        for name, output in self._seen.items():
+            sums = router_sums(self._routers[name], output, real)
             if sums is not None:
                 exact = sums.float() if sums.device.type == "mps" else sums.double()
-                self._sums[layer] = self._sums[layer] + exact if layer in self._sums else exact
+                self._sums[name] = self._sums[name] + exact if name in self._sums else exact
         self._seen.clear()
 
     def _sample_hook(self, owner: nn.Module) -> Callable[..., None]:

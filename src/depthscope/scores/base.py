@@ -114,6 +114,10 @@ class Score(ABC):
     def finish(self, sums: Sums) -> Values:
         """Turn totals over blocks into values."""
 
+    def notes(self) -> list[str]:
+        """What a reader of the report must know of the score, in sentences."""
+        return []
+
     def table(self, name: str, *shape: int, rows: int | None = None) -> Array:
         """The sums called `name`: one row [*shape] a block, zero at first."""
         if name not in self.sums:

@@ -5,10 +5,15 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from depthscope.scores.base import Batch, Explanation, Score, Sums, Values, mean, ratio
+from depthscope.anatomy import LayerStack
+from depthscope.scores.base import Array, Batch, Explanation, Score, Sums, Values, mean, ratio
+from depthscope.settings import Settings
+from depthscope.sparsity.acting import NoWeightsError, adapters_in
 from depthscope.sparsity.attention import ATTENTION_METRICS, AttentionProbe, probing_attention
-from depthscope.sparsity.experts import EXPERT_METRICS, chosen_per_token, find_routers, router_sums, router_values
+from depthscope.sparsity.experts import EXPERT_METRICS, find_routers, router_sums, router_values
+from depthscope.sparsity.routers import Router
 from depthscope.sparsity.weights import WEIGHT_METRICS, weight_sparsity
+from depthscope.summary import ranges
 
 
 class WeightSparsity(Score):
@@ -24,13 +29,37 @@ class WeightSparsity(Score):
         source="Hoyer 2004; implicit sparsity, arXiv 2603.15389",
     )
 
+    def __init__(self, stack: LayerStack, settings: Settings, num_blocks: int) -> None:
+        super().__init__(stack, settings, num_blocks)
+        self.lost: dict[str, list[int]] = {}  # layers whose weights cannot be had, by the reason
+
     def measure(self, batch: Batch, tick: Callable[[float], None]) -> None:
         """Weights are the same for every block; their errors come out as 0."""
         if "weights" not in self.sums:
-            found = [weight_sparsity(layer) for layer in self.stack.layers]
+            found = [self._of_layer(layer) for layer in range(self.stack.num_layers)]
             self._values = np.array([[row[name] for row in found] for name in WEIGHT_METRICS])
         self.table("weights", len(WEIGHT_METRICS), self.stack.num_layers)[batch.rows] = self._values
         self.table("blocks")[batch.rows] = 1
+
+    def _of_layer(self, layer: int) -> dict[str, float]:
+        try:
+            return weight_sparsity(self.stack.layers[layer])
+        except NoWeightsError as error:
+            self.lost.setdefault(str(error), []).append(layer)
+            return dict.fromkeys(WEIGHT_METRICS, float("nan"))
+
+    def notes(self) -> list[str]:
+        """Whose weights were measured, and of which layers they cannot be had."""
+        said = [
+            f"weight_sparsity has no values in layer {ranges(layers)}: {reason}. Give a model with plain weights."
+            for reason, layers in self.lost.items()
+        ]
+        acting, idle = adapters_in(self.stack.layers)
+        if acting or idle:
+            merged = f"those of the base with adapter {', '.join(acting)} merged in" if acting else "the base's own"
+            left = f"; adapter {', '.join(idle)} does not act" if idle else ""
+            said.append(f"weight_sparsity is of the weights that act: {merged}{left}.")
+        return said
 
     def finish(self, sums: Sums) -> Values:
         """The mean over blocks, all alike."""
@@ -85,20 +114,24 @@ class ExpertLoad(Score):
         source="MaxVio: DeepSeek, arXiv 2408.15664",
     )
 
+    def __init__(self, stack: LayerStack, settings: Settings, num_blocks: int) -> None:
+        super().__init__(stack, settings, num_blocks)
+        self.routers = find_routers(stack)
+
     def work(self) -> float:
         """One pass through the layers, where there are experts."""
-        return float(self.stack.num_layers) if find_routers(self.stack) else 0.0
+        return float(self.stack.num_layers) if self.routers else 0.0
 
     def measure(self, batch: Batch, tick: Callable[[float], None]) -> None:
         """Run the batch once more, one block at a time, watching the routers."""
-        routers, top_k = find_routers(self.stack), chosen_per_token(self.stack.entry)
         self.table("blocks")[batch.rows] = 1
-        for position, row in enumerate(batch.rows) if routers else ():
+        for position, row in enumerate(batch.rows) if self.routers else ():
             block = batch.blocks.select(torch.tensor([position]))
             real = batch.token_mask[position]
             handles = [
-                router.register_forward_hook(self._keep(layer, int(row), top_k, real))
-                for layer, router in routers.items()
+                router.module.register_forward_hook(self._keep(f"{layer}.{number}", router, int(row), real))
+                for layer, routers in self.routers.items()
+                for number, router in enumerate(routers)
             ]
             try:
                 self.stack.run_through(self.stack.num_layers - 1, block.input_ids, block.attention_mask)
@@ -109,7 +142,11 @@ class ExpertLoad(Score):
 
     def finish(self, sums: Sums) -> Values:
         """Turn loads into ratios; without experts there is nothing to say."""
-        rows = {int(name): router_values(total) for name, total in sums.items() if name != "blocks"}
+        by_layer: dict[int, list[Array]] = {}
+        for name, total in sums.items():
+            if name != "blocks":
+                by_layer.setdefault(int(name.partition(".")[0]), []).append(total)
+        rows = {layer: router_values(totals) for layer, totals in by_layer.items()}
         if not rows:
             return Values()
         empty = dict.fromkeys(EXPERT_METRICS, float("nan"))
@@ -117,10 +154,10 @@ class ExpertLoad(Score):
         layers = {name: np.array([row[name] for row in columns]) for name in EXPERT_METRICS}
         return Values(scores={name: mean(values) for name, values in layers.items()}, layers=layers)
 
-    def _keep(self, layer: int, row: int, top_k: int | None, real: torch.Tensor) -> Callable[..., None]:
+    def _keep(self, name: str, router: Router, row: int, real: torch.Tensor) -> Callable[..., None]:
         def hook(module: torch.nn.Module, args: object, output: object) -> None:
-            found = router_sums(output, top_k, real)
+            found = router_sums(router, output, real)
             if found is not None:
-                self.table(str(layer), len(found))[row] = found.double().cpu().numpy()
+                self.table(name, len(found))[row] = found.double().cpu().numpy()
 
         return hook

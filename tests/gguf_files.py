@@ -54,6 +54,7 @@ def write_gguf(
     tensors: Mapping[str, np.ndarray | None] | None = None,
     kinds: Mapping[str, GGMLQuantizationType] | None = None,
     tokens: str | None = None,
+    together: int = 0,
 ) -> Path:
     """Write a model as GGUF.
 
@@ -65,9 +66,10 @@ def write_gguf(
         tensors: further ones, or others in a tensor's place; None leaves one out.
         kinds: how some tensors are quantised.
         tokens: the kind of a small tokenizer: "llama" or "gpt2".
+        together: how many tensors go into each part of a file that is split; the path of the first part is given back.
     """
     architecture = ARCHITECTURES[model.config.model_type]
-    writer = GGUFWriter(str(path), architecture)
+    writer = GGUFWriter(str(path), architecture, split_max_tensors=together)
     for name, value in (_settings(model.config) | dict(settings or {})).items():
         if value is not None:
             _add_setting(writer, name if name.startswith(("general.", "split.")) else f"{architecture}.{name}", value)
@@ -80,7 +82,7 @@ def write_gguf(
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    return path
+    return min(path.parent.glob(f"{path.stem}-00001-of-*.gguf")) if together else path
 
 
 def _settings(config: Any) -> dict[str, Any]:

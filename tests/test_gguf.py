@@ -472,3 +472,86 @@ def test_an_adapter_in_gguf_form_is_called_one(tmp_path: Path) -> None:
     path = write_gguf(tmp_path / "x.gguf", tiny("llama"), {"general.type": "adapter"})
     with pytest.raises(ModelLoadError, match=r"is an adapter in GGUF form"):
         load_model(str(path))
+
+
+# Types of tensors
+
+
+def test_both_readers_unpack_every_type_as_the_package_does(tmp_path: Path) -> None:
+    layers = ["conv", "full_attention"] * 4
+    shape = {"hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 8, "layer_types": layers}
+    newer = tiny("lfm2", block_auto_adjust_ff_dim=False, **shape)
+    older = tiny("qwen2", hidden_size=256, intermediate_size=256, num_hidden_layers=8)
+    places = {"gate": ("feed_forward.w1", "mlp.gate_proj"), "up": ("feed_forward.w3", "mlp.up_proj")}
+    places["down"] = ("feed_forward.w2", "mlp.down_proj")
+    stored = {f"blk.{layer}.ffn_{name}.weight": (layer, names) for layer in range(8) for name, names in places.items()}
+    kinds = {name: gguf.GGMLQuantizationType[kind] for name, kind in zip(stored, KINDS, strict=True)}
+    for model, which in ((newer, 0), (older, 1)):
+        path = write_gguf(tmp_path / f"{which}.gguf", model, kinds=kinds, tokens="llama")
+        weights = load_model(str(path)).model.state_dict()
+        for name, kind in kinds.items():
+            layer, names = stored[name]
+            own = weights[f"model.layers.{layer}.{names[which]}.weight"].numpy()
+            expected = gguf.dequantize(packed((256, 256), kind), kind)
+            assert np.array_equal(own, expected, equal_nan=True), (name, kind.name)
+
+
+def test_a_type_that_nobody_unpacks_is_refused_by_name(tmp_path: Path) -> None:
+    for kind in ("Q8_K", "Q8_1", "I32", "F64"):
+        kinds = {"blk.0.ffn_gate.weight": gguf.GGMLQuantizationType[kind]}
+        path = write_gguf(tmp_path / "x.gguf", tiny("llama", hidden_size=256), kinds=kinds)
+        with pytest.raises(ModelLoadError, match=rf"blk.0.ffn_gate.weight.* is of the GGML type {kinds.popitem()[1]},"):
+            load_model(str(path))
+
+
+# Files in parts
+
+
+@pytest.fixture(params=["llama", "lfm2"])
+def split(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[nn.Module, list[Path]]:
+    """A model, and its file in four parts; one model for each of transformers' two readers."""
+    more = {"lfm2": {"block_auto_adjust_ff_dim": False, "layer_types": ["conv", "full_attention"]}, "llama": {}}
+    model = tiny(request.param, **more[request.param])
+    write_gguf(tmp_path / "m.gguf", model, tokens="llama", together=6)
+    return model, sorted(tmp_path.glob("m-*.gguf"))
+
+
+@pytest.mark.parametrize("given", [0, 2])
+def test_parts_that_lie_together_are_read_as_one(given: int, split: tuple[nn.Module, list[Path]]) -> None:
+    model, parts = split
+    assert len(parts) == 4
+    loaded = load_model(str(parts[given]))
+    assert torch.allclose(logits(loaded.model), logits(model), atol=1e-6)
+    assert loaded.require_tokenizer().tokenize("the an") == ["\u2581the", "\u2581an"]
+
+
+@pytest.mark.parametrize("given", [0, 2])
+def test_parts_that_are_absent_are_named(given: int, split: tuple[nn.Module, list[Path]]) -> None:
+    _, parts = split
+    parts[1].unlink()
+    words = rf"is part {given + 1} of 4 .* not all parts are beside it; absent: m-00002-of-00004.gguf\. .*gguf-split"
+    with pytest.raises(ModelLoadError, match=words):
+        load_model(str(parts[given]))
+
+
+def test_a_part_under_another_name_and_a_mixture_are_refused(split: tuple[nn.Module, list[Path]]) -> None:
+    _, parts = split
+    parts[2].write_bytes(parts[1].read_bytes())
+    with pytest.raises(ModelLoadError, match="do not belong together"):
+        load_model(str(parts[0]))
+    renamed = parts[1].rename(parts[1].with_name("other.gguf"))
+    with pytest.raises(ModelLoadError, match=r"is part 2 of 4 .*name does not say so.*NAME-00002-of-00004.gguf"):
+        load_model(str(renamed))
+
+
+@pytest.mark.parametrize("end", [".part00", ".part1of2", ".00", "-split-b", ".split2", "_part_3"])
+def test_a_piece_without_a_header_is_to_be_joined(end: str, plain: Path, tmp_path: Path) -> None:
+    (path := tmp_path / f"x.gguf{end}").write_bytes(plain.read_bytes()[1000:])
+    with pytest.raises(ModelLoadError, match=r"is a piece of a GGUF file that was cut up.* > .*x.gguf"):
+        load_model(str(path))
+
+
+def test_a_gguf_file_under_another_name_is_to_be_renamed(plain: Path, tmp_path: Path) -> None:
+    (path := tmp_path / "sha256-abcdef").write_bytes(plain.read_bytes())
+    with pytest.raises(ModelLoadError, match=r"Give it a name that ends with .gguf"):
+        load_model(str(path))

@@ -28,6 +28,8 @@ from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError, safe_open
 
 from depthscope.errors import ModelLoadError
+from depthscope.gguf_header import MAGIC
+from depthscope.gguf_split import cut_into_pieces
 from depthscope.messages import listed, one_line
 
 __all__ = ["Checkpoint", "damaged_file", "explain_hub_error", "find_checkpoint", "require_weights"]
@@ -41,7 +43,6 @@ PROCESS_SHARD = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")
 # What a Trainer leaves beside the weights.
 NOT_WEIGHTS = re.compile(r"training_args|optimizer|scheduler|scaler|rng_state|trainer_state")
 REACH_TIMEOUT = 10.0  # seconds
-GGUF_MAGIC = b"GGUF"
 
 
 @dataclass(frozen=True)
@@ -216,14 +217,20 @@ def _files_in(folder: Path) -> frozenset[str]:
 
 
 def _single_file(name: str, path: Path) -> Checkpoint:
+    with path.open("rb") as file:
+        is_gguf = file.read(len(MAGIC)) == MAGIC
+    if why := cut_into_pieces(name):
+        raise ModelLoadError(why)
     if path.suffix.lower() == ".gguf":
-        with path.open("rb") as file:
-            if file.read(4) != GGUF_MAGIC:
-                raise ModelLoadError(
-                    f"{name!r} is not a GGUF file: it does not start with the letters GGUF. It may be damaged, or a "
-                    "pointer that Git LFS left in its place; fetch it again."
-                )
+        if not is_gguf:
+            raise ModelLoadError(
+                f"{name!r} is not a GGUF file: it does not start with the letters GGUF. It may be damaged, a pointer "
+                "that Git LFS left in its place, or a piece of a file that was cut up; fetch it again, or join the "
+                "pieces."
+            )
         return Checkpoint(name, "gguf", str(path.parent), frozenset({path.name}), gguf_file=str(path.absolute()))
+    if is_gguf:
+        raise ModelLoadError(f"{name!r} is a GGUF file by its first letters. Give it a name that ends with .gguf.")
     if path.suffix.lower() in PICKLE_SUFFIXES:
         raise ModelLoadError(_pickle_only(str(path.parent), [path.name]))
     raise ModelLoadError(

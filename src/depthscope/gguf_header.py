@@ -4,9 +4,11 @@ A header may come from a stranger, so no count and no length in it is believed: 
 https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 
+import functools
 import math
 import mmap
 import struct
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -139,25 +141,25 @@ class _Reading:
         start = -(-self.place // alignment) * alignment
         header = GgufHeader(self.path, self.name, metadata, self._placed(entries, start))
         layers = header.of_architecture("block_count")
-        if isinstance(layers, int) and layers > len(entries):
+        if isinstance(layers, int) and layers > metadata.get("split.tensors.count", len(entries)):
             raise self._damaged(f"it states {layers:,} layers and holds {len(entries):,} tensors")
         return header
 
     def _placed(self, entries: list[tuple[str, tuple[int, ...], int, int]], start: int) -> tuple[StoredTensor, ...]:
         blocks = _block_sizes(self.name)
+        if unknown := next((entry for entry in entries if entry[2] not in blocks), None):
+            raise ModelLoadError(
+                f"The tensor {unknown[0][:60]!r} in {self.name!r} is of the GGML type {unknown[2]}, which the package "
+                "`gguf` here does not unpack. Update it (pip install --upgrade gguf), or convert the model anew."
+            )
         placed = []
         for name, shape, kind, offset in entries:
-            if kind not in blocks:
-                raise ModelLoadError(
-                    f"The tensor {name[:60]!r} in {self.name!r} is of the GGML type {kind}, which the package `gguf` "
-                    "here does not know. Update it (pip install --upgrade gguf), or fetch the file again."
-                )
             elements, size = blocks[kind]
             if shape and shape[-1] % elements:
                 raise self._damaged(f"the rows of the tensor {name[:60]!r} are no whole blocks")
             length = math.prod(shape) // elements * size
             if start + offset + length > self.size:
-                raise self._damaged(f"it ends before its tensor {name[:60]!r}")
+                raise self._damaged(f"it ends before its tensor {name[:60]!r}; if it was cut up, join the pieces")
             placed.append(StoredTensor(name, shape, kind, self.path, start + offset, length))
         names = {tensor.name for tensor in placed}
         if len(names) < len(placed) or sum(tensor.length for tensor in placed) > self.size:
@@ -228,11 +230,21 @@ class _Reading:
 
 
 def _block_sizes(name: str) -> dict[int, tuple[int, int]]:
-    """GGML type -> elements in a block, bytes of a block."""
+    """Elements in a block and bytes of a block, for each GGML type that the package `gguf` unpacks."""
     try:
-        from gguf import GGML_QUANT_SIZES
+        import gguf
     except ImportError as error:
         raise ModelLoadError(
             f"Reading {name!r} needs the package `gguf` ({one_line(error)}) Install it: pip install gguf."
         ) from error
-    return {int(kind): sizes for kind, sizes in GGML_QUANT_SIZES.items()}
+    sizes = gguf.GGML_QUANT_SIZES
+    return {int(kind): size for kind, size in sizes.items() if _unpacks(gguf.dequantize, kind, size[1])}
+
+
+@functools.lru_cache(256)
+def _unpacks(dequantize: Callable[..., np.ndarray], kind: int, size: int) -> bool:
+    try:
+        dequantize(np.zeros((1, size), np.uint8), kind)
+    except NotImplementedError:  # all but F32, F16 and what is stored in blocks
+        return False
+    return True

@@ -7,6 +7,7 @@ a version of theirs has other names, nothing is replaced: loading then takes lon
 """
 
 import functools
+import math
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -97,6 +98,7 @@ def _replace() -> None:
         import gguf
         from transformers import modeling_gguf_pytorch_utils as older
         from transformers.integrations.gguf import reader as newer
+        from transformers.quantizers import quantizer_gguf
 
         wanted: list[tuple[Any, str, Any]] = [
             (gguf, "GGUFReader", _reader(gguf.GGUFReader)),
@@ -107,6 +109,7 @@ def _replace() -> None:
             (older, "TENSOR_PROCESSORS", older.TENSOR_PROCESSORS | {"llama": _mixtral_processor(older)}),
             (newer, "_read_metadata", _read_metadata(newer._read_metadata)),
             (newer, "_read_tensor_table", _read_tensor_table(newer._read_tensor_table)),
+            (quantizer_gguf, "load_gguf_state_dict", _load_state_dict(newer)),
             *((place, name, getattr(place, name) | more) for place, name, more in _further_kinds(newer)),
         ]
     except (ImportError, AttributeError):
@@ -181,6 +184,26 @@ def _read_tensor_table(original: Any) -> Any:
         return [(stored.name, stored.shape, stored.kind, stored.start) for stored in tensors.tensors], 0
 
     return read_tensor_table
+
+
+def _load_state_dict(newer: Any) -> Any:
+    """The newer reader looks for all tensors in one file; here each is where the header says, in whichever part."""
+
+    def load_state_dict(header: Any) -> dict[str, Any]:
+        known = _known.get(str(header.path))
+        if known is None:
+            return newer.load_gguf_state_dict(header)
+        mapped = functools.cache(lambda path: np.memmap(path, mode="r"))
+        found = {}
+        for stored in known.tensors:
+            rows = math.prod(stored.shape[:-1])
+            is_packed = stored.kind in newer.GGML_BLOCK and rows
+            shape = (*stored.shape[:-1], stored.length // rows) if is_packed else stored.shape
+            content = mapped(stored.path)[stored.start : stored.start + stored.length]
+            found[stored.name] = newer.LazyGgufTensor(content, stored.kind, shape)
+        return found
+
+    return load_state_dict
 
 
 # What the readers lack

@@ -7,7 +7,7 @@ being completed with random weights.
 
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +34,10 @@ from depthscope.devices import device_arguments, find_device, find_dtype
 from depthscope.errors import ModelLoadError
 from depthscope.facts import model_facts, text_only_notes
 from depthscope.gguf_audit import audit_gguf, complete_biases
-from depthscope.gguf_header import GgufHeader, read_header
+from depthscope.gguf_header import GgufHeader
 from depthscope.gguf_reading import reading_once
 from depthscope.gguf_settings import adopt_settings
+from depthscope.gguf_split import read_gguf
 from depthscope.load_failures import LOAD_FAILURES, load_errors
 from depthscope.messages import one_line
 from depthscope.quiet import quiet
@@ -139,7 +140,8 @@ def _load_checkpoint(checkpoint: Checkpoint, options: _Options) -> LoadedModel:
     with ExitStack() as stack:
         gguf = None
         if checkpoint.gguf_file is not None:
-            gguf = read_header(Path(checkpoint.gguf_file), checkpoint.name)
+            gguf = read_gguf(Path(checkpoint.gguf_file), checkpoint.name)
+            checkpoint = replace(checkpoint, gguf_file=str(gguf.path))  # of several parts, the first
             stack.enter_context(reading_once(gguf))
         return _load_files(checkpoint, options, gguf)
 

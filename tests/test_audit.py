@@ -25,12 +25,17 @@ from transformers import (
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
 )
+from typer.testing import CliRunner
 
 import depthscope
 from depthscope.checkpoints import find_checkpoint
+from depthscope.cli import app
+from depthscope.codes import why_codes
 from depthscope.conversion import convert_checkpoint
 from depthscope.errors import ModelLoadError
 from depthscope.loading import _load_checkpoint, _Options, load_model
+from depthscope.placement import place
+from depthscope.stored import StoredTensors
 
 IDS = torch.arange(20)[None] * 7 % 260
 State = dict[str, torch.Tensor]
@@ -198,6 +203,26 @@ def test_the_block_influence_of_codes_is_refused_and_not_measured(tmp_path: Path
     with pytest.raises(ModelLoadError, match="codes of a quantisation"):
         convert_checkpoint(str(folder), tmp_path / "converted")
     assert not (tmp_path / "converted").exists()
+    for command in (["analyze"], ["sparsity"], ["convert", "--to", "depthlm"]):
+        place_to_write = ["converted"] if command[0] == "convert" else []
+        result = CliRunner().invoke(app, [command[0], str(folder), *place_to_write, *command[1:]])
+        assert result.exit_code == 2
+        assert "codes of a quantisation" in " ".join(result.output.split())
+
+
+@pytest.mark.parametrize("has_scale", [True, False])
+def test_codes_in_a_module_that_was_given_their_scales_are_its_own_affair(has_scale: bool, tmp_path: Path) -> None:
+    """compressed-tensors keeps codes and scales in a plain Linear, and wraps its forward."""
+    model = llama()
+    module = model.get_submodule(UP)
+    module.weight = torch.nn.Parameter(module.weight.data.to(torch.float8_e4m3fn), requires_grad=False)
+    if has_scale:
+        module.register_parameter("weight_scale", torch.nn.Parameter(torch.ones(64, 1)))
+    folder = tmp_path / "model"
+    model.save_pretrained(folder)
+    checkpoint = find_checkpoint(str(folder))
+    placed = place(model, StoredTensors(checkpoint, ["model.safetensors"]), set())
+    assert (why_codes(checkpoint, {}, model, placed) is None) is has_scale
 
 
 def test_float8_weights_that_were_never_scaled_are_weights(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import importlib.metadata
 import json
 import math
 import random
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
@@ -449,3 +451,13 @@ def test_an_unknown_task_ends_the_command_with_2_and_a_hint(saved: Path, tmp_pat
     run = CliRunner().invoke(app, ["evaluate", str(saved), "--tasks", "arc_eazy", "--data", str(tmp_path)])
     assert run.exit_code == 2
     assert "lm-eval has no task 'arc_eazy'. Did you mean arc_easy" in run.output
+
+
+def test_codes_of_a_quantisation_are_not_evaluated_as_weights(saved: Path, folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(saved, tmp_path / "codes")
+    state = load_file(saved / "model.safetensors")
+    name = next(name for name in state if name.endswith("q_proj.weight"))
+    codes = {name: torch.full_like(state[name], 448).to(torch.float8_e4m3fn), f"{name}_scale": torch.ones(1) / 448}
+    save_file(state | codes, tmp_path / "codes" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelLoadError, match="codes of a quantisation"):
+        evaluate(str(tmp_path / "codes"), tasks="arc_easy", data=folder, progress=False)

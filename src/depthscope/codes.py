@@ -85,7 +85,7 @@ def _dropped(model: Any, name: str, found: list[StoredTensor], placed: Placement
         return []
     value = placed.state[name]
     if value.dtype not in FLOATS.values():
-        return codes if _is_plain_weight(model, name) else []
+        return codes if _is_plain_weight(model, name, placed) else []
     if any(map(is_scale, found)):
         return []
     if all(tensor.dtype.startswith("F8") for tensor in codes) and not any(map(is_scale, placed.left)):
@@ -93,11 +93,15 @@ def _dropped(model: Any, name: str, found: list[StoredTensor], placed: Placement
     return codes
 
 
-def _is_plain_weight(model: Any, name: str) -> bool:
+def _is_plain_weight(model: Any, name: str, placed: Placement) -> bool:
     """Whether a parameter that is no float belongs to a module that multiplies with it as it is."""
     module, _, parameter = name.rpartition(".")
     owner = model.get_submodule(module)
-    return parameter in owner._parameters and type(owner).__module__.startswith(PLAIN_MODULES)
+    if parameter not in owner._parameters or not type(owner).__module__.startswith(PLAIN_MODULES):
+        return False
+    # compressed-tensors leaves the class as it is, gives the module the scales and wraps its forward.
+    beside = {*owner._parameters, *owner._buffers} - {parameter}
+    return not any(map(is_scale, (tensor for other in beside for tensor in placed.used.get(f"{module}.{other}", []))))
 
 
 def _fills_its_range(value: torch.Tensor, codes: list[StoredTensor]) -> bool:

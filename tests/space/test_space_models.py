@@ -9,10 +9,12 @@ from functools import partial
 import gradio as gr
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GPT2Config, GPTNeoXConfig, MixtralConfig
 
+import measuring
 import zero_gpu
-from depthscope import DepthLMConfig, LayerReport
+from depthscope import DepthLMConfig, LayerReport, ModelLoadError
 from jobs import Results
 from limits import Limits
 from problems import Problem
@@ -23,6 +25,7 @@ from repository import HubModel, look_up
 from result_store import ResultStore
 from tasks import SAMPLE, Task, Text, choose_settings
 from tiny_tokenizer import save_tokenizer
+from uploads import check_model
 from visitor import Choices, _pinned
 
 LIMITS = Limits(max_job_bytes=4 * 2**30, max_job_seconds=200)
@@ -213,3 +216,14 @@ def test_a_published_sweep_is_read_with_its_controls(hub, tmp_path):
     assert [report.model["num_layers"] for report in sweep.trained] == [4, 8]
     assert len(sweep.untrained) == 2
     assert [(course.name, course.values) for course in sweep.courses] == [("ada/net-4", [1.0, 2.0])]
+
+
+def test_an_upload_of_codes_without_scales_is_refused(tmp_path):
+    folder = save(CONFIGS["gpt2"], tmp_path / "model")
+    state = load_file(folder / "model.safetensors")
+    name = next(name for name in state if name.endswith("c_fc.weight"))
+    codes = {name: torch.full_like(state[name], 448).to(torch.float8_e4m3fn), f"{name}_scale": torch.ones(1) / 448}
+    save_file(state | codes, folder / "model.safetensors", metadata={"format": "pt"})
+    task = Task("model", (), "x", SAMPLE, choose_settings(SCORES, 64, 32, layers=3, width=8, limits=LIMITS))
+    with pytest.raises(ModelLoadError, match="codes of a quantisation"):
+        measuring.load(task, check_model(folder, LIMITS), LIMITS)

@@ -277,6 +277,8 @@ def gguf_file(change: Callable[[bytearray], Any] | None = None, **numbers: int) 
         writer.add_embedding_length(numbers.get("embedding_length", 32))
         writer.add_feed_forward_length(64)
         writer.add_head_count(4)
+        if "split.count" in numbers:
+            writer.add_uint16("split.count", numbers["split.count"])
         writer.add_tensor("token_embd.weight", np.zeros((64, 32), np.float32))
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
@@ -436,6 +438,7 @@ CASES = [
     Case("a GGUF file of 2^60 keys", WEIGHTS, gguf_file(many_keys)),
     Case("a GGUF key of 2^62 bytes", WEIGHTS, gguf_file(long_key)),
     Case("half a GGUF file", WEIGHTS, gguf_file(half)),
-    Case("a GGUF file of a billion layers", CONFIG, gguf_file(block_count=10**9)),
+    Case("a GGUF file of a billion layers", WEIGHTS, gguf_file(block_count=10**9)),
     Case("a GGUF file without most weights", (*WEIGHTS, *CONFIG), gguf_file()),
+    Case("one part of a GGUF file", WEIGHTS, gguf_file(**{"split.count": 2})),
 ]

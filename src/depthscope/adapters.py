@@ -2,12 +2,15 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from depthscope.checkpoints import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Checkpoint
+from depthscope.added_tokens import fit_vocabulary
+from depthscope.checkpoints import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Checkpoint, folder_meant
 from depthscope.errors import ModelLoadError
 from depthscope.messages import listed, one_line
 
@@ -27,18 +30,20 @@ ADAPTER_FAILURES = (
     ImportError,
     AssertionError,
 )
+GIVE_IT = "Give it with --base-model (in Python: base_model=)"
 # These load further adapters, from wherever their config says.
 NESTED_KINDS = ("XLORA",)
 
 
 def apply_adapter(
-    checkpoint: Checkpoint, load_base: Callable[[str, str | None], "LoadedModel"]
+    checkpoint: Checkpoint, load_base: Callable[[str, str | None], "LoadedModel"], base_model: str | None = None
 ) -> tuple[nn.Module, "LoadedModel", list[str]]:
     """Load the base model that the adapter names and put the adapter on it.
 
     Args:
         checkpoint: the adapter's files.
         load_base: loads a model, given its name and revision.
+        base_model: the base model, instead of the one that the adapter names.
 
     Returns:
         The model with the adapter, in evaluation mode; the base model as it was loaded; and notes for the report.
@@ -46,23 +51,39 @@ def apply_adapter(
     Raises:
         ModelLoadError: PEFT, the base model or the adapter's weights are missing, or do not fit one another.
     """
-    settings = checkpoint.read_json(ADAPTER_CONFIG)
     config = _adapter_config(checkpoint)
+    more: list[str] = []
+    if base_model is not None:
+        base = load_base(base_model, None)
+    else:
+        base, more = _named_base(checkpoint, load_base)
+    model = _put_on(checkpoint, config, base.model, base.facts["name"])
+    return model, base, more + _require_all_weights(checkpoint, model, base.facts["name"])
+
+
+def _named_base(
+    checkpoint: Checkpoint, load_base: Callable[[str, str | None], "LoadedModel"]
+) -> tuple["LoadedModel", list[str]]:
+    """The base model that an adapter names, and a note where its path counts from the adapter's folder."""
+    settings = checkpoint.read_json(ADAPTER_CONFIG)
     name, revision = settings.get("base_model_name_or_path"), settings.get("revision")
     if not isinstance(name, str) or not name:
         raise ModelLoadError(
-            f"The adapter {checkpoint.name!r} does not name its base model. Set base_model_name_or_path in its "
-            f"{ADAPTER_CONFIG}."
+            f"The adapter {checkpoint.name!r} does not name its base model. {GIVE_IT}, or set base_model_name_or_path "
+            f"in its {ADAPTER_CONFIG}."
         )
     try:
-        base = load_base(name, revision if isinstance(revision, str) else None)
+        return load_base(name, revision if isinstance(revision, str) else None), []
     except ModelLoadError as error:
-        raise ModelLoadError(
-            f"The base model of the adapter {checkpoint.name!r} cannot be loaded: {error} (It is named by "
-            f"base_model_name_or_path in {ADAPTER_CONFIG}.)"
-        ) from error
-    model = _put_on(checkpoint, config, base.model, base.facts["name"])
-    return model, base, _require_all_weights(checkpoint, model, base.facts["name"])
+        meant = folder_meant(name, Path(checkpoint.location)) if checkpoint.is_local else None
+        if meant is None or Path(name).is_dir():
+            raise ModelLoadError(
+                f"The base model of the adapter {checkpoint.name!r} cannot be loaded: {error} (It is named by "
+                f"base_model_name_or_path in {ADAPTER_CONFIG}. {GIVE_IT} where it is elsewhere now.)"
+            ) from error
+    return load_base(str(meant), None), [
+        f"The base model {name!r} of the adapter is not there from the current folder; it was found from the adapter's."
+    ]
 
 
 def apply_adapter_beside(checkpoint: Checkpoint, model: nn.Module) -> tuple[nn.Module, list[str]]:
@@ -121,10 +142,16 @@ def _stored_keys(checkpoint: Checkpoint) -> set[str]:
         ) from error
 
 
+def _stored_shapes(checkpoint: Checkpoint) -> dict[str, list[int]]:
+    with safe_open(checkpoint.fetch(ADAPTER_WEIGHTS), framework="pt") as file:
+        return {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118 (it is no dictionary)
+
+
 def _put_on(checkpoint: Checkpoint, config: Any, base: nn.Module, name: str) -> nn.Module:
     from peft import PeftModel
 
     with _adapter_errors(checkpoint, f"it does not fit its base model {name!r}"):
+        fit_vocabulary(checkpoint.name, config, _stored_shapes(checkpoint), base)
         model = PeftModel.from_pretrained(base, checkpoint.location, config=config, **_hub_arguments(checkpoint))
     return model.eval()
 
@@ -144,6 +171,7 @@ def _require_all_weights(checkpoint: Checkpoint, model: Any, base: str) -> list[
                 f"are missing ({listed(missing)}). Check base_model_name_or_path, or fetch the adapter again."
             )
         homeless = set(result.unexpected_keys)
+    homeless = homeless - _repeated(checkpoint, homeless, stored - homeless)
     if not homeless:
         return []
     if not _add_nothing(checkpoint, homeless):
@@ -156,6 +184,22 @@ def _require_all_weights(checkpoint: Checkpoint, model: Any, base: str) -> list[
         f"{len(homeless)} weights of the adapter have no place in its base model {base!r}; they are those of an "
         "untrained adapter, which adds nothing."
     ]
+
+
+def _repeated(checkpoint: Checkpoint, names: set[str], others: set[str]) -> set[str]:
+    """Those weights that are stored once more under another name: PEFT writes embeddings twice, and tied heads."""
+    if not names:
+        return set()
+    with safe_open(checkpoint.fetch(ADAPTER_WEIGHTS), framework="pt") as file:
+        shapes = {name: file.get_slice(name).get_shape() for name in names | others}
+        return {
+            name
+            for name in names
+            for other in others
+            if shapes[name] == shapes[other]
+            and name.rpartition(".")[2] == other.rpartition(".")[2]
+            and torch.equal(file.get_tensor(name), file.get_tensor(other))
+        }
 
 
 def _add_nothing(checkpoint: Checkpoint, names: set[str]) -> bool:

@@ -45,6 +45,7 @@ def analyze(
     device: str | None = None,
     trust_remote_code: bool = False,
     attn_implementation: str | None = None,
+    base_model: str | None = None,
     progress: bool | Listener = True,
     **options: Any,
 ) -> LayerReport:
@@ -67,6 +68,7 @@ def analyze(
         trust_remote_code: run the code in the model's repository. Off unless you trust who wrote it.
         attn_implementation: the implementation of attention to load a model with; None takes what its config names, or
             transformers' default where that does not run here.
+        base_model: for an adapter whose base model has moved: its id, folder or .gguf file.
         progress: show a progress bar on a terminal, or a function that is told instead: what is being done, and the
             share of the work that is done.
         **options: fields of `Settings`.
@@ -96,6 +98,7 @@ def analyze(
                 device=where,
                 trust_remote_code=trust_remote_code,
                 attn_implementation=attn_implementation,
+                base_model=base_model,
             )
     if blocks is None:
         needed = chosen.fit_blocks + chosen.eval_blocks

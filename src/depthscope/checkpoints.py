@@ -32,7 +32,7 @@ from depthscope.gguf_header import MAGIC
 from depthscope.gguf_split import cut_into_pieces
 from depthscope.messages import listed, one_line
 
-__all__ = ["Checkpoint", "damaged_file", "explain_hub_error", "find_checkpoint", "require_weights"]
+__all__ = ["Checkpoint", "damaged_file", "explain_hub_error", "find_checkpoint", "folder_meant", "require_weights"]
 
 CONFIG, ADAPTER_CONFIG = "config.json", "adapter_config.json"
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -42,6 +42,8 @@ PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 PROCESS_SHARD = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")
 # What a Trainer leaves beside the weights.
 NOT_WEIGHTS = re.compile(r"training_args|optimizer|scheduler|scaler|rng_state|trainer_state")
+# Of folders that a relative path may count from: a checkpoint in a run, in a folder of runs, in a project.
+STARTS = 4
 REACH_TIMEOUT = 10.0  # seconds
 
 
@@ -79,10 +81,11 @@ class Checkpoint:
         return {"pretrained_model_name_or_path": self.location, **hub, **gguf}
 
     def inner_models(self) -> list[str]:
-        """Folders just inside that hold a config, in the order of their names: a Trainer's checkpoints, say."""
+        """Folders just inside that hold a model or an adapter, by their numbers and names: a Trainer's checkpoints."""
         if not self.is_local:
             return []
-        return sorted(str(config.parent) for config in Path(self.location).glob(f"*/{CONFIG}"))
+        found = {file.parent for name in (CONFIG, ADAPTER_CONFIG) for file in Path(self.location).glob(f"*/{name}")}
+        return [str(folder) for folder in sorted(found, key=_by_number)]
 
     def fetch(self, filename: str) -> Path | None:
         """One file on this machine, downloaded where needed; None if there is no such file."""
@@ -128,6 +131,21 @@ def find_checkpoint(name: str, *, revision: str | None = None, token: str | None
         raise ModelLoadError(f"{name!r} cannot be read: {error.strerror or error}. Check the path.") from error
     _refuse_missing_path(name, path)
     return _hub_checkpoint(name, revision, token)
+
+
+def folder_meant(name: str, beside: Path) -> Path | None:
+    """The folder that a relative path in a file means, where it was not written from the current folder.
+
+    Args:
+        name: the path, such as ./base or out/base.
+        beside: the folder of the file that says it. The path counts from there, or from one of the folders around it:
+            a training writes paths as they are from where it was started.
+    """
+    if Path(name).is_absolute() or not name.strip():
+        return None
+    folder = beside.absolute()
+    starts = [folder, *folder.parents][:STARTS]
+    return next((start / name for start in starts if (start / name / CONFIG).is_file()), None)
 
 
 def require_weights(checkpoint: Checkpoint, config: dict[str, Any]) -> list[str]:
@@ -210,6 +228,12 @@ def explain_hub_error(error: BaseException, name: str, revision: str | None = No
 
 
 # Files and folders
+
+
+def _by_number(folder: Path) -> tuple[int, str]:
+    """checkpoint-1000 after checkpoint-200."""
+    number = re.search(r"(\d+)$", folder.name)
+    return (int(number[1]) if number else -1, folder.name)
 
 
 def _files_in(folder: Path) -> frozenset[str]:

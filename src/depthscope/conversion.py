@@ -89,6 +89,7 @@ def convert_checkpoint(
     revision: str | None = None,
     trust_remote_code: bool = False,
     attn_implementation: str | None = None,
+    base_model: str | None = None,
     stage: Callable[[str], None] = lambda doing: None,
 ) -> list[str]:
     """Convert a checkpoint and its tokenizer into a new folder.
@@ -102,6 +103,7 @@ def convert_checkpoint(
         revision: a branch, tag or commit of the repository.
         trust_remote_code: whether code from the model's repository may run.
         attn_implementation: as for [`load_model`].
+        base_model: as for [`load_model`].
         stage: told what is being done now, in a word or two.
 
     Returns:
@@ -122,6 +124,7 @@ def convert_checkpoint(
         device="cpu",
         trust_remote_code=trust_remote_code,
         attn_implementation=attn_implementation,
+        base_model=base_model,
     )
     source = _without_adapter(loaded.model)
     stage("Converting")

@@ -31,7 +31,7 @@ from depthscope.attn_implementation import choose_attn_implementation, require_a
 from depthscope.audit import audit, require_all_weights
 from depthscope.checkpoints import ADAPTER_CONFIG, CONFIG, Checkpoint, find_checkpoint, require_weights
 from depthscope.devices import device_arguments, find_device, find_dtype
-from depthscope.errors import ModelLoadError
+from depthscope.errors import ModelLoadError, SettingsError
 from depthscope.facts import model_facts, text_only_notes
 from depthscope.gguf_audit import audit_gguf, complete_biases
 from depthscope.gguf_header import GgufHeader
@@ -106,6 +106,7 @@ def load_model(
     trust_remote_code: bool = False,
     token: str | None = None,
     attn_implementation: str | None = None,
+    base_model: str | None = None,
 ) -> LoadedModel:
     """Load a causal language model, ready to be analysed.
 
@@ -120,10 +121,11 @@ def load_model(
         token: a token of the Hub, for private and gated repositories.
         attn_implementation: "eager", "sdpa", "flash_attention_2", ...; None takes what the config names, or
             transformers' default where that does not run here.
+        base_model: for an adapter whose base model has moved: its id, folder or .gguf file.
 
     Raises:
         ModelLoadError: the model cannot be loaded; the message says why and what to do.
-        SettingsError: no such dtype, or no such implementation of attention.
+        SettingsError: no such dtype or implementation of attention, or a base model for what is no adapter.
     """
     place = find_device(device)
     chosen = find_dtype(dtype, place)
@@ -132,7 +134,12 @@ def load_model(
     with quiet():
         checkpoint = find_checkpoint(str(name), revision=revision, token=token)
         if checkpoint.is_adapter:
-            return _load_adapter(checkpoint, options)
+            return _load_adapter(checkpoint, options, base_model)
+        if base_model is not None:
+            raise SettingsError(
+                f"{checkpoint.name!r} is no adapter ({ADAPTER_CONFIG} without a model's weights), so it has no base "
+                "model to be put on; leave out base_model."
+            )
         return _load_checkpoint(checkpoint, options)
 
 
@@ -169,20 +176,32 @@ def _load_files(checkpoint: Checkpoint, options: _Options, gguf: GgufHeader | No
     return LoadedModel(model, tokenizer, facts, notes, problem, stored_dtype)
 
 
-def _load_adapter(checkpoint: Checkpoint, options: _Options) -> LoadedModel:
+def _load_adapter(checkpoint: Checkpoint, options: _Options, base_model: str | None) -> LoadedModel:
     def load_base(name: str, revision: str | None) -> LoadedModel:
         base = find_checkpoint(name, revision=revision, token=options.token)
         if base.is_adapter:
             raise ModelLoadError(f"{name!r} is an adapter itself; give an adapter whose base is a whole model.")
         return _load_checkpoint(base, options)
 
-    model, base, notes = apply_adapter(checkpoint, load_base)
+    model, base, notes = apply_adapter(checkpoint, load_base, base_model)
     tokenizer, problem = base.tokenizer, base.tokenizer_problem
     if TOKENIZER_FILES & checkpoint.files:
         tokenizer, problem = _load_tokenizer(checkpoint, options)
+        notes += _unknown_tokens(tokenizer, base.tokenizer, model)
     facts = model_facts(model, name=checkpoint.name, source="adapter", revision=checkpoint.revision)
     facts |= {"base_model": base.facts["name"], "base_revision": base.facts["revision"]}
     return LoadedModel(model, tokenizer, facts, base.notes + notes, problem, base.stored_dtype)
+
+
+def _unknown_tokens(tokenizer: Any, before: Any, model: Any) -> list[str]:
+    """Say of an adapter whose tokenizer was given more tokens that their rows were not stored with it."""
+    rows = getattr(model.get_input_embeddings(), "num_embeddings", None)
+    if tokenizer is None or rows is None or len(tokenizer) <= max(rows, len(before) if before is not None else 0):
+        return []
+    return [
+        f"The adapter's tokenizer has {len(tokenizer)} tokens and the model rows for {rows}: those of added tokens "
+        "were not stored with the adapter, so text that holds such a token is refused, and none is ever predicted."
+    ]
 
 
 # The config

@@ -12,6 +12,7 @@ from depthscope.cli.options import (
     OUTPUT,
     TEXT,
     AttnImplementation,
+    BaseModel,
     BlockSize,
     Bos,
     Column,
@@ -88,6 +89,7 @@ def analyze(
     revision: Revision = None,
     trust_remote_code: TrustRemoteCode = False,
     attn_implementation: AttnImplementation = None,
+    base_model: BaseModel = None,
     out: ReportOut = None,
     html: Annotated[
         Path | None, typer.Option(help="Write a page with interactive plots.", rich_help_panel=OUTPUT)
@@ -133,6 +135,7 @@ def analyze(
             device=device,
             trust_remote_code=trust_remote_code,
             attn_implementation=attn_implementation,
+            base_model=base_model,
             progress=not quiet,
         )
         if Processes.here().is_main:

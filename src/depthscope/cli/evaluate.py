@@ -11,6 +11,7 @@ from depthscope.cli.options import (
     HOW,
     OUTPUT,
     AttnImplementation,
+    BaseModel,
     Device,
     Dtype,
     Model,
@@ -52,6 +53,7 @@ def evaluate(
     revision: Revision = None,
     trust_remote_code: TrustRemoteCode = False,
     attn_implementation: AttnImplementation = None,
+    base_model: BaseModel = None,
     out: Annotated[Path | None, typer.Option(help="Write the accuracies as JSON.", rich_help_panel=OUTPUT)] = None,
     report: Annotated[
         Path | None,
@@ -78,6 +80,7 @@ def evaluate(
             revision=revision,
             trust_remote_code=trust_remote_code,
             attn_implementation=attn_implementation,
+            base_model=base_model,
             progress=not quiet,
         )
         if not quiet:

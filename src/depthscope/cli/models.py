@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from depthscope.cli.options import HOW, AttnImplementation, Model, Revision, TrustRemoteCode
+from depthscope.cli.options import HOW, AttnImplementation, BaseModel, Model, Revision, TrustRemoteCode
 from depthscope.cli.shared import app, errors_for_people, say
 
 SHAPE = "Another shape"  # a panel of the help
@@ -47,6 +47,7 @@ def convert(
     revision: Revision = None,
     trust_remote_code: TrustRemoteCode = False,
     attn_implementation: AttnImplementation = None,
+    base_model: BaseModel = None,
 ) -> None:
     """Turn MODEL into a DepthLM or into a native architecture, exactly, or give it another shape.
 
@@ -67,6 +68,7 @@ def convert(
                 revision=revision,
                 trust_remote_code=trust_remote_code,
                 attn_implementation=attn_implementation,
+                base_model=base_model,
                 stage=status.update,
             )
         for line in lines:

@@ -10,6 +10,7 @@ __all__ = [
     "OUTPUT",
     "TEXT",
     "AttnImplementation",
+    "BaseModel",
     "BlockSize",
     "Bos",
     "Column",
@@ -71,6 +72,10 @@ AttnImplementation = Annotated[
         help="eager, sdpa, flash_attention_2, ...; by default the config's, or one that runs here.",
         rich_help_panel=HOW,
     ),
+]
+BaseModel = Annotated[
+    str | None,
+    typer.Option(help="The base model of an adapter, where it is not where the adapter says.", rich_help_panel=HOW),
 ]
 
 ReportOut = Annotated[Path | None, typer.Option(help="Write the report as JSON.", rich_help_panel=OUTPUT)]

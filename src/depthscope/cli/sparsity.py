@@ -10,6 +10,7 @@ from depthscope.cli.options import (
     OUTPUT,
     TEXT,
     AttnImplementation,
+    BaseModel,
     BlockSize,
     Bos,
     Column,
@@ -44,6 +45,7 @@ def sparsity(
     revision: Revision = None,
     trust_remote_code: TrustRemoteCode = False,
     attn_implementation: AttnImplementation = None,
+    base_model: BaseModel = None,
     out: ReportOut = None,
     html: Annotated[Path | None, typer.Option(help="Write a page of the report.", rich_help_panel=OUTPUT)] = None,
     quiet: Quiet = False,
@@ -71,6 +73,7 @@ def sparsity(
             device=device,
             trust_remote_code=trust_remote_code,
             attn_implementation=attn_implementation,
+            base_model=base_model,
             progress=not quiet,
         )
         if Processes.here().is_main:

@@ -46,6 +46,7 @@ def evaluate(
     device: str | None = None,
     trust_remote_code: bool = False,
     attn_implementation: str | None = None,
+    base_model: str | None = None,
     progress: bool = True,
 ) -> Downstream:
     """Measure the accuracy of a causal language model on downstream tasks, as lm-eval defines them.
@@ -63,6 +64,7 @@ def evaluate(
         device: where to run; None chooses, "auto" splits a large model over all devices.
         trust_remote_code: run the code in the model's repository. Off unless you trust who wrote it.
         attn_implementation: as for [`load_model`].
+        base_model: as for [`load_model`].
         progress: show a progress bar on a terminal.
 
     Raises:
@@ -89,6 +91,7 @@ def evaluate(
                 device=device,
                 trust_remote_code=trust_remote_code,
                 attn_implementation=attn_implementation,
+                base_model=base_model,
             )
         loaded.tokenizer = tokenizer or loaded.tokenizer
     loaded.require_tokenizer()

@@ -22,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 
 from depthscope.callbacks.history import FILE as HISTORY_FILE
 from depthscope.callbacks.history import read_history
+from depthscope.checkpoints import folder_meant
 from depthscope.downstream.record import Accuracy
 from depthscope.errors import ReportError, SettingsError
 from depthscope.files import read_text
@@ -122,7 +123,7 @@ def read_card_data(
         raise SettingsError(f"There is no folder {str(root)!r}: give the folder of a trained model.")
     model = root / MODEL if (root / MODEL).is_dir() else root
     adapter = _json(model / "adapter_config.json")
-    if base_model is None and (named := _repository(adapter.get("base_model_name_or_path"))):
+    if base_model is None and (named := _repository(adapter.get("base_model_name_or_path"), model)):
         base_model, base_model_relation = named, base_model_relation or "adapter"
     report, untrained = _report(root / REPORT), _report(root / UNTRAINED)
     result = _json(root / "result.json")
@@ -346,9 +347,11 @@ def _mapping(content: Row, name: str) -> Row:
     return found if isinstance(found, dict) else {}
 
 
-def _repository(name: Any) -> str | None:
-    """A name where it can be one of the Hub's, else None: a folder, say."""
+def _repository(name: Any, beside: Path | None = None) -> str | None:
+    """A name where it can be one of the Hub's, else None: a folder, also one that is there from the folder `beside`."""
     if not isinstance(name, str) or not name or Path(name).exists():
+        return None
+    if beside is not None and folder_meant(name, beside) is not None:
         return None
     try:
         validate_repo_id(name)

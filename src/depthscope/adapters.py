@@ -188,6 +188,7 @@ def _require_all_weights(checkpoint: Checkpoint, model: Any, base: str) -> list[
 
 def _repeated(checkpoint: Checkpoint, names: set[str], others: set[str]) -> set[str]:
     """Those weights that are stored once more under another name: PEFT writes embeddings twice, and tied heads."""
+    names = {name for name in names if "lora_" not in name}
     if not names:
         return set()
     with safe_open(checkpoint.fetch(ADAPTER_WEIGHTS), framework="pt") as file:

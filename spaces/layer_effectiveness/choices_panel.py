@@ -25,6 +25,7 @@ TEXTS = {
     "Text file": "file",
     "Hub dataset": "dataset",
 }
+BEGINNINGS = {"as the tokenizer begins a text": "auto", "with BOS": "yes", "with the text": "no"}
 TOKENS, BLOCK_SIZES = (256, 512, 1024, 2048, 4096, 8192), (64, 128, 256, 512, 1024)
 DEFAULT_TOKENS, DEFAULT_BLOCK_SIZE = 512, 128
 
@@ -74,6 +75,7 @@ class ChoicesPanel:
                     min_width=140,
                 )
                 dtype = gr.Dropdown(list(PRECISIONS.items()), value="auto", label="Precision", min_width=140)
+                bos = gr.Dropdown(list(BEGINNINGS.items()), value="auto", label="Blocks begin", min_width=140)
         text.change(
             lambda chosen: (
                 gr.update(visible=TEXTS[chosen] == "pasted"),
@@ -86,7 +88,7 @@ class ChoicesPanel:
         )
         file.change(partial(_taken, limits=limits), file, [content, file], **QUIETLY)
         return cls(
-            [text, pasted, content, dataset, column, split, scores, tokens, block, dtype], [scores, tokens, block]
+            [text, pasted, content, dataset, column, split, scores, tokens, block, dtype, bos], [scores, tokens, block]
         )
 
     @staticmethod
@@ -96,7 +98,7 @@ class ChoicesPanel:
         Raises:
             Problem: they make no sense.
         """
-        text, pasted, content, dataset, column, split, scores, tokens, block, dtype = values
+        text, pasted, content, dataset, column, split, scores, tokens, block, dtype, bos = values
         chosen = make_text(
             TEXTS.get(text, "sample"),
             pasted=pasted or "",
@@ -106,7 +108,7 @@ class ChoicesPanel:
             split=split or "",
             limits=limits,
         )
-        return Choices(tuple(scores or ()), int(tokens), int(block), dtype, chosen)
+        return Choices(tuple(scores or ()), int(tokens), int(block), dtype, chosen, bos)
 
 
 def _up_to(most: int, choices: Sequence[int]) -> list[int]:

@@ -41,16 +41,17 @@ def build(service: Service) -> None:
     block_size = gr.Number(default_block_size(service.limits), precision=0, label="block_size", visible=False)
     precision = gr.Textbox("auto", label="precision", visible=False)
     text = gr.Textbox("", label="text", visible=False)
+    bos = gr.Textbox("auto", label="bos", visible=False)
     upload = gr.File(label="upload", visible=False)
     report = gr.File(label="report", visible=False)
     result = gr.JSON(label="result", visible=False)
     words = gr.Textbox(label="words", visible=False)
-    measured = [scores, tokens, block_size, precision, text]
+    measured = [scores, tokens, block_size, precision, text, bos]
 
-    def choices(scores: str, tokens: float, block_size: float, precision: str, text: str) -> Choices:
+    def choices(scores: str, tokens: float, block_size: float, precision: str, text: str, bos: str) -> Choices:
         chosen = make_text("pasted" if text.strip() else "sample", pasted=text, limits=service.limits)
         names = tuple(name.strip() for name in scores.split(","))
-        return Choices(names, int(tokens), int(block_size), precision, chosen)
+        return Choices(names, int(tokens), int(block_size), precision, chosen, bos)
 
     async def finished(planned: Planned, visit: Visit) -> dict[str, Any]:
         last: LayerReport | None = None
@@ -68,9 +69,12 @@ def build(service: Service) -> None:
         block_size: float,
         precision: str,
         text: str,
+        bos: str,
     ) -> dict[str, Any]:
         with _told(), service.visit(str(request.session_hash)) as visit:
-            planned = await service.plan(model, revision, None, choices(scores, tokens, block_size, precision, text))
+            planned = await service.plan(
+                model, revision, None, choices(scores, tokens, block_size, precision, text, bos)
+            )
             return await finished(planned, visit)
 
     async def analyze_upload(
@@ -81,18 +85,21 @@ def build(service: Service) -> None:
         block_size: float,
         precision: str,
         text: str,
+        bos: str,
     ) -> dict[str, Any]:
         with _told(), service.visit(str(request.session_hash)) as visit:
             planned = await service.plan(
-                None, "", [upload] if upload else [], choices(scores, tokens, block_size, precision, text)
+                None, "", [upload] if upload else [], choices(scores, tokens, block_size, precision, text, bos)
             )
             return await finished(planned, visit)
 
     async def estimate(
-        model: str, revision: str, scores: str, tokens: float, block_size: float, precision: str, text: str
+        model: str, revision: str, scores: str, tokens: float, block_size: float, precision: str, text: str, bos: str
     ) -> dict[str, Any]:
         with _told():
-            planned = await service.plan(model, revision, None, choices(scores, tokens, block_size, precision, text))
+            planned = await service.plan(
+                model, revision, None, choices(scores, tokens, block_size, precision, text, bos)
+            )
         return {
             "seconds": round(planned.seconds, 1),
             "layers": planned.shape.layers,

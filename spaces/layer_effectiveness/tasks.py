@@ -165,7 +165,7 @@ def _require_length(length: int, limits: Limits) -> None:
 
 
 def choose_settings(
-    scores: Sequence[str], tokens: int, block_size: int, *, layers: int, width: int, limits: Limits
+    scores: Sequence[str], tokens: int, block_size: int, *, layers: int, width: int, limits: Limits, bos: str = "auto"
 ) -> Settings:
     """Choose how exactly to measure a model of so many layers and features on so many tokens.
 
@@ -184,6 +184,7 @@ def choose_settings(
             fit_blocks=math.ceil(fit_tokens / block_size),
             eval_blocks=math.ceil(tokens / block_size),
             block_size=block_size,
+            bos=bos,
             pairs="all" if share >= 1 else max(0.01, round(share, 2)),
             probes=PROBES,
         )
@@ -197,7 +198,15 @@ def fitted(settings: Settings, facts: Mapping[str, Any], limits: Limits) -> Sett
     if not layers or not width:
         return settings
     tokens = settings.eval_blocks * settings.block_size
-    chosen = choose_settings(settings.scores, tokens, settings.block_size, layers=layers, width=width, limits=limits)
+    chosen = choose_settings(
+        settings.scores,
+        tokens,
+        settings.block_size,
+        layers=layers,
+        width=width,
+        limits=limits,
+        bos=str(settings.bos),
+    )
     return chosen.with_(fit_blocks=chosen.fit_blocks if "usefulness" in chosen.scores else 0)
 
 

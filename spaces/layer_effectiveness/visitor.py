@@ -9,6 +9,7 @@ from typing import Any
 
 from config_check import read_object
 from depthscope import LayerReport, ReportError
+from depthscope.settings import BOS_CHOICES
 from estimate import Estimator, Shape, in_words, shape_of
 from limits import Limits
 from problems import Problem
@@ -29,8 +30,14 @@ class Choices:
     block_size: int = 128
     dtype: str = "auto"
     text: Text = SAMPLE
+    bos: str = "auto"
 
     def __post_init__(self) -> None:
+        if self.bos not in BOS_CHOICES:
+            raise Problem(
+                "settings",
+                f"{str(self.bos)[:40]!a} is no way to begin a block; choose one of {', '.join(BOS_CHOICES)}.",
+            )
         if self.dtype not in DTYPES:
             raise Problem(
                 "settings", f"{str(self.dtype)[:40]!a} is no precision; choose one of {', '.join(sorted(DTYPES))}."
@@ -181,6 +188,7 @@ def _settings(choices: Choices, shape: Shape, limits: Limits) -> Any:
         layers=shape.layers,
         width=shape.width,
         limits=limits,
+        bos=choices.bos,
     )
     return replace(settings, fit_blocks=settings.fit_blocks if "usefulness" in settings.scores else 0)
 

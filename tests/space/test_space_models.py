@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPTNeoXConfig, Mixtra
 
 import measuring
 import zero_gpu
-from depthscope import DepthLMConfig, LayerReport, ModelLoadError
+from depthscope import DepthLMConfig, LayerReport, ModelLoadError, load_model
 from jobs import Results
 from limits import Limits
 from problems import Problem
@@ -66,6 +66,28 @@ def test_an_uploaded_model_of_each_kind_is_analysed(kind, tmp_path):
     assert len(report.ranked("skip_ratio")) == 3
     assert report.data["fit_blocks"] == 4  # for the 32 features that it turns out to have
     assert report.has("expert_load_max") is (kind in ("mixtral", "depthlm"))
+
+
+def test_a_block_begins_as_the_visitor_chose(tmp_path):
+    folder = save(CONFIGS["gpt2"], tmp_path / "model")
+    settings = choose_settings(["variance"], 64, 32, layers=3, width=8, limits=LIMITS, bos="yes")
+    task = Task("model", tuple(str(path) for path in folder.iterdir()), "x", SAMPLE, settings)
+    report = LayerReport.from_json(list(run(task, LIMITS, threading.Event()))[-1]["report"])
+    assert report.data["bos"] == [0]
+    assert report.settings["bos"] == "yes"
+    assert report.data["tokens"] == 62
+    assert task.key() != replace(task, settings=replace(settings, bos="no")).key()
+    with pytest.raises(Problem, match="no way to begin a block; choose one of auto, yes, no"):
+        Choices(("skip",), bos="<b>")
+
+
+def test_a_pasted_text_that_is_the_name_of_a_file_is_a_text(tmp_path):
+    (secret := tmp_path / "secret.txt").write_text("something else entirely " * 50)
+    folder = save(CONFIGS["gpt2"], tmp_path / "model")
+    loaded = load_model(str(folder))
+    settings = choose_settings(["variance"], 4, 2, layers=3, width=8, limits=LIMITS).with_(fit_blocks=0)
+    blocks = measuring.read_text(Text("pasted", str(secret)), loaded, settings)
+    assert blocks.input_ids.flatten().tolist() == loaded.tokenizer(str(secret)).input_ids[:4]
 
 
 def as_on_zero_gpu(task, folder, limits, emit):

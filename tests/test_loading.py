@@ -687,6 +687,12 @@ def test_adapter_weights_without_a_place_are_refused_unless_they_add_nothing(ada
     assert note.startswith(f"2 weights of the adapter have no place in its base model {base.name!r}")
 
 
+def test_settings_of_an_adapter_that_peft_does_not_know_are_noted(adapter: Path) -> None:
+    edit(adapter, "adapter_config.json", use_flubber=True, flubber_scale=None)
+    (note,) = load_model(str(adapter)).notes
+    assert "left out: use_flubber." in note
+
+
 def test_a_base_model_beside_its_adapter_is_held_against_its_config_too(adapter: Path, folder: Path) -> None:
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         shutil.copy(adapter / name, folder)

@@ -58,7 +58,8 @@ def apply_adapter(
     else:
         base, more = _named_base(checkpoint, load_base)
     model = _put_on(checkpoint, config, base.model, base.facts["name"])
-    return model, base, more + _require_all_weights(checkpoint, model, base.facts["name"])
+    more += [*_unknown_settings(checkpoint, config), *_require_all_weights(checkpoint, model, base.facts["name"])]
+    return model, base, more
 
 
 def _named_base(
@@ -94,7 +95,7 @@ def apply_adapter_beside(checkpoint: Checkpoint, model: nn.Module) -> tuple[nn.M
     """
     config = _adapter_config(checkpoint)
     model = _put_on(checkpoint, config, model, checkpoint.name)
-    return model, _require_all_weights(checkpoint, model, checkpoint.name)
+    return model, [*_unknown_settings(checkpoint, config), *_require_all_weights(checkpoint, model, checkpoint.name)]
 
 
 def _adapter_config(checkpoint: Checkpoint) -> Any:
@@ -145,6 +146,18 @@ def _stored_keys(checkpoint: Checkpoint) -> set[str]:
 def _stored_shapes(checkpoint: Checkpoint) -> dict[str, list[int]]:
     with safe_open(checkpoint.fetch(ADAPTER_WEIGHTS), framework="pt") as file:
         return {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118 (it is no dictionary)
+
+
+def _unknown_settings(checkpoint: Checkpoint, config: Any) -> list[str]:
+    """Name the settings that do something and that PEFT, which is older than the adapter, leaves out in silence."""
+    given = checkpoint.read_json(ADAPTER_CONFIG)
+    unknown = sorted(name for name, value in given.items() if value and not hasattr(config, name))
+    if not unknown:
+        return []
+    return [
+        f"{ADAPTER_CONFIG} of {checkpoint.name!r} has settings that the PEFT here does not know and left out: "
+        f"{listed(unknown)}. If they change what the adapter does, update PEFT (pip install --upgrade peft)."
+    ]
 
 
 def _put_on(checkpoint: Checkpoint, config: Any, base: nn.Module, name: str) -> nn.Module:

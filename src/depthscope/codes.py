@@ -66,9 +66,9 @@ def unscaled_note(placed: Placement) -> str | None:
     unscaled = [
         tensor
         for name, found in placed.used.items()
-        if placed.state[name].dtype in FLOATS.values() and not any(map(is_scale, found))
         for tensor in found
         if tensor.dtype.startswith("F8")
+        if placed.state[name].dtype in FLOATS.values() and not any(map(is_scale, found))
     ]
     if not unscaled:
         return None

@@ -108,8 +108,9 @@ def _acting(given: Mapping[str, Any], text: Any, model: Any) -> Iterator[str]:
 
 
 def _renamed(given: Mapping[str, Any], text: Any, model: Any) -> Iterator[str]:
+    fields = _fields(type(text))
     for names in SAME:
-        own = [key for key in names if key in _fields(text)]
+        own = [key for key in names if key in fields]
         if not own or any(key in given for key in own):
             continue
         for key in names:
@@ -157,13 +158,12 @@ def _short(value: Any) -> str:
 
 def _knows(text: Any, model: Any, key: str) -> bool:
     """Whether the config class has a setting, or the model's code asks for it."""
-    return key in _fields(text) or _mentions(model, key)
+    return key in _fields(type(text)) or _mentions(model, key)
 
 
-def _fields(text: Any) -> set[str]:
-    kind = type(text)
+def _fields(kind: Any) -> set[str]:
     own = {field.name for field in dataclasses.fields(kind)} if dataclasses.is_dataclass(kind) else set[str]()
-    return own | set(getattr(kind, "attribute_map", {})) | set(inspect.signature(kind.__init__).parameters)
+    return own | set(getattr(kind, "attribute_map", {})) | set(inspect.signature(kind).parameters)
 
 
 def _mentions(model: Any, key: str) -> bool:

@@ -7,6 +7,7 @@ import math
 import pickle
 import random
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -24,6 +26,7 @@ from huggingface_hub import ModelCard
 from huggingface_hub.repocard_data import model_index_to_eval_results
 from markdown_it import MarkdownIt
 from PIL import Image
+from transformers import TrainerState
 
 from depthscope import DepthLMConfig, DepthLMForCausalLM, LayerReport
 from depthscope.callbacks import VarianceCallback
@@ -36,6 +39,7 @@ from depthscope.hub.figures import FOLDER, draw, figure_names, write_figures
 from depthscope.hub.front_matter import front_matter
 from depthscope.hub.markdown import code, inline
 from depthscope.hub.names import model_repository
+from depthscope.hub.plan import Options, make_plan
 from depthscope.models import to_native
 from reports import sample_content, sample_report
 from runs import trainer
@@ -563,6 +567,90 @@ def test_the_folder_of_a_trainer_gives_a_card_and_no_pickle_is_opened(tmp_path: 
     card = str(card_for(out, repo_id=REPOSITORY))
     assert "model-index" not in card
     assert 'AutoTokenizer.from_pretrained("someone/some-model")' in card
+
+
+def saved_state(folder: Path, rows: list[dict[str, Any]]) -> None:
+    """trainer_state.json as transformers writes it."""
+    steps = [{"step": step, "epoch": step / 10, **row} for step, row in enumerate(rows, 1)]
+    TrainerState(log_history=steps, global_step=len(rows)).save_to_json(str(folder / "trainer_state.json"))
+
+
+@pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf, 1e300])
+def test_a_run_with_a_number_that_is_not_finite_has_a_card(tmp_path: Path, number: float) -> None:
+    saved_state(tmp_path, [{"loss": 3.5, "grad_norm": number}, {"loss": number}, {"loss": 2.5}, {"eval_loss": 2.25}])
+    data = read_card_data(tmp_path, repo_id=REPOSITORY)
+    assert data.losses is not None
+    assert (data.losses.at, data.losses.values) == ([1, 2, 3], [3.5, None, 2.5])
+    assert data.evaluation is not None
+    assert data.evaluation.loss == 2.25
+    assert "nan" not in str(render_card(data)).lower().split()
+
+
+@pytest.mark.parametrize("number", [math.nan, math.inf, 1e300])
+def test_the_loss_of_an_earlier_evaluation_does_not_stand_for_a_last_one_that_is_no_number(
+    tmp_path: Path, number: float
+) -> None:
+    saved_state(tmp_path, [{"eval_loss": 2.25}, {"eval_loss": number}])
+    assert read_card_data(tmp_path, repo_id=REPOSITORY).evaluation is None
+
+
+@pytest.mark.parametrize("name", ["config.json", "adapter_config.json"])
+def test_a_setting_that_is_infinite_is_left_out(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text('{"time_step_limit": [0.5, Infinity], "other": NaN, "vocab_size": 7}')
+    config = read_card_data(tmp_path, repo_id=REPOSITORY).config
+    assert not config or config == {"time_step_limit": [0.5, None], "other": None, "vocab_size": 7}
+
+
+@pytest.mark.parametrize(("inside", "given"), [("..", "p1"), (".", "."), ("x", "..")])
+def test_a_point_is_the_same_from_wherever_it_is_named(
+    points: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, inside: str, given: str
+) -> None:
+    sweep = tmp_path / "depths"
+    shutil.copytree(points["dense"].parents[1], sweep, ignore=shutil.ignore_patterns("steps", "*.bin"))
+    point = (sweep / "points" / points["dense"].name).rename(sweep / "points" / "p1")
+    (point / "x").mkdir()
+    whole = read_card_data(point, repo_id=REPOSITORY)
+    assert whole.sweep is not None
+    plans = []
+    for place, name in ((tmp_path, str(point)), (point / inside, given)):
+        monkeypatch.chdir(place)
+        assert read_card_data(name, repo_id=REPOSITORY) == whole
+        plan = make_plan(Path(name), "ada", tmp_path / f"work-{len(plans)}", Options())
+        plans.append([(tree.repo_id, tree.revision, sorted(tree.files)) for tree in plan.trees])
+    assert plans[0] == plans[1]
+    assert plans[0][-1][0].startswith("ada/tiny-")
+
+
+def test_a_sweep_without_a_name_is_called_as_its_folder_also_from_within(
+    points: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sweep = tmp_path / "depths"
+    shutil.copytree(points["dense"].parents[1], sweep, ignore=shutil.ignore_patterns("steps", "*.bin"))
+    index = json.loads((sweep / "sweep.json").read_text())
+    (sweep / "sweep.json").write_text(json.dumps(index | {"name": None}))
+    monkeypatch.chdir(sweep)
+    plan = make_plan(Path("."), "ada", tmp_path / "work", Options())
+    assert {tree.repo_id.partition("-")[0] for tree in plan.trees} == {"ada/depths"}
+
+
+def test_a_point_without_its_sweep_has_a_card(points: dict[str, Path], tmp_path: Path) -> None:
+    shutil.copytree(points["dense"], tmp_path / "p1", ignore=shutil.ignore_patterns("steps"))
+    assert read_card_data(tmp_path / "p1", repo_id=REPOSITORY).losses is not None
+
+
+def test_numbers_of_numpy_and_pytorch_are_numbers_of_a_record() -> None:
+    kinds = [np.float32, np.float64, np.float16, torch.tensor, np.array, float]
+    for kind in kinds:
+        data = DepthCardData.checked(
+            repo_id=REPOSITORY,
+            parameters=np.int64(4),
+            config={"hidden_size": np.int32(8), "rope": {"theta": kind(0.5)}, "tied": np.bool_(True)},
+            evaluation={"loss": kind(1.5), "text": np.str_("a text")},
+            accuracies=[Accuracy(task="copa", metric="acc", value=kind(0.5), n=np.int64(3))],
+        )
+        assert data.config == {"hidden_size": 8, "rope": {"theta": 0.5}, "tied": True}
+        assert DepthCardData.model_validate_json(data.to_json()) == data
+        assert "!!python" not in str(render_card(data))
 
 
 def test_an_adapter_is_tied_to_its_base_model(tmp_path: Path) -> None:

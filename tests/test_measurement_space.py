@@ -2,12 +2,15 @@
 
 import importlib.metadata
 import json
+import math
 import os
 import subprocess
 import sys
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -18,6 +21,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 import depthscope
 from depthlm import tiny_depthlm
 from depthscope.downstream.record import Accuracy
+from depthscope.errors import SettingsError
 from depthscope.hub.results import accuracy_results, effectiveness_results, model_index
 from hub import LocalHub
 from tiny_tokenizer import SENTENCES, save_tokenizer
@@ -149,6 +153,34 @@ def test_results_survive_the_way_through_a_card(model: PreTrainedModel, tokenize
     assert all(
         isinstance(metric["value"], float) for one in metadata["model-index"][0]["results"] for metric in one["metrics"]
     )
+
+
+@pytest.mark.parametrize("kind", [np.float16, np.float32, np.float64, np.array, torch.tensor, Fraction])
+def test_scores_of_every_kind_of_number_are_numbers_in_a_card(kind: Any) -> None:
+    scores = {"loss": kind(3.5), "usefulness": np.int64(2), "skip_ratio": kind(1.25), "variance": [kind(1.0)]}
+    arguments = {"tokens": np.int64(4096), "exact": np.bool_(True), "share": np.float32(0.5), "of": (np.int8(1), "a")}
+    results = effectiveness_results(scores, dataset="lab/texts", arguments=arguments)
+    assert {one.metric_type: one.metric_value for one in results} == {"loss": 3.5, "usefulness": 2, "skip_ratio": 1.25}
+    card = str(ModelCard.from_template(ModelCardData(model_name="tiny", eval_results=results)))
+    assert "!!python" not in card
+    read = ModelCard(card).data.eval_results
+    assert read is not None
+    assert sorted(read, key=lambda one: one.metric_type) == sorted(results, key=lambda one: one.metric_type)
+    assert results[0].metric_args == {"tokens": 4096, "exact": True, "share": 0.5, "of": [1, "a"]}
+    for number in (math.nan, -math.inf):
+        assert not effectiveness_results({"loss": np.float32(number), "skip_ratio": None}, dataset="lab/texts")
+
+
+@pytest.mark.parametrize("value", ["3.5", True, np.bool_(False), np.str_("3.5"), {"value": 3.5}, 1j, np.complex64(1)])
+def test_a_score_that_is_no_number_is_refused_by_name(value: Any) -> None:
+    with pytest.raises(SettingsError, match=r"'loss'.*expected a number"):
+        effectiveness_results({"loss": value}, dataset="lab/texts")
+
+
+@pytest.mark.parametrize("value", [object(), torch.float32, {1, 2}, math.nan, [np.float32("inf")], {"a": b"x"}, 1j])
+def test_an_argument_that_a_card_cannot_hold_is_refused_by_name(value: Any) -> None:
+    with pytest.raises(SettingsError, match="'dtype' holds"):
+        effectiveness_results({"loss": 3.5}, dataset="lab/texts", arguments={"dtype": value})
 
 
 def test_a_number_that_is_measured_again_replaces_the_old_one_on_the_hub(hub: Any) -> None:

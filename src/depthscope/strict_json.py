@@ -10,18 +10,20 @@ from depthscope.errors import ReportError
 __all__ = ["canonical", "encode", "parse"]
 
 
-def parse(text: str, source: str) -> Any:
+def parse(text: str, source: str, *, not_finite_is_null: bool = False) -> Any:
     """Parse JSON, refusing NaN and infinities, a key given twice, and digits or depth beyond what Python reads safely.
 
     Args:
         text: the JSON.
         source: what to call the text in an error message.
+        not_finite_is_null: read NaN, Infinity and -Infinity as null: a file of others, whose JSON has them.
 
     Raises:
         ReportError: the text is refused; the message says where and why.
     """
+    constant = _null if not_finite_is_null else _refuse_constant
     try:
-        return json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_without_duplicates)
+        return json.loads(text, parse_constant=constant, object_pairs_hook=_without_duplicates)
     except json.JSONDecodeError as error:
         place = f"line {error.lineno}, column {error.colno}"
         raise ReportError(f"{source} is not JSON ({error.msg} at {place}): damaged, or not a report.") from error
@@ -54,6 +56,10 @@ def encode(value: Any, indent: str = "") -> str:
 
 def _plain(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False, allow_nan=False)
+
+
+def _null(name: str) -> None:
+    return None
 
 
 def _refuse_constant(name: str) -> None:

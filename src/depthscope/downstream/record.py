@@ -14,10 +14,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, TypeAlias
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
 
 from depthscope.errors import ReportError, SettingsError
 from depthscope.files import read_text, write_atomically
+from depthscope.scalars import plain_scalars
 from depthscope.strict_json import canonical, encode, parse
 
 if TYPE_CHECKING:
@@ -59,6 +60,11 @@ class Accuracy(BaseModel):
     n: Count | None = None
     shots: Count | None = None
     documents: Text | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _plain(cls, values: Any) -> Any:
+        return plain_scalars(values)
 
 
 def mean_accuracy(accuracies: Sequence[Accuracy], metric: str = ACC) -> tuple[float, float | None] | None:

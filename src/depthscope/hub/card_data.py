@@ -26,6 +26,7 @@ from depthscope.downstream.record import Accuracy
 from depthscope.errors import ReportError, SettingsError
 from depthscope.files import read_text, write_atomically
 from depthscope.report import MAX_FLOAT, MAX_INTEGER, UNPRINTABLE, LayerReport
+from depthscope.scalars import plain_scalars
 from depthscope.strict_json import encode, parse
 
 __all__ = [
@@ -95,6 +96,11 @@ class _Part(BaseModel):
     """Base of the parts of a record: immutable, and nothing unknown in it."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _plain(cls, values: Any) -> Any:
+        return plain_scalars(values)
 
 
 class SweepFacts(_Part):
@@ -219,7 +225,7 @@ class DepthCardData(_Part):
     @model_validator(mode="before")
     @classmethod
     def _clean(cls, values: Any) -> Any:
-        return _cleaned(values)
+        return _cleaned(plain_scalars(values))
 
     @model_validator(mode="after")
     def _relation_has_a_base(self) -> "DepthCardData":
@@ -318,6 +324,7 @@ class DepthCardData(_Part):
 
 def rounded(value: Any) -> Any:
     """A JSON-like value with its numbers at eight significant digits, null for what is not finite."""
+    value = plain_scalars(value)
     if isinstance(value, float):
         return float(f"{value:.{DIGITS}g}") if math.isfinite(value) else None
     if isinstance(value, dict):

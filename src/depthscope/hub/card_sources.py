@@ -6,7 +6,8 @@
     a saved model's folder      config.json, *.safetensors
 
 Each file is optional, and any folder may have a layer_report.json. They are read as JSON, JSON lines and YAML up to a
-bound, never unpickled: training_args.bin is not opened.
+bound, never unpickled: training_args.bin is not opened. NaN and Infinity, which transformers and PEFT write, count as
+null.
 """
 
 import json
@@ -27,7 +28,8 @@ from depthscope.downstream.record import Accuracy
 from depthscope.errors import ReportError, SettingsError
 from depthscope.files import read_text
 from depthscope.hub.card_data import LAYER_COLUMNS, Course, DepthCardData, Evaluation, LayerCourse, Relation, rounded
-from depthscope.report import LayerReport
+from depthscope.report import MAX_FLOAT, LayerReport
+from depthscope.scalars import finite_number
 from depthscope.strict_json import parse
 
 if TYPE_CHECKING:
@@ -118,9 +120,9 @@ def read_card_data(
         SettingsError: there is no such folder, or one of the values is not one that the Hub takes.
         ReportError: a file in the folder is damaged; the message names it.
     """
-    root = Path(folder)
+    root = Path(folder).resolve()  # of `.` and `p1` too, the sweep's folder is two up
     if not root.is_dir():
-        raise SettingsError(f"There is no folder {str(root)!r}: give the folder of a trained model.")
+        raise SettingsError(f"There is no folder {str(folder)!r}: give the folder of a trained model.")
     model = root / MODEL if (root / MODEL).is_dir() else root
     adapter = _json(model / "adapter_config.json")
     if base_model is None and (named := _repository(adapter.get("base_model_name_or_path"), model)):
@@ -159,7 +161,8 @@ def read_card_data(
 
 def _of_point(root: Path, report: LayerReport | None, result: Row) -> Row:
     point, environment = _json(root / "point.json"), _json(root / "environment.json")
-    index, specification = _json(root.parents[1] / "sweep.json"), _yaml(root.parents[1] / "sweep.yaml")
+    sweep = root.parent.parent
+    index, specification = _json(sweep / "sweep.json"), _yaml(sweep / "sweep.yaml")
     settings, text = _mapping(point, "training"), _mapping(index, "data").get("name")
     batch = settings.get("batch_tokens")
     steps = settings["tokens"] // batch if batch and settings.get("tokens") else None
@@ -178,7 +181,7 @@ def _of_point(root: Path, report: LayerReport | None, result: Row) -> Row:
     log = root / "log.jsonl"
     return {
         "sweep": {
-            "name": index.get("name") or root.parents[1].name,
+            "name": index.get("name") or sweep.name,
             "description": index.get("description") or "",
             "point": point.get("point") or root.name,
             "varied": rounded(_mapping(point, "settings")),
@@ -216,9 +219,10 @@ def _of_trainer(root: Path) -> Row:
     training: Row = {"steps": state.get("global_step") or None, "tokens": state.get("num_input_tokens_seen") or None}
     if isinstance(epoch := state.get("epoch"), (int, float)):
         training["epochs"] = float(epoch)
-    measured = [row["eval_loss"] for row in rows if isinstance(row.get("eval_loss"), (int, float))]
+    # The last, even if it is no number: an earlier loss is not that of the model in the folder.
+    measured = [row["eval_loss"] for row in rows if "eval_loss" in row]
     evaluation = None
-    if measured and (loss := rounded(float(measured[-1]))) is not None:
+    if measured and (loss := _loss(measured[-1])) is not None:
         evaluation = Evaluation(loss=loss, text="the evaluation set of the training run", split="evaluation")
     return {
         "training": {name: value for name, value in training.items() if value is not None},
@@ -264,8 +268,13 @@ def _losses(rows: Iterable[Row], batch_tokens: int | None) -> Course | None:
     kept = _thinned(kept)
     if not kept:
         return None
-    values = [row["loss"] if isinstance(row["loss"], (int, float)) else None for row in kept]
-    return Course(**_at(kept, batch_tokens), values=rounded([None if v is None else float(v) for v in values]))
+    return Course(**_at(kept, batch_tokens), values=[_loss(row["loss"]) for row in kept])
+
+
+def _loss(value: Any) -> float | None:
+    """A loss as a card holds it, None for what is no number or, in a run that diverges, beyond all bounds."""
+    number = finite_number(value, MAX_FLOAT)
+    return None if number is None else rounded(float(number))
 
 
 def _variances(root: Path, batch_tokens: int | None) -> LayerCourse | None:
@@ -318,7 +327,7 @@ def _json(path: Path) -> Row:
     """A JSON object, empty where there is no file."""
     if not path.is_file():
         return {}
-    content = parse(read_text(path, MAX_BYTES), repr(str(path)))
+    content = parse(read_text(path, MAX_BYTES), repr(str(path)), not_finite_is_null=True)
     if not isinstance(content, dict):
         raise ReportError(f"{str(path)!r} is JSON but no object; it is damaged, or of something else.")
     return content

@@ -84,6 +84,7 @@ def make_plan(source: Path, to: str, work: Path, options: Options) -> Plan:
     """
     if not source.is_dir():
         raise SettingsError(f"There is no folder {str(source)!r}: give the folder of a sweep or of a run.")
+    source = source.resolve()  # the names of `.` and of a link are those of the folder
     namespace, _, name = to.partition("/")
     plan = Plan()
     if (source / "sweep.json").is_file():
@@ -175,11 +176,10 @@ def _add_run(plan: Plan, source: Path, repo_id: str, work: Path, options: Option
 
 def _run_name(source: Path, namespace: str) -> str:
     """The name of a run's repository: a point's has that of its sweep before it, any other run's is its folder's."""
-    folder = source.resolve()
-    index = _json(folder.parents[1] / "sweep.json") if (folder / "point.json").is_file() else {}
+    index = _json(source.parent.parent / "sweep.json") if (source / "point.json").is_file() else {}
     if index:
-        return model_repository(namespace, str(index.get("name")), folder.name).partition("/")[2]
-    return folder.name
+        return model_repository(namespace, str(index.get("name")), source.name).partition("/")[2]
+    return source.name
 
 
 # ------------------------------------------------------------------------------------------------------------- a model
@@ -269,7 +269,7 @@ def _require_different(plan: Plan) -> None:
 def _json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
-    content = parse(read_text(path, MAX_BYTES), repr(str(path)))
+    content = parse(read_text(path, MAX_BYTES), repr(str(path)), not_finite_is_null=True)
     if not isinstance(content, dict):
         raise HubError(f"{str(path)!r} is JSON but no object; it is damaged.")
     return content

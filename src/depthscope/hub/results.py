@@ -5,14 +5,18 @@ a number instead of adding one. That is why standard errors, which change with t
 """
 
 import math
+import reprlib
 from collections.abc import Iterable, Mapping
+from numbers import Real
 from typing import Any
 
 from huggingface_hub import EvalResult
 from huggingface_hub.repocard_data import eval_results_to_model_index
 
 from depthscope.downstream.record import Accuracy
+from depthscope.errors import SettingsError
 from depthscope.glossary import GLOBAL_SCORES, Term
+from depthscope.scalars import finite_number, plain_scalars
 
 __all__ = ["accuracy_results", "effectiveness_results", "model_index"]
 
@@ -31,13 +35,19 @@ def effectiveness_results(
     """The global scores of a report (`report.scores`) or of the measurement `layer_effectiveness` as results.
 
     Args:
-        scores: numbers by name; lists, standard errors, and what is None or not finite are left out.
+        scores: numbers by name, of Python, NumPy or PyTorch; lists, standard errors, and what is None or not finite
+            are left out.
         dataset: the data set that the text came from, by its id on the Hub.
         dataset_name: what people call it.
         config: its configuration.
         split: its split.
-        arguments: how it was measured, for example the number of tokens.
+        arguments: how it was measured, for example the number of tokens; plain texts and numbers.
+
+    Raises:
+        SettingsError: a score is no number, or an argument is nothing that the Hub's metadata can hold.
     """
+    numbers = {name: _number(name, scores.get(name)) for name in GLOBAL_SCORES if not name.endswith("_se")}
+    written = {name: _argument(name, plain_scalars(value)) for name, value in (arguments or {}).items()}
     return [
         EvalResult(
             task_type=TASK,
@@ -47,12 +57,12 @@ def effectiveness_results(
             dataset_config=config,
             dataset_split=split,
             metric_type=name,
-            metric_name=_called(term),
-            metric_value=float(scores[name]),
-            metric_args=dict(arguments) if arguments else None,
+            metric_name=_called(GLOBAL_SCORES[name]),
+            metric_value=number,
+            metric_args=written or None,
         )
-        for name, term in GLOBAL_SCORES.items()
-        if not name.endswith("_se") and _is_number(scores.get(name))
+        for name, number in numbers.items()
+        if number is not None
     ]
 
 
@@ -66,7 +76,7 @@ def accuracy_results(accuracies: Iterable[Accuracy]) -> list[EvalResult]:
             dataset_name=row.task,
             metric_type=row.metric,
             metric_name=row.metric,
-            metric_value=row.value,
+            metric_value=float(row.value),
             metric_args={"num_few_shot": row.shots} if row.shots is not None else None,
         )
         for row in accuracies
@@ -83,5 +93,26 @@ def _called(term: Term) -> str:
     return f"{term.label[:1].upper()}{term.label[1:]}{unit}"
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+def _number(name: str, value: Any) -> float | None:
+    """A score as Python's number; None where there is none, or one a layer."""
+    value = plain_scalars(value)
+    if value is None or isinstance(value, list) or getattr(value, "shape", None):
+        return None
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise SettingsError(
+            f"The score {name!r} is {reprlib.repr(value)}, expected a number; convert it, or leave it out."
+        )
+    return float(value) if math.isfinite(value) else None
+
+
+def _argument(name: str, value: Any) -> Any:
+    """What YAML and the Hub read back as it is, in all its parts."""
+    if isinstance(value, (list, dict)):
+        for part in [*value, *value.values()] if isinstance(value, dict) else value:
+            _argument(name, part)
+    elif value is not None and not isinstance(value, (str, int)) and finite_number(value) is None:
+        raise SettingsError(
+            f"The argument {name!r} holds {reprlib.repr(value)}, expected a text, a finite number, true or false, or "
+            "lists and objects of such; convert it, or leave it out."
+        )
+    return value

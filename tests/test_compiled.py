@@ -1,15 +1,20 @@
 """Models that torch.compile compiled: analysed as they were written, and watched while they train compiled."""
 
 import copy
+import logging
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from accelerate.utils import compile_regions
+from transformers import Trainer
 
 from depthscope import AnalysisError, LayerStack, analyze
+from depthscope.callbacks import SparsityCallback, VarianceCallback, read_history
 from models import random_blocks, tiny_llama
+from runs import Sentences, arguments, trainer
 
 LAYERS = 2
 BACKEND = "eager"  # what is compiled is the same with all of them, and this one is quick
@@ -122,3 +127,69 @@ def test_layers_that_were_not_seen_are_an_error() -> None:
     for context in (stack.capturing(), stack.resuming_at(1, seen.inputs[1])):
         with torch.no_grad(), pytest.raises(AnalysisError, match="were not seen"), context:
             stack.logits(ids)
+
+
+def train(model: Any, folder: Path, callbacks: list[Any]) -> None:
+    settings = {"max_steps": 2, "logging_steps": 2, "remove_unused_columns": False}
+    trainer(model, folder, callbacks, **settings).train()
+
+
+# The two that differ most: nothing is seen, and a part.
+@pytest.mark.parametrize("way", [whole, first_layers], ids=lambda way: way.__name__)
+def test_what_its_owner_compiled_and_trained_before_is_watched_in_training(
+    way: Callable[[Any], Any], tmp_path: Path
+) -> None:
+    start = tiny_llama(LAYERS)
+    model = way(copy.deepcopy(start))
+    train(model, tmp_path / "before", [])
+    with torch.no_grad():
+        for weight, original in zip(model.parameters(), start.parameters(), strict=True):
+            weight.copy_(original)
+    train(model, tmp_path / "compiled", [VarianceCallback(), SparsityCallback()])
+    train(start, tmp_path / "plain", [VarianceCallback(), SparsityCallback()])
+    for compiled, plain in zip(read_history(tmp_path / "compiled"), read_history(tmp_path / "plain"), strict=True):
+        assert compiled["layers"].keys() == plain["layers"].keys()
+        assert compiled.get("tokens") == plain.get("tokens")
+        for metric, column in plain["layers"].items():
+            assert compiled["layers"][metric] == pytest.approx(column, rel=1e-3, abs=1e-5), metric
+
+
+def test_what_does_not_look_compiled_is_compiled_anew_after_the_first_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = hidden(tiny_llama(LAYERS))
+    train(model, tmp_path / "before", [])
+    train(model, tmp_path / "after", [VarianceCallback()])
+    row = read_history(tmp_path / "after")[0]
+    assert 0 < row["tokens"] < sum(int(mask.sum()) for mask in Sentences().masks[:8])
+    assert not [name for name, column in row["layers"].items() if None in column]
+    # And once the callback has gone, nothing of it is called by what was compiled with its hooks.
+    called: list[int] = []
+    monkeypatch.setattr(VarianceCallback, "_on_layer", lambda self, index, *streams: called.append(index))
+    model.train()(**{name: tensor[None] for name, tensor in Sentences()[0].items()})
+    assert not called
+
+
+def test_a_training_whose_layers_cannot_be_seen_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    class Untrained(Trainer):
+        """Trains in evaluation mode: not in training passes."""
+
+        def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+            loss = model.eval()(**inputs).loss
+            loss.backward()
+            return loss.detach()
+
+    callbacks = [VarianceCallback(), SparsityCallback()]
+    run = Untrained(
+        tiny_llama(LAYERS), arguments(tmp_path, max_steps=3), train_dataset=Sentences(), callbacks=callbacks
+    )
+    with caplog.at_level(logging.WARNING):
+        run.train()
+    said = [record.getMessage() for record in caplog.records if "has not seen any training pass" in record.getMessage()]
+    assert [text.split()[0] for text in said] == ["VarianceCallback", "SparsityCallback"]
+
+
+def test_watching_does_not_break_the_graph(tmp_path: Path) -> None:
+    model = torch.compile(tiny_llama(LAYERS), backend=BACKEND, fullgraph=True)
+    train(model, tmp_path, [VarianceCallback(moments_every=1), SparsityCallback()])
+    assert [row["kind"] for row in read_history(tmp_path)] == ["variance", "sparsity"]

@@ -6,6 +6,7 @@ checkpoint is written, what has been summed so far is fetched too and goes into 
 that goes on from there ends its window as if nothing had happened.
 """
 
+import logging
 from abc import abstractmethod
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,9 +19,13 @@ from transformers.trainer_callback import ExportableState
 from depthscope.anatomy import LayerStack
 from depthscope.callbacks.history import History
 from depthscope.callbacks.placing import PREFIX, call_on_failure, place
+from depthscope.callbacks.watching import Watch
+from depthscope.compiled import forget_compiled, is_compiled
 from depthscope.errors import SettingsError
 
 __all__ = ["LAYERS", "LOGGED", "Measured", "WindowCallback", "flat_names", "is_over"]
+
+logger = logging.getLogger(__name__)
 
 LOGGED = ("layers", "summary", "none")
 LAYERS = "layers"
@@ -76,6 +81,10 @@ class WindowCallback(TrainerCallback, ExportableState):
         self.window: dict[str, Any] | None = None  # what the current window has come to, as far as it is fetched
         self._stack: LayerStack | None = None
         self._file: History | None = None
+        self._watch: Watch | None = None
+        self._compiled = False  # whether what is trained is compiled
+        self._looked = 0  # measured steps since the watch began
+        self._told_unseen = False
         self._guarded = False
 
     # What a callback is made of.
@@ -89,16 +98,17 @@ class WindowCallback(TrainerCallback, ExportableState):
         """Leave nothing behind on the model; may be called twice."""
 
     @abstractmethod
-    def measure(self, on: bool) -> None:
-        """Switch measuring on or off for the passes to come."""
-
-    @abstractmethod
     def fetch(self) -> None:
         """Add what lies on the device to `window`, on every process alike, and begin anew there."""
 
     @abstractmethod
     def finish(self, window: dict[str, Any]) -> Measured:
         """Turn a window into values."""
+
+    def measure(self, on: bool) -> None:
+        """Switch measuring on or off for the passes to come."""
+        if self._watch is not None:
+            self._watch.measuring = on
 
     def options(self) -> dict[str, Any]:
         """The arguments that make another callback like this one; JSON-like."""
@@ -117,7 +127,7 @@ class WindowCallback(TrainerCallback, ExportableState):
         """Begin to watch, and go on where a checkpoint left off."""
         place(self)
         self._guard()
-        self.detach()
+        self._let_go()
         if self._stack is None or self._stack.model is not model:
             self._stack = LayerStack(model, head=False)
         self.window = _saved_window(state, type(self).__name__) if state.global_step else None
@@ -132,8 +142,10 @@ class WindowCallback(TrainerCallback, ExportableState):
             self._file = None
             return
         self.attach(self._stack)
-        if args.torch_compile:
-            _forget_compiled()
+        self._looked, self._told_unseen = 0, False
+        self._compiled = args.torch_compile or is_compiled(model)
+        if self._compiled:
+            forget_compiled()
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Measure every n-th step."""
@@ -141,6 +153,7 @@ class WindowCallback(TrainerCallback, ExportableState):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Fetch before a checkpoint; the default flow, which comes before this callback, has decided on it by now."""
+        self._look()
         if control.should_save or control.should_training_stop:
             self.fetch()
 
@@ -158,6 +171,7 @@ class WindowCallback(TrainerCallback, ExportableState):
         if logs is None or "loss" not in logs or self._stack is None:
             return
         self.fetch()
+        self._tell_unseen()
         measured = self._end_window(state)
         if measured is not None:
             named = flat_names(measured, self.log)
@@ -168,18 +182,49 @@ class WindowCallback(TrainerCallback, ExportableState):
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Keep what the last, unlogged steps came to, and leave the model as it was."""
         self.fetch()
+        self._tell_unseen()
         self._end_window(state)
-        self.detach()
+        self._let_go()
         self._file = None
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps of this callback."""
         return {"args": self.options(), "attributes": {"window": self.window}}
 
+    def _look(self) -> None:
+        """After a measured step, see to it that there was something to see."""
+        if self._watch is None or not self._watch.measuring:
+            return
+        self._looked += 1
+        if self._looked == 1 and self._watch.unseen():
+            # Something may be compiled that does not look it: then it was compiled before the hooks came.
+            self._compiled = True
+            forget_compiled()
+        elif self._looked == 2 and self._watch.unseen() == "any training pass":
+            self._tell_unseen()
+
+    def _tell_unseen(self) -> None:
+        if self._watch is None or self._told_unseen or not self._looked or not (unseen := self._watch.unseen()):
+            return
+        logger.warning(
+            "%s has not seen %s so far, and has no values for it: its hooks were not called. Something runs the model "
+            "without calling its modules (an exported form, say), in evaluation mode or without gradients; train it as "
+            "it was written (torch_compile=True is fine).",
+            type(self).__name__,
+            unseen,
+        )
+        self._told_unseen = True
+
     def _guard(self) -> None:
         if not self._guarded:
-            call_on_failure(self.detach)
+            call_on_failure(self._let_go)
             self._guarded = True
+
+    def _let_go(self) -> None:
+        self.detach()
+        if self._compiled:
+            forget_compiled()  # or the hooks that have gone are called in passes to come
+            self._compiled = False
 
     def _end_window(self, state: Any) -> Measured | None:
         if self.window is None:
@@ -219,10 +264,3 @@ def _saved_window(state: Any, name: str) -> dict[str, Any] | None:
     if isinstance(saved, list):
         saved = saved[0] if saved else None
     return (saved or {}).get("attributes", {}).get("window")
-
-
-def _forget_compiled() -> None:
-    # What was compiled before knows nothing of hooks that came later, and is not checked for them.
-    import torch
-
-    torch.compiler.reset()

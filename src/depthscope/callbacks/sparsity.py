@@ -71,7 +71,6 @@ class SparsityCallback(WindowCallback):
             raise SettingsError(f"sequences is {sequences!r}; give a number of sequences, 0 for no attention.")
         self.sequences = sequences
         self.weights = weights
-        self._watch: Watch | None = None
         self._handles: list[Any] = []
         self._routers: dict[str, Router] = {}  # by layer, and from the second in a layer on by its number there
         self._seen: dict[str, Any] = {}  # what they returned in the pass that is running
@@ -138,11 +137,6 @@ class SparsityCallback(WindowCallback):
         kept = super().state()
         kept["attributes"]["_measured_at"] = self._measured_at
         return kept
-
-    def measure(self, on: bool) -> None:
-        """Switch measuring on or off."""
-        if self._watch is not None:
-            self._watch.measuring = on
 
     def fetch(self) -> None:
         """One transfer for each layer with experts."""

@@ -84,7 +84,6 @@ class VarianceCallback(WindowCallback):
             raise SettingsError(f"moments_every is {moments_every!r}; give a number of steps, at least 1, or None.")
         self.sublayers = sublayers
         self.moments_every = moments_every
-        self._watch: Watch | None = None
         self._sums: _Sums | None = None
         self._seen: dict[str, list[_Spreads]] = {}  # of the pass that is running: by "stream", "attention", "mlp"
         self._seen_moments: list[tuple[int, Tensor]] = []
@@ -116,11 +115,6 @@ class VarianceCallback(WindowCallback):
         self._moments = self.moments_every is not None and state.global_step % self.moments_every == 0
         if self._sums is not None:
             self._sums.step.fill_(state.global_step + 1)
-
-    def measure(self, on: bool) -> None:
-        """Switch measuring on or off."""
-        if self._watch is not None:
-            self._watch.measuring = on
 
     def fetch(self) -> None:
         """One transfer of [L, metrics]."""
@@ -172,15 +166,21 @@ class VarianceCallback(WindowCallback):
     def _on_layer(self, index: int, before: Tensor, after: Tensor) -> None:
         assert self._stack is not None
         # A layer's input is the output of the one before it, which has been measured already, unless it was changed in
-        # place since then.
-        if self._previous is not None and self._previous[0] is before and self._previous[1] == before._version:
+        # place since then. A compiler does not compute the same twice, and cannot ask whether two tensors are one.
+        compiling = torch.compiler.is_compiling()
+        if (
+            not compiling
+            and self._previous is not None
+            and self._previous[0] is before
+            and self._previous[1] == before._version
+        ):
             into = self._previous[2]
         else:
             into = _Spread.of(self._stack.features(before), self._rooms, "before")  # [B, T, S, d]
         view = self._stack.features(after)
         out = _Spread.of(view, self._rooms, "after" if into.room == "before" else "before")
         self._seen["stream"].append(_Spreads(index, out, into, out.distance(into, self._rooms)))
-        self._previous = (after, after._version, out)
+        self._previous = None if compiling else (after, after._version, out)
         if self._moments:
             self._seen_moments.append((index, _moments(view)))
 

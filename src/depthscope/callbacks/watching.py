@@ -40,6 +40,8 @@ class Watch:
         end: Callable[[Tensor | None], None] = lambda mask: None,
     ) -> None:
         self.measuring = False  # whether passes are to be measured now
+        self._awaited: set[tuple[str, int]] = {("a pass", 0)}
+        self._seen: set[tuple[str, int]] = set()
         self._inside = False
         self._mask: Tensor | None = None
         self._begin, self._end = begin, end
@@ -52,13 +54,29 @@ class Watch:
         self._add(decoder.register_forward_hook(self._leave, always_call=True))
         for index, layer in enumerate(stack.layers):
             if on_layer is not None:
+                self._awaited.add(("layer", index))
                 self._add(layer.register_forward_hook(self._layer_hook(index, on_layer), with_kwargs=True))
             for part in ("attention", "mlp") if on_part is not None else ():
                 module = stack.sublayer(index, part)
                 if module is not None and on_part is not None:
+                    self._awaited.add((part, index))
                     self._add(module.register_forward_hook(self._part_hook(index, part, on_part)))
-        for module, function in (others or {}).items():
-            self._add(module.register_forward_hook(self._other_hook(function)))
+        for index, (module, function) in enumerate((others or {}).items()):
+            self._awaited.add(("router", index))
+            self._add(module.register_forward_hook(self._other_hook(index, function)))
+
+    def unseen(self) -> str:
+        """What no measured pass has called since the watch began, in words; empty where everything was."""
+        missing: dict[str, list[int]] = {}
+        for what, index in sorted(self._awaited - self._seen):
+            missing.setdefault(what, []).append(index)
+        if "a pass" in missing:
+            return "any training pass"
+        names = {"layer": "layers", "router": "routers"}
+        return ", ".join(
+            f"{names.get(what, f'the {what} of layers')} {', '.join(map(str, where))}"
+            for what, where in missing.items()
+        )
 
     def remove(self) -> None:
         """Take all hooks off."""
@@ -83,6 +101,7 @@ class Watch:
     def _enter(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         self._inside = self.measuring and module.training and torch.is_grad_enabled()
         if self._inside:
+            self._seen.add(("a pass", 0))
             self._begin()
 
     def _leave(self, module: nn.Module, args: tuple[Any, ...], result: Any) -> None:
@@ -95,6 +114,7 @@ class Watch:
     def _layer_hook(self, index: int, function: Callable[[int, Tensor, Tensor], None]) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
             if self._inside:
+                self._seen.add(("layer", index))
                 with torch.no_grad():
                     function(index, hidden_among(args, kwargs), hidden_of(result))
 
@@ -103,14 +123,16 @@ class Watch:
     def _part_hook(self, index: int, part: str, function: Callable[[int, str, Tensor], None]) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], result: Any) -> None:
             if self._inside:
+                self._seen.add((part, index))
                 with torch.no_grad():
                     function(index, part, hidden_of(result))
 
         return hook
 
-    def _other_hook(self, function: Callable[[Any], None]) -> Callable[..., None]:
+    def _other_hook(self, index: int, function: Callable[[Any], None]) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], result: Any) -> None:
             if self._inside:
+                self._seen.add(("router", index))
                 with torch.no_grad():
                     function(result)
 

@@ -1,5 +1,7 @@
 """EffectivenessCallback: the scores of an analysis, at the right steps, within its time, unnoticed by the training."""
 
+import inspect
+import json
 from pathlib import Path
 from typing import Any
 
@@ -7,8 +9,8 @@ import pytest
 import torch
 
 from depthlm import tiny_depthlm
-from depthscope import LayerReport, SettingsError, analyze
-from depthscope.callbacks import EffectivenessCallback, VarianceCallback, read_history
+from depthscope import Blocks, LayerReport, SettingsError, analyze
+from depthscope.callbacks import EffectivenessCallback, SparsityCallback, VarianceCallback, read_history
 from depthscope.callbacks import effectiveness as module
 from models import random_blocks, tiny_llama
 from runs import trainer
@@ -126,3 +128,42 @@ def test_a_model_that_diverges_goes_on_training(tmp_path: Path, caplog: pytest.L
 def test_arguments_that_are_not_allowed(options: dict[str, Any], said: str) -> None:
     with pytest.raises(SettingsError, match=said):
         EffectivenessCallback(BLOCKS, **options)
+
+
+def restored(callback: Any) -> Any:
+    """The callback that a checkpoint gives back."""
+    return type(callback).from_state(json.loads(json.dumps(callback.state())))
+
+
+def test_a_restored_callback_measures_the_same_tokens() -> None:
+    mask = torch.ones(4, 8, dtype=torch.long)
+    mask[:, :3] = 0
+    blocks = Blocks.from_ids(torch.randint(0, 100, (4, 8)), mask, special_ids=[5, 7], name="mine")
+    again = restored(EffectivenessCallback(blocks, scores="skip"))
+    assert (again.blocks.fingerprint, again.blocks.name) == (blocks.fingerprint, "mine")
+    assert torch.equal(again.blocks.token_mask, blocks.token_mask)
+
+
+def test_ids_whose_tokenizer_is_not_known_yet_stay_open_to_it() -> None:
+    ids = torch.randint(0, 100, (4, 8))
+    assert restored(EffectivenessCallback(ids, scores="skip"))._as_ids
+    known = EffectivenessCallback(ids, scores="skip")
+    known.blocks = Blocks.from_ids(ids, special_ids=[int(ids[0, 0])])  # as a Trainer's tokenizer says
+    assert restored(known).blocks.special_ids == known.blocks.special_ids
+
+
+@pytest.mark.parametrize(
+    "callback",
+    [
+        VarianceCallback(every=3, sublayers=False, moments_every=7, log="summary", history=False),
+        SparsityCallback(every=3, sequences=1, weights=False, log="none", history=False),
+        EffectivenessCallback(
+            random_blocks(4, 12), "usefulness", 9, None, 3, "none", False, ridge=0.1, bos="no", batch_size=2, seed=4
+        ),
+    ],
+    ids=lambda callback: type(callback).__name__,
+)
+def test_every_argument_outlasts_a_checkpoint(callback: Any) -> None:
+    arguments = set(inspect.signature(type(callback)).parameters) - {"options"}
+    assert arguments <= set(callback.state()["args"])
+    assert restored(callback).state() == callback.state()

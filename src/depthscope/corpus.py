@@ -89,6 +89,12 @@ class Blocks:
             return blocks
         return cls.from_ids(blocks, special_ids=() if tokenizer is None else SpecialTokens.of(tokenizer).ids)
 
+    def to_dict(self) -> dict[str, Any]:
+        """The arguments of `from_ids` that make these blocks again, as JSON has them."""
+        mask = None if self.attention_mask is None else self.attention_mask.int().tolist()
+        special = sorted(self.special_ids)
+        return {"ids": self.input_ids.tolist(), "attention_mask": mask, "special_ids": special, "name": self.name}
+
     def __len__(self) -> int:
         return self.input_ids.shape[0]
 

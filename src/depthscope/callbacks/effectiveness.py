@@ -12,7 +12,7 @@ The training itself does not notice: random states, modes and gradients are as t
 import logging
 import random
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -57,7 +57,8 @@ class EffectivenessCallback(TrainerCallback, ExportableState):
 
     Args:
         blocks: token ids [N, T], of text that the model is not trained on; special tokens of the Trainer's tokenizer at
-            the start of a block, such as BOS, do not count. `depthscope.load_blocks` makes `Blocks` out of text.
+            the start of a block, such as BOS, do not count. `depthscope.load_blocks` makes `Blocks` out of text. Also
+            what `Blocks.to_dict` gives, as a checkpoint keeps it.
         scores: as for `depthscope.analyze`.
         every: compute them every n-th optimiser step, where the time allows it.
         max_overhead: share of the training time (0.05 is 5%) that all analyses together may take; one that would take
@@ -76,7 +77,7 @@ class EffectivenessCallback(TrainerCallback, ExportableState):
 
     def __init__(
         self,
-        blocks: Tensor | Blocks | list[list[int]],
+        blocks: Tensor | Blocks | list[list[int]] | Mapping[str, Any],
         scores: str | Iterable[str] = DEFAULT_SCORES,
         every: int = 500,
         max_overhead: float | None = 0.05,
@@ -91,6 +92,8 @@ class EffectivenessCallback(TrainerCallback, ExportableState):
             raise SettingsError(f"max_overhead is {max_overhead!r}; give a share of the time above 0, or None.")
         if log not in LOGGED:
             raise SettingsError(f"log is {log!r}; choose one of {', '.join(LOGGED)}.")
+        if isinstance(blocks, Mapping):
+            blocks = Blocks.from_ids(**blocks)
         self.blocks = blocks if isinstance(blocks, Blocks) else Blocks.from_ids(torch.as_tensor(blocks))
         self._as_ids = not isinstance(blocks, Blocks)  # then the tokenizer says which of them are special
         self.settings = _settings(self.blocks, scores, fit_blocks, options)
@@ -112,7 +115,10 @@ class EffectivenessCallback(TrainerCallback, ExportableState):
         for name in ("scores", "eval_blocks", "block_size", "fit_blocks"):
             del options[name]
         args = {
-            "blocks": self.blocks.input_ids.tolist(),
+            # Ids of which nothing is known yet stay ids: a tokenizer will say which of them are special.
+            "blocks": self.blocks.to_dict()
+            if self.blocks.special_ids or not self._as_ids
+            else self.blocks.to_dict()["ids"],
             "scores": list(self.settings.scores),
             "every": self.every,
             "max_overhead": self.max_overhead,

@@ -93,6 +93,13 @@ def test_its_numbers_are_those_of_an_analysis_of_all_the_text(
     assert by_name["layer_skip_ratio"] == pytest.approx(found["layer_skip_ratio"])
 
 
+def test_with_bos_it_takes_as_many_blocks_as_the_text_fills(model: PreTrainedModel, tokenizer: Any) -> None:
+    held = sum(len(tokenizer(text, add_special_tokens=False).input_ids) for text in TEXTS) // 15
+    options = {"model": model, "tokenizer": tokenizer, "block_size": 16, "scores": "variance"}
+    found = load().compute(data=TEXTS, bos="yes", fit_blocks=1, **options)
+    assert found["tokens"] == 15 * (held - 1)
+
+
 def test_texts_that_are_names_of_files_are_texts(model: PreTrainedModel, tokenizer: Any) -> None:
     names = [str(path) for path in sorted(SPACE.glob("*.py"))] * 4
     found = load().compute(data=names, model=model, tokenizer=tokenizer, block_size=8, scores="variance")

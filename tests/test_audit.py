@@ -33,7 +33,7 @@ from depthscope.cli import app
 from depthscope.codes import why_codes
 from depthscope.conversion import convert_checkpoint
 from depthscope.errors import ModelLoadError
-from depthscope.loading import _load_checkpoint, _Options, load_model
+from depthscope.loading import LoadedModel, _load_checkpoint, _Options, load_model
 from depthscope.placement import place
 from depthscope.stored import StoredTensors
 
@@ -563,21 +563,25 @@ def test_a_quantisation_that_nobody_knows_of_weights_in_full_is_no_obstacle(tmp_
 # Types of numbers
 
 
+def as_on_an_accelerator(folder: Path) -> LoadedModel:
+    """Loaded in the checkpoint's own type, which a processor is spared."""
+    options = _Options("auto", None, trust_remote_code=False, token=None, attn_implementation=None)
+    return _load_checkpoint(find_checkpoint(str(folder)), options)
+
+
 def test_the_type_that_most_weights_have_is_taken_where_the_config_names_none(tmp_path: Path) -> None:
     def mixed(state: State) -> None:
         state |= {name: tensor.to(torch.bfloat16) for name, tensor in state.items() if tensor.dim() > 1}
         state["lm_head.weight"] = state["lm_head.weight"].float()  # the first of the file
 
     folder = write(tmp_path / "model", change=mixed, dtype=None)
-    checkpoint = find_checkpoint(str(folder))
-    loaded = _load_checkpoint(checkpoint, _Options("auto", None, trust_remote_code=False, token=None))
+    loaded = as_on_an_accelerator(folder)
     assert loaded.facts["dtype"] == "bfloat16"
     assert loaded.notes == []
 
 
 def test_weights_that_the_config_has_rounded_are_noted(tmp_path: Path) -> None:
     folder = write(tmp_path / "model", llama().to(torch.bfloat16), dtype="float16")
-    checkpoint = find_checkpoint(str(folder))
-    loaded = _load_checkpoint(checkpoint, _Options("auto", None, trust_remote_code=False, token=None))
+    loaded = as_on_an_accelerator(folder)
     assert loaded.notes == ["The weights are stored as bfloat16 and were rounded to float16, as config.json says."]
     assert load_model(str(folder), device="cpu").notes == []

@@ -9,6 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import (
+    ApertusConfig,
+    ApertusForCausalLM,
     DeepseekV3Config,
     DeepseekV3ForCausalLM,
     GPT2Config,
@@ -17,6 +19,8 @@ from transformers import (
     GPTNeoForCausalLM,
     GptOssConfig,
     GptOssForCausalLM,
+    HunYuanDenseV1Config,
+    HunYuanDenseV1ForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MixtralConfig,
@@ -24,6 +28,8 @@ from transformers import (
     PreTrainedModel,
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
+    XGLMConfig,
+    XGLMForCausalLM,
 )
 from typer.testing import CliRunner
 
@@ -294,8 +300,10 @@ def adapter(out: float) -> Callable[[State], None]:
     return change
 
 
-def frequencies(base: float, kind: torch.dtype = torch.float32) -> Callable[[State], None]:
-    values = (base ** -(torch.arange(4, dtype=torch.float64) / 4)).to(kind)
+def frequencies(
+    base: float, kind: torch.dtype = torch.float32, once: torch.dtype = torch.float32
+) -> Callable[[State], None]:
+    values = (base ** -(torch.arange(4, dtype=torch.float64) / 4)).to(once).to(kind)
     return lambda state: state.update(
         {f"model.layers.{layer}.self_attn.rotary_emb.inv_freq": values.clone() for layer in range(2)}
     )
@@ -317,6 +325,9 @@ def table(base: float) -> Callable[[State], None]:
         ),
         pytest.param(adapter(1.0), {}, "2 of an adapter that was never merged", id="adapter"),
         pytest.param(frequencies(5e5), {}, "2 for rotary positions, other than config.json gives", id="frequencies"),
+        pytest.param(
+            frequencies(1.1e4, once=torch.bfloat16), {}, "2 for rotary positions", id="frequencies that were bfloat16"
+        ),
         pytest.param(table(5e5), {}, "1 for rotary positions", id="table"),
         pytest.param(put("model.layers.0.self_attn.sinks", torch.zeros(4)), {}, "of another kind", id="sinks"),
         pytest.param(put(f"{UP}.weight_scale", torch.tensor([2.0])), {}, "1 that scale others", id="scales"),
@@ -347,6 +358,14 @@ def test_weights_without_a_place_that_change_the_function_are_refused(
         pytest.param(frequencies(1e4), "rotary frequencies: 2", id="frequencies"),
         pytest.param(frequencies(1e4, torch.float16), "rotary frequencies: 2", id="frequencies in half precision"),
         pytest.param(frequencies(1e4, torch.bfloat16), "rotary frequencies: 2", id="frequencies in bfloat16"),
+        pytest.param(
+            frequencies(1e4, once=torch.float16), "rotary frequencies: 2", id="frequencies that were in half precision"
+        ),
+        pytest.param(
+            frequencies(1e4, torch.float16, torch.bfloat16),
+            "rotary frequencies: 2",
+            id="frequencies that were bfloat16",
+        ),
         pytest.param(table(1e4), "rotary frequencies: 1", id="table"),
         pytest.param(put(f"{UP}.weight_scale", torch.ones(1)), "scales of one: 1", id="scales"),
         pytest.param(
@@ -371,6 +390,17 @@ def test_weights_without_a_place_that_cannot_matter_are_noted(
     (note,) = loaded.notes
     assert note.startswith("Left out of the checkpoint, without changing what the model computes: ")
     assert says in note
+
+
+def test_a_table_that_the_model_computes_by_itself_is_noted_and_another_refused(tmp_path: Path) -> None:
+    shape = {"d_model": 32, "ffn_dim": 64, "num_layers": 1, "attention_heads": 4, "max_position_embeddings": 64}
+    model = XGLMForCausalLM(XGLMConfig(**shape, vocab_size=260)).eval()
+    name = "model.embed_positions.weights"
+    own = dict(model.named_buffers())[name]
+    loaded = load_model(str(write(tmp_path / "model", model, put(name, own.half()))))
+    assert torch.equal(logits(loaded.model), logits(model))
+    assert f"what XGLMForCausalLM computes by itself: 1 ({name})" in loaded.notes[0]
+    assert name in refusal(write(tmp_path / "other", model, put(name, own + 0.1)))
 
 
 def test_layers_that_predict_further_tokens_are_left_out_with_a_note(tmp_path: Path) -> None:
@@ -547,6 +577,16 @@ def test_settings_that_change_the_function_and_are_not_used_are_refused(
 )  # fmt: skip
 def test_settings_that_are_used_or_do_nothing_are_no_obstacle(config: dict, tmp_path: Path) -> None:
     assert load_model(str(write(tmp_path / "model", **config))).notes == []
+
+
+def test_norms_of_queries_and_keys_that_a_class_always_has_may_be_named_in_its_config(tmp_path: Path) -> None:
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
+    shape |= {"num_key_value_heads": 2, "vocab_size": 260, "head_dim": 8}
+    apertus = ApertusForCausalLM(ApertusConfig(**shape))
+    hunyuan = HunYuanDenseV1ForCausalLM(HunYuanDenseV1Config(**shape))
+    assert load_model(str(write(tmp_path / "apertus", apertus, qk_norm=True))).notes == []
+    assert load_model(str(write(tmp_path / "hunyuan", hunyuan, use_qk_norm=True))).notes == []
+    assert "use_qk_norm = True" in refusal(write(tmp_path / "llama", use_qk_norm=True))
 
 
 def test_a_window_that_the_model_does_not_have_is_noted(tmp_path: Path) -> None:

@@ -78,6 +78,7 @@ class Leftovers:
             (beyond, "heads for further tokens", self._is_further),
             (rotary, "rotary frequencies", self._is_rotary),
             (name.endswith("position_ids"), "position ids", self._counts_up),
+            (not rotary and name in self._buffers, f"what {self.kind} computes by itself", self._is_buffer),
             (bool(ADAPTER.search(name)), "an adapter that adds nothing", lambda _: self._adapters_are_zero),
             (_is_square(tensor), "causal masks", self._is_mask),
             (name.endswith("bias"), "biases of zero", partial(self._is_all, 0)),
@@ -133,15 +134,26 @@ class Leftovers:
             return False
         known = self._frequencies or self._plain_frequencies([values.shape[-1]])
         if tensor.name.endswith("inv_freq"):
-            return any(_are_close(values, frequencies, tensor.dtype) for frequencies in known)
+            return any(_are_close(values, frequencies) for frequencies in known)
         function = torch.cos if tensor.name.endswith("cos_cached") else torch.sin
         return any(_ends_a_table(values, frequencies, function) for frequencies in known)
+
+    def _is_buffer(self, tensor: StoredTensor) -> bool:
+        """Whether it is what the model has under the same name without loading it, as old tables of positions are."""
+        values, own = self.stored.read(tensor), self._buffers[tensor.name]
+        if values is None or values.shape != own.shape or own.device.type == "meta":
+            return False
+        return torch.allclose(values.float(), own.float().cpu(), rtol=ANGLE, atol=ANGLE)
 
     def _is_embedding(self, tensor: StoredTensor) -> bool:
         embedding = self.model.get_input_embeddings()
         names = [name for name, module in self.model.named_modules() if module is embedding]
         sources = [source for name in names for source in self.placed.used.get(f"{name}.weight", [])]
         return any(self.stored.are_equal(tensor, source) for source in sources)
+
+    @cached_property
+    def _buffers(self) -> dict[str, torch.Tensor]:
+        return dict(self.model.named_buffers())
 
     @cached_property
     def _adapters_are_zero(self) -> bool:
@@ -223,14 +235,19 @@ def _is_square(tensor: StoredTensor) -> bool:
     )
 
 
-def _are_close(values: torch.Tensor, known: torch.Tensor, dtype: str) -> bool:
-    """Whether two sets of frequencies are one, as far as the stored type can tell."""
+def _are_close(values: torch.Tensor, known: torch.Tensor) -> bool:
+    """Whether two sets of frequencies are one, as far as the type can tell that they are stored in, or once were."""
     if values.shape != known.shape:
         return False
-    if dtype not in ("F16", "BF16"):
-        return bool(torch.allclose(values.float(), known, rtol=TOLERANCE, atol=0.0))
-    rounded, step = known.to(FLOATS[dtype]).float(), torch.finfo(FLOATS[dtype])
-    return bool(torch.allclose(values, rounded, rtol=2 * step.eps, atol=2 * step.smallest_normal * step.eps))
+    return torch.allclose(values.float(), known, rtol=TOLERANCE, atol=0.0) or any(
+        torch.equal(values.to(half).to(values), values) and _are_rounded(values, known, half)
+        for half in (torch.float16, torch.bfloat16)
+    )
+
+
+def _are_rounded(values: torch.Tensor, known: torch.Tensor, half: torch.dtype) -> bool:
+    rounded, step = known.to(half).float(), torch.finfo(half)
+    return torch.allclose(values.float(), rounded, rtol=2 * step.eps, atol=2 * step.smallest_normal * step.eps)
 
 
 def _ends_a_table(

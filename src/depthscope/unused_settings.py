@@ -20,6 +20,9 @@ from depthscope.messages import listed
 
 __all__ = ["unused_settings", "unused_settings_notes"]
 
+# Norms of queries and keys: some classes always have them, whatever they are told.
+QK_NORM = ("use_qk_norm", "qk_norm", "qk_layernorm", "use_qk_layernorm")
+QK_NORM_MODULE = re.compile(r"(^|\.)(q|k|qk|query|key)_(layer_?)?norm$")
 # Settings that change the function and leave no tensor behind -> the values at which they do nothing.
 NOTHING: tuple[Any, ...] = (None, False, 0, "", [])
 ONE = (None, 1)
@@ -29,7 +32,7 @@ ACTING: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("attention_in_multiplier", "depth_multiplier", "width_multiplier", "rope_ratio"), ONE),
     **dict.fromkeys(("attn_logit_softcapping", "final_logit_softcapping", "router_logit_softcapping"), NOTHING),
     **dict.fromkeys(("attn_logit_cap", "logit_cap", "softcap", "clip_qkv", "scale_depth"), NOTHING),
-    **dict.fromkeys(("alibi", "use_alibi", "use_qk_norm", "qk_norm", "qk_layernorm", "use_qk_layernorm"), NOTHING),
+    **dict.fromkeys(("alibi", "use_alibi", *QK_NORM), NOTHING),
     **dict.fromkeys(("use_logn_attn", "scale_embedding", "use_parallel_residual", "parallel_attn"), NOTHING),
     **dict.fromkeys(("rope_interleave", "rope_interleaved", "no_rope_layer_interval"), NOTHING),
 }
@@ -103,7 +106,9 @@ def _of_the_text(settings: Mapping[str, Any], text: Any) -> Mapping[str, Any]:
 
 def _acting(given: Mapping[str, Any], text: Any, model: Any) -> Iterator[str]:
     for key, neutral in ACTING.items():
-        if key in given and given[key] not in neutral and not _knows(text, model, key):
+        if key not in given or given[key] in neutral or _knows(text, model, key):
+            continue
+        if not (key in QK_NORM and any(QK_NORM_MODULE.search(name) for name, _ in model.named_modules())):
             yield f"{key} = {given[key]!r}"
 
 

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForSeq2SeqLM, Seq2SeqTrainer, T5Config, Trainer
+from transformers import AutoModelForSeq2SeqLM, Seq2SeqTrainer, T5Config, Trainer, TrainerCallback
 
 from depthlm import tiny_depthlm
 from depthscope import LayerStack, NoLayerStackError, SettingsError
-from depthscope.callbacks import VarianceCallback, read_history
+from depthscope.callbacks import SparsityCallback, VarianceCallback, read_history
 from depthscope.callbacks.variance import _Spread
 from models import tiny_llama, token_first_llama
 from runs import Recorder, Sentences, arguments, naive_variances, trainer
@@ -298,6 +298,24 @@ def test_nothing_stays_on_the_model_after_an_exception(place: str, late: bool, t
     with pytest.raises(RuntimeError, match="broken"):
         run.train()
     assert hooks_on(model) == before
+
+
+@pytest.mark.parametrize("kind", [VarianceCallback, SparsityCallback])
+def test_one_callback_leaves_nothing_behind_in_several_trainers_that_fail(kind: type, tmp_path: Path) -> None:
+    class Breaks(TrainerCallback):
+        def on_step_end(self, *args: Any, model: torch.nn.Module, **kwargs: Any) -> None:
+            seen.append(hooks_on(model))
+            raise RuntimeError("broken")
+
+    callback = kind(every=1, history=False)
+    runs = [trainer(tiny_llama(), tmp_path, [callback, Breaks()]) for _ in range(2)]
+    before = hooks_on(runs[0].model)
+    for run in [runs[0], runs[1], runs[1], runs[0]]:  # also one that fails again, and the first once more
+        seen: list[int] = []
+        with pytest.raises(RuntimeError, match="broken"):
+            run.train()
+        assert seen[0] > before
+        assert hooks_on(run.model) == before
 
 
 def test_a_late_callback_reports_too(tmp_path: Path) -> None:

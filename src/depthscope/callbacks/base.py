@@ -85,7 +85,6 @@ class WindowCallback(TrainerCallback, ExportableState):
         self._compiled = False  # whether what is trained is compiled
         self._looked = 0  # measured steps since the watch began
         self._told_unseen = False
-        self._guarded = False
 
     # What a callback is made of.
 
@@ -119,14 +118,14 @@ class WindowCallback(TrainerCallback, ExportableState):
     def on_init_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """Take the place, and find the layers while the model is still whole."""
         place(self)
-        self._guard()
+        call_on_failure(self, self._let_go)
         if model is not None and not _is_empty(model):
             self._stack = LayerStack(model, head=False)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """Begin to watch, and go on where a checkpoint left off."""
         place(self)
-        self._guard()
+        call_on_failure(self, self._let_go)
         self._let_go()
         if self._stack is None or self._stack.model is not model:
             self._stack = LayerStack(model, head=False)
@@ -214,11 +213,6 @@ class WindowCallback(TrainerCallback, ExportableState):
             unseen,
         )
         self._told_unseen = True
-
-    def _guard(self) -> None:
-        if not self._guarded:
-            call_on_failure(self._let_go)
-            self._guarded = True
 
     def _let_go(self) -> None:
         self.detach()

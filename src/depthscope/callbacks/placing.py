@@ -25,6 +25,7 @@ _PRINTERS = (PrinterCallback, ProgressCallback, DEFAULT_PROGRESS_CALLBACK)
 
 
 _PLACED = "_placed_by_depthscope"
+_CLEANED = "_cleaned_after_by_depthscope"
 
 
 class KeepPrintedLogsShort(TrainerCallback):
@@ -61,8 +62,8 @@ def place(callback: TrainerCallback) -> bool:
     return True
 
 
-def call_on_failure(clean: Callable[[], None]) -> None:
-    """Have `clean` called when the training of the calling Trainer ends, however it ends.
+def call_on_failure(owner: TrainerCallback, clean: Callable[[], None]) -> None:
+    """Have `clean` called when a training of the calling Trainer fails; once for each owner and Trainer.
 
     The Trainer has no event for a training that fails, so its `train` is wrapped; where that is running already, its
     `training_step`.
@@ -70,6 +71,11 @@ def call_on_failure(clean: Callable[[], None]) -> None:
     trainer = _caller(Trainer)
     if trainer is None:
         return
+    # Kept with the Trainer: one callback may serve several.
+    owners = trainer.__dict__.setdefault(_CLEANED, [])
+    if any(other is owner for other in owners):
+        return
+    owners.append(owner)
     name = "training_step" if trainer.is_in_train else "train"
     original = getattr(trainer, name)
 

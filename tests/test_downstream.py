@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -21,7 +22,7 @@ from depthlm import tiny_depthlm
 from depthscope.cli import app
 from depthscope.downstream.record import Accuracy, Downstream
 from depthscope.downstream.tasks import GROUPS, KNOWN, load_tasks, select
-from depthscope.errors import CorpusError, ModelLoadError, ReportError, SettingsError
+from depthscope.errors import CorpusError, ModelLoadError, OutOfMemoryError, ReportError, SettingsError
 from depthscope.loading import LoadedModel
 from depthscope.report import LayerReport
 from models import tiny_llama
@@ -271,6 +272,29 @@ def test_the_bar_counts_every_answer_once(
     monkeypatch.setattr(harness, "showing_progress", watched)
     evaluate(model, tokenizer, tasks="arc_easy", data=folder, batch_size=4)
     assert [(bar.done, bar.total) for bar in bars] == [(CHOICES, CHOICES)]
+
+
+@pytest.mark.parametrize("take", [lambda: torch.empty(2**60), lambda: np.empty(2**50)])
+def test_running_out_of_a_processors_memory_says_what_to_lower(
+    model: PreTrainedModel, tokenizer: Any, folder: Path, take: Callable[[], object]
+) -> None:
+    hook = model.model.layers[1].register_forward_pre_hook(lambda *_: take() and None)
+    try:
+        with pytest.raises(OutOfMemoryError, match=r"Lower the batch size \(now 3\)"):
+            evaluate(model, tokenizer, tasks="arc_easy", data=folder, batch_size=3, limit=1)
+    finally:
+        hook.remove()
+
+
+def test_another_error_of_the_model_is_not_called_one_of_memory(
+    model: PreTrainedModel, tokenizer: Any, folder: Path
+) -> None:
+    hook = model.model.layers[1].register_forward_pre_hook(lambda *_: torch.ones(2) @ torch.ones(3))
+    try:
+        with pytest.raises(RuntimeError, match="inconsistent tensor size"):
+            evaluate(model, tokenizer, tasks="arc_easy", data=folder, limit=1)
+    finally:
+        hook.remove()
 
 
 def test_solved_examples_stand_before_the_question_and_are_counted(

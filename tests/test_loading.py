@@ -733,6 +733,12 @@ def test_a_download_that_breaks_off_is_told_from_damage(saved: Path) -> None:
         raise OSError("transformers' own words")
 
 
+def test_weights_that_do_not_fit_into_a_processors_memory_are_said_not_to_fit(saved: Path) -> None:
+    checkpoint = find_checkpoint(str(saved))
+    with pytest.raises(ModelLoadError, match="does not fit in memory"), load_errors(checkpoint, "weights"):
+        torch.empty(2**60)
+
+
 ASK = """
 import json, sys
 from depthscope.errors import ModelLoadError

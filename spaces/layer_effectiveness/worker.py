@@ -116,9 +116,9 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def _is_about_memory(error: BaseException) -> bool:
-    """Whether an error is about memory; PyTorch has no class of its own for a processor's."""
-    text = str(error)
-    return isinstance(error, MemoryError | OutOfMemoryError) or "allocate memory" in text or "not enough memory" in text
+    from depthscope.out_of_memory import is_out_of_memory  # torch takes seconds
+
+    return isinstance(error, OutOfMemoryError) or is_out_of_memory(error)
 
 
 def _without_places(message: str, folder: Path, name: str) -> str:

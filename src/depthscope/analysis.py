@@ -20,6 +20,7 @@ from depthscope.facts import model_facts, text_only_notes
 from depthscope.loading import LoadedModel, load_model
 from depthscope.measurement import AnalysisInterrupted, measure, require_finite, total_work
 from depthscope.modes import evaluating
+from depthscope.out_of_memory import is_out_of_memory
 from depthscope.processes import Processes
 from depthscope.progress import Listener, showing_progress, showing_status
 from depthscope.report import LayerReport
@@ -172,20 +173,13 @@ def _require_blocks(model: nn.Module, blocks: Blocks, settings: Settings) -> Non
         blocks.check_vocabulary(size)
 
 
-def _is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error is about memory; PyTorch has no class of its own for a processor's."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    return "allocate memory" in str(error) or "not enough memory" in str(error)
-
-
 @contextmanager
 def _memory_errors(settings: Settings) -> Iterator[None]:
     """Say what to lower when the device runs out of memory."""
     try:
         yield
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        if not _is_out_of_memory(error):
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
             raise
         lower = [f"batch_size (now {settings.batch_size or 'chosen by itself'})", f"block_size ({settings.block_size})"]
         raise OutOfMemoryError(

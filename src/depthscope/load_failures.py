@@ -1,7 +1,7 @@
 """Why transformers could not load a model: its exceptions turned into one message for each cause.
 
 Causes are told apart by exception classes, and by looking at the files again after a failure; the wording of others'
-messages changes from version to version and decides nothing here.
+messages changes from version to version and decides nothing here, but for memory (`depthscope.out_of_memory`).
 """
 
 import struct
@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import torch
 import transformers
 from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalEntryNotFoundError, StrictDataclassError
 from safetensors import SafetensorError
@@ -19,6 +18,7 @@ from depthscope.checkpoints import CONFIG, Checkpoint, damaged_file, explain_hub
 from depthscope.errors import ModelLoadError
 from depthscope.gguf_header import read_header
 from depthscope.messages import listed, one_line
+from depthscope.out_of_memory import is_out_of_memory
 
 __all__ = ["LOAD_FAILURES", "load_errors"]
 
@@ -46,12 +46,12 @@ def load_errors(checkpoint: Checkpoint, part: str) -> Iterator[None]:
     """Turn what transformers raises while it loads a `part` ("config" or "weights") into a `ModelLoadError`."""
     try:
         yield
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        raise ModelLoadError(
-            f"{checkpoint.name!r} does not fit in memory. Load it as bfloat16, or split it over devices with device "
-            "auto."
-        ) from error
-    except LOAD_FAILURES as error:
+    except (MemoryError, *LOAD_FAILURES) as error:
+        if is_out_of_memory(error):
+            raise ModelLoadError(
+                f"{checkpoint.name!r} does not fit in memory. Load it as bfloat16, or split it over devices with "
+                "device auto."
+            ) from error
         raise ModelLoadError(_explain(checkpoint, part, error)) from error
 
 

@@ -21,6 +21,7 @@ from depthscope.facts import model_facts, text_only_notes
 from depthscope.loading import LoadedModel, load_model
 from depthscope.messages import one_line
 from depthscope.modes import evaluating
+from depthscope.out_of_memory import is_out_of_memory
 from depthscope.processes import Processes
 from depthscope.progress import showing_status
 from depthscope.quiet import quiet
@@ -225,7 +226,9 @@ def _random_state_kept() -> Iterator[None]:
 def _run_errors(batch_size: int) -> Iterator[None]:
     try:
         yield
-    except (torch.OutOfMemoryError, MemoryError) as error:
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
         raise OutOfMemoryError(
             f"The device ran out of memory. Lower the batch size (now {batch_size}), use a narrower dtype (bfloat16), "
             'or split the model over devices with device="auto".'

@@ -32,7 +32,7 @@ from depthscope.sweep.figures import course_figures, layer_figures, paper_panels
 from depthscope.sweep.page import render_sweep_page, write_report
 from depthscope.sweep.paper_numbers import direction, paper_series
 from depthscope.sweep.results import SweepResults, load_results
-from depthscope.sweep.tables import control_table, main_table, print_results, result_rows, to_markdown
+from depthscope.sweep.tables import control_table, main_table, print_results, result_rows, to_csv, to_markdown
 from depthscope.sweep.words import Change, family_words, standing
 from test_page import EVIL, Page
 
@@ -627,6 +627,17 @@ def test_csv_and_parquet_hold_the_same_numbers_to_the_last_digit(written: Path) 
     assert table[0]["setting_weight_decay"] == 0.1
     assert set(COLUMNS) <= set(table[0])
     assert {f"untrained_{score.name}" for score in SCORES} | {f"gain_{score.name}" for score in SCORES} <= set(table[0])
+
+
+@pytest.mark.parametrize(
+    "text", ['=HYPERLINK("x")', "+cmd|' /C calc'!A0", "-2+3", "@SUM(A1)", "\t=1+1", " =1+1", "\uff1d1"]
+)
+def test_no_text_in_a_table_is_a_formula(text: str) -> None:
+    rows = [{"point": text, text: -0.3, "other": "-0.3", "plain": "depth-L2"}, {"point": -1, text: None}]
+    header, first, second = csv.reader(io.StringIO(to_csv(rows)))
+    assert header == ["point", f"'{text}", "other", "plain"]
+    assert first == [f"'{text}", "-0.3", "-0.3", "depth-L2"]
+    assert second == ["-1", ""]
 
 
 def test_the_layers_are_a_row_each_of_trained_and_untrained_models(made: Path, written: Path) -> None:

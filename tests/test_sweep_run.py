@@ -9,8 +9,9 @@ import subprocess
 import sys
 import threading
 import time
+from collections import deque
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -25,7 +26,7 @@ from depthscope.sweep.data import Sequences, open_corpus
 from depthscope.sweep.grid import expand
 from depthscope.sweep.runner import run_sweep, select
 from depthscope.sweep.specification import load_sweep
-from depthscope.sweep.workers import costliest_first
+from depthscope.sweep.workers import _give, _heard, _tell, _Worker, costliest_first
 from sweeps import reported, run, weights, write_sweep
 
 POINTS = ["depth-L2-seed0", "depth-L3-seed0"]
@@ -384,6 +385,29 @@ def test_a_damaged_checkpoint_is_not_gone_on_from(tmp_path: Path) -> None:
     processes = point_module.Processes(0, 1, torch.device("cpu"))
     assert point_module._usable_checkpoint(folder, processes) == folder / "checkpoint-8"
     assert {path.name for path in folder.iterdir()} == {"checkpoint-4", "checkpoint-8"}
+
+
+@pytest.mark.parametrize("unread", [False, True])
+def test_a_worker_whose_parent_is_gone_ends_and_calls_no_point_failed(unread: bool) -> None:
+    ours, theirs = multiprocessing.Pipe()
+    if unread:
+        theirs.send("a message that nobody reads")
+    ours.close()
+    with pytest.raises(SystemExit):  # which run_point, unlike an Exception, does not record
+        _tell(theirs, ("at", "training", 1, 2, None))
+    assert _heard(theirs) is None
+
+
+@pytest.mark.parametrize("error", [BrokenPipeError, ConnectionResetError, ConnectionAbortedError])
+def test_a_point_can_be_given_to_a_worker_that_has_died(error: type[OSError]) -> None:
+    class Dead:
+        def send(self, point: object) -> None:
+            raise error
+
+    point: Any = object()
+    worker = _Worker(0, None, cast(Any, Dead()))
+    _give(worker, deque([point]))
+    assert worker.point is point  # its loss is found out when it should answer
 
 
 def test_workers_take_the_costliest_point_of_a_seed_first(tmp_path: Path) -> None:

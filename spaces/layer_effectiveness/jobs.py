@@ -18,7 +18,7 @@ from typing import Any
 import anyio
 
 import processes
-from limits import Limits
+from limits import MIB, Limits
 from problems import Problem, stopped
 from tasks import Task
 
@@ -48,12 +48,19 @@ class Job:
 
 
 class Results:
-    """Finished reports (JSON) by the key of their task: the last few in memory, and all in a store, if there is one."""
+    """Finished reports (JSON) by the key of their task: the last few in memory, and all in a store, if there is one.
 
-    def __init__(self, most: int, store: Any = None) -> None:
-        self.most = most
+    Args:
+        most: reports in memory.
+        store: where all are kept.
+        most_bytes: of the reports in memory, all together; a report that is larger is not kept there.
+    """
+
+    def __init__(self, most: int, store: Any = None, most_bytes: int = 64 * MIB) -> None:
+        self.most, self.most_bytes = most, most_bytes
         self.store = store
-        self._kept: OrderedDict[str, str] = OrderedDict()
+        self._kept: OrderedDict[str, bytes] = OrderedDict()
+        self._bytes = 0
         self._lock = threading.Lock()
 
     def get(self, task: Task) -> str | None:
@@ -64,7 +71,7 @@ class Results:
         with self._lock:
             if key in self._kept:
                 self._kept.move_to_end(key)
-                return self._kept[key]
+                return self._kept[key].decode()
         found = self.store.get(key) if self.store is not None and task.is_storable else None
         return found if found is None else self._keep(key, found)
 
@@ -77,10 +84,11 @@ class Results:
 
     def _keep(self, key: str, report: str) -> str:
         with self._lock:
-            self._kept[key] = report
-            self._kept.move_to_end(key)
-            while len(self._kept) > self.most:
-                self._kept.popitem(last=False)
+            encoded = report.encode()
+            self._bytes += len(encoded) - len(self._kept.pop(key, b""))
+            self._kept[key] = encoded
+            while len(self._kept) > self.most or self._bytes > self.most_bytes:
+                self._bytes -= len(self._kept.popitem(last=False)[1])
         return report
 
 

@@ -1,6 +1,5 @@
 """From a report to what the page shows of it: figures, table, facts, files to download, code to reproduce it."""
 
-import io
 import json
 import re
 import shutil
@@ -15,6 +14,7 @@ import plotly.graph_objects as go
 from gradio.components.plot import PlotData
 
 from depthscope import LayerReport, compare, write_page
+from depthscope.csv_cells import csv_of_frame
 from depthscope.glossary import LAYER_SCORES, format_number, format_with_error
 from depthscope.page import reproduce
 from depthscope.plots import EXPLANATIONS, TITLE_HEIGHT, figures
@@ -127,12 +127,10 @@ def files(reports: Sequence[LayerReport], folder: Path | None = None) -> dict[st
     if len(reports) == 1:
         saved = reports[0].save(place / f"{stem}.json")
         table = place / f"{stem}.csv"
-        table.write_text(reports[0].to_frame().to_csv(index=False), encoding="utf-8")
+        table.write_text(csv_of_frame(reports[0].to_frame()), encoding="utf-8")
         return {"json": str(saved), "csv": str(table), "html": str(page)}
     table = place / f"{stem}.csv"
-    text = io.StringIO()
-    compare(reports).layers_frame().to_csv(text, index=False)
-    table.write_text(text.getvalue(), encoding="utf-8")
+    table.write_text(csv_of_frame(compare(reports).layers_frame()), encoding="utf-8")
     return {"csv": str(table), "html": str(page)}
 
 

@@ -293,6 +293,21 @@ def test_results_of_models_that_not_everybody_may_read_are_not_kept(jobs, gate):
     assert "secret" not in repr(task(token="secret"))
 
 
+def test_results_that_are_kept_take_only_so_much_memory():
+    results = Results(most=100, most_bytes=1000)
+    asked = [task(f"model {index}") for index in range(4)]
+    for one in asked[:3]:
+        results.put(one, "x" * 400)
+    assert [len(results.get(one) or "") for one in asked] == [0, 400, 400, 0]
+    for _ in range(9):
+        results.put(asked[1], "\u00e9" * 200)
+    assert [len(results.get(one) or "") for one in asked] == [0, 200, 400, 0]
+    results.put(asked[3], "x" * 1001)
+    assert results.get(asked[3]) is None
+    results.put(asked[0], "x" * 1000)
+    assert len(results.get(asked[0])) == 1000
+
+
 def test_only_so_many_results_are_kept():
     results = Results(most=2)
     asked = [task(f"model {index}") for index in range(3)]

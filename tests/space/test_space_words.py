@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import anyio
+import pandas as pd
 import pytest
 from gradio.helpers import special_args
 
@@ -140,6 +141,22 @@ def test_names_from_strangers_are_shown_and_not_read_as_html():
     assert "<script>" not in shown.facts(named) + tiles(named)
     assert "<b>" not in shown.facts(named)
     assert ".." not in shown.files([named])["html"].rsplit("/", 1)[-1]
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_name_from_a_stranger_is_no_formula_in_the_table_of_layers(tmp_path, count):
+    evil = "=cmd|' /C calc'!A0"
+    content = sample_content()
+    content["model"]["name"] = content["layers"][0]["kind"] = evil
+    report = LayerReport.from_json(json.dumps(content))
+    text = Path(shown.files([report] * count, tmp_path)["csv"]).read_text(encoding="utf-8")
+    frame = pd.read_csv(Path(tmp_path, f"{'comparison' if count == 2 else shown._stem(evil)}.csv"))
+    assert f"'{evil}" in list(frame["kind"])
+    assert f",{evil}" not in text
+    assert not text.startswith("=")
+    assert "\n=" not in text
+    expected = report.to_frame()["skip_ratio"].to_list()
+    assert frame["skip_ratio"].to_list()[: len(expected)] == pytest.approx(expected)
 
 
 def test_every_figure_of_a_report_is_drawn_without_its_title(tmp_path):

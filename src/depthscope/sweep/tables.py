@@ -19,6 +19,7 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from depthscope.csv_cells import csv_cell
 from depthscope.glossary import LAYER_SCORES, format_number, format_with_error
 from depthscope.report import UNPRINTABLE, LayerReport
 from depthscope.sweep.derived import COLUMNS, SCORES
@@ -166,11 +167,11 @@ def _columns_of(axes: Sequence[str], columns: Sequence[list[Any]]) -> dict[str, 
 
 
 def to_csv(rows: Sequence[dict[str, Any]]) -> str:
-    """Rows as CSV; floats as the shortest digits that read back as the same number."""
+    """Rows as CSV; floats as the shortest digits that read back as the same number, and no text is a formula."""
     stream = io.StringIO()
     writer = csv.writer(stream, lineterminator="\n")
-    writer.writerow(rows[0])
-    writer.writerows(["" if value is None else value for value in row.values()] for row in rows)
+    writer.writerow(map(csv_cell, rows[0]))
+    writer.writerows(["" if value is None else csv_cell(value) for value in row.values()] for row in rows)
     return stream.getvalue()
 
 

@@ -93,12 +93,12 @@ def _give(worker: _Worker, waiting: deque[Point]) -> None:
     if worker.point is not None:
         try:
             worker.connection.send(worker.point)
-        except BrokenPipeError:
+        except ConnectionError:  # as the system says it
             return
 
 
 def _heard(connection: Connection) -> Any:
-    """What a worker says; None where it is no more."""
+    """What the process at the other end says; None where it is no more."""
     try:
         return connection.recv()
     except (EOFError, ConnectionResetError):
@@ -149,12 +149,19 @@ def _serve(connection: Connection, work: _Work) -> None:
     corpus = open_corpus(work.out, work.grid.longest)
 
     def told(stage: str, done: int, total: int, loss: float | None) -> None:
-        connection.send(("at", stage, done, total, loss))
+        _tell(connection, ("at", stage, done, total, loss))
 
-    while True:
-        point = connection.recv()
+    while (point := _heard(connection)) is not None:
         status = run_point(point, work.specification, corpus, work.grid.shortest, work.out, told)
-        connection.send(("done", status))
+        _tell(connection, ("done", status))
+
+
+def _tell(connection: Connection, message: tuple[Any, ...]) -> None:
+    """Tell the process that started this one; without it there is nothing to do, and no point has failed by that."""
+    try:
+        connection.send(message)
+    except ConnectionError as error:
+        raise SystemExit(1) from error
 
 
 def _end_with_parent() -> None:

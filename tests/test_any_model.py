@@ -113,6 +113,12 @@ def _is_whole(report, stack: LayerStack) -> None:
 
 
 @needs_documented_version
+def test_a_type_that_runs_in_float32_only_is_refused_in_words_that_say_so() -> None:
+    model = tiny_model("xlstm").to(torch.bfloat16)
+    with pytest.raises(NoLayerStackError, match="holds weights in bfloat16: some models run in float32 only"):
+        LayerStack(model)
+
+
 def test_the_documentation_names_every_exception() -> None:
     documented = (Path(__file__).parents[1] / "docs" / "models.md").read_text()
     for model_type in (*NOT_BUILT, *NO_PLAIN_STACK, *NOT_CAUSAL, *NOT_RESUMABLE):

@@ -327,8 +327,16 @@ def _watch(
                 return calls, None  # what comes after the layers may want more: labels, a padding token
             raise NoLayerStackError(
                 f"{class_name(model)} does not run on plain token ids: {type(error).__name__}: {error}. "
-                "depthscope needs a causal language model that takes `input_ids` alone."
+                f"depthscope needs a causal language model that takes `input_ids` alone.{_in_half_precision(model)}"
             ) from error
+
+
+def _in_half_precision(model: nn.Module) -> str:
+    """What else may keep a model from running: some types mix half precision with float32."""
+    halves = {weight.dtype for weight in model.parameters()} & {torch.float16, torch.bfloat16}
+    if not halves:
+        return ""
+    return f" It holds weights in {str(halves.pop()).removeprefix('torch.')}: some models run in float32 only."
 
 
 def _choose(

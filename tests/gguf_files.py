@@ -14,7 +14,7 @@ ARCHITECTURES = {
     **{"llama": "llama", "mixtral": "llama", "qwen2": "qwen2", "qwen2_moe": "qwen2moe", "qwen3": "qwen3"},
     **{"qwen3_moe": "qwen3moe", "gemma2": "gemma2", "gemma3_text": "gemma3", "phi3": "phi3", "stablelm": "stablelm"},
     **{"starcoder2": "starcoder2", "nemotron": "nemotron", "falcon": "falcon", "bloom": "bloom", "gpt2": "gpt2"},
-    **{"mamba": "mamba", "lfm2": "lfm2"},
+    **{"mamba": "mamba", "lfm2": "lfm2", "qwen3_5_text": "qwen35"},
 }
 # A setting's name in GGUF -> what configs call it.
 SETTINGS = {
@@ -96,6 +96,14 @@ def _settings(config: Any) -> dict[str, Any]:
         found["attention.head_count_kv"] = [
             config.num_key_value_heads if kind == "full_attention" else 0 for kind in kinds
         ]
+    if config.model_type == "qwen3_5_text":
+        found |= {"ssm.conv_kernel": config.linear_conv_kernel_dim, "ssm.state_size": config.linear_key_head_dim}
+        found |= {"ssm.group_count": config.linear_num_key_heads, "ssm.time_step_rank": config.linear_num_value_heads}
+        found |= {"ssm.inner_size": config.linear_num_value_heads * config.linear_value_head_dim}
+        found |= {
+            "full_attention_interval": 2,
+            "rope.dimension_sections": [*config.rope_parameters["mrope_section"], 0],
+        }
     if config.model_type in ("lfm2", "mamba"):  # RMS norms under another name
         found["attention.layer_norm_rms_epsilon"] = found.pop("attention.layer_norm_epsilon")
     rope = getattr(config, "rope_parameters", None) or {}
@@ -144,7 +152,7 @@ def _tensors(model: nn.Module, architecture: str) -> Iterator[tuple[str, np.ndar
     names = gguf.get_tensor_name_map(kind, config.num_hidden_layers)
     tied = getattr(config, "tie_word_embeddings", False)
     for full, tensor in model.state_dict().items():
-        value, (name, suffix) = tensor.float().numpy(), _parted(full)
+        value, (name, suffix) = tensor.float().numpy(), _parted(full.replace(".dt_bias", ".dt_proj.bias"))
         if tied and name == "lm_head":
             continue
         if name.endswith("experts.down_proj"):
@@ -170,14 +178,15 @@ def _as_llama_cpp(value: np.ndarray, name: str, architecture: str, config: Any) 
     if architecture == "llama" and ("q_proj" in name or "k_proj" in name):
         heads = config.num_attention_heads if "q_proj" in name else config.num_key_value_heads
         return value.reshape(heads, 2, -1, *value.shape[1:]).swapaxes(1, 2).reshape(value.shape)
-    if architecture in ("gemma2", "gemma3", "nemotron") and name.endswith("norm.weight"):
+    offset = architecture in ("gemma2", "gemma3", "nemotron", "qwen35") and "linear_attn" not in name
+    if offset and name.endswith(("norm.weight", "layernorm.weight")):
         return value + 1
     if architecture == "gpt2" and value.ndim == 2 and "c_" in name:
         return value.T.copy()
     if architecture == "bloom" and "query_key_value" in name:
         split = value.reshape(config.n_head, 3, -1, *value.shape[1:])
         return split.swapaxes(0, 1).reshape(value.shape)
-    if architecture == "mamba" and name.endswith("A_log"):
+    if name.endswith("A_log"):
         return -np.exp(value)
     if name.endswith(("conv1d.weight", "conv.conv.weight")):
         return value.squeeze(1)

@@ -59,7 +59,6 @@ SAME_IN_CONFIG: dict[str, tuple[tuple[str, ...], tuple[Any, ...]]] = {
     "rope.scaling.yarn_ext_factor": ((), (1, -1)),
     "rope.scaling.alpha": ((), (0, 1)),
     "swin_norm": (("swin_norm",), (False, 0)),
-    "nextn_predict_layers": (("num_nextn_predict_layers",), (0,)),
 }
 # Compared as frequencies.
 ROPE_SETTINGS = frozenset(
@@ -166,6 +165,7 @@ def _settings(model: nn.Module, header: GgufHeader) -> tuple[list[str], list[str
     config = config.get_text_config(decoder=True)
     compared: dict[str, Callable[[Any], str | None]] = {
         "block_count": lambda value: _differs(value - _extra_layers(header), config.num_hidden_layers),
+        "nextn_predict_layers": lambda value: _differs(value, _extra_layers(header)),
         "attention.head_count_kv": lambda value: _heads(value, config),
         "attention.key_length": lambda value: _width(value, config, header),
         "attention.value_length": lambda value: _width(value, config, header),

@@ -222,10 +222,55 @@ def test_weights_that_cannot_be_gathered_are_named(hub: LocalHub) -> None:
     assert not hub.sent()
 
 
+def test_what_failed_and_was_pushed_can_be_read_while_a_thread_adds_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "push_trees", lambda *arguments, **options: None)
+    monkeypatch.setattr(module, "client", lambda token: None)
+    callback, model = HubCheckpointCallback("ada/run"), Plain()
+    model.table.weight.ds_id = 0  # type: ignore[assignment]  # not gathered: each step fails at once
+    state = SimpleNamespace(global_step=0, is_world_process_zero=True)
+    callback.on_train_begin(None, state, None, model=model)
+    for step in callback.failed:
+        state.global_step = step + 1
+        callback.on_step_end(None, state, None, model=model)
+    assert list(callback.failed) == [0, 1]
+    callback.pushed.append(7)
+    assert callback.pushed == []
+
+
+def test_the_thread_of_a_training_that_has_ended_adds_nothing_to_the_next_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    reached, go_on, pushed = threading.Event(), threading.Event(), []
+
+    def slow(api: object, trees: list[Any], *arguments: Any, **options: Any) -> None:
+        reached.set()
+        assert go_on.wait(20)
+        pushed.append(trees[0].revision)
+
+    monkeypatch.setattr(module, "push_trees", slow)
+    monkeypatch.setattr(module, "client", lambda token: None)
+    monkeypatch.setattr(module, "LAST_WAIT", 0.01)
+    callback = HubCheckpointCallback("ada/run", patience=0.01)
+    state = SimpleNamespace(global_step=0, is_world_process_zero=True)
+    callback.on_train_begin(None, state, None, model=Plain())
+    assert reached.wait(20)
+    threads = [thread for thread in threading.enumerate() if thread.name == "hub-checkpoints"]
+    callback.on_train_end(None, state, None)
+    assert list(callback.failed) == [0]
+    state.global_step = 3  # the next training goes on from a checkpoint, and has pushed nothing
+    callback.on_train_begin(None, state, None, model=Plain())
+    go_on.set()
+    for thread in threads:
+        thread.join(20)
+    assert pushed == ["step0"]
+    assert not any(thread.is_alive() for thread in threads)
+    assert (callback.pushed, callback.failed) == ([], {})
+
+
 def test_steps_and_processes_that_push(hub: LocalHub, monkeypatch: pytest.MonkeyPatch) -> None:
     callback, saved = HubCheckpointCallback("ada/run", every=300), []
     monkeypatch.setattr(module, "_save", lambda *arguments: saved.append(arguments))
-    monkeypatch.setattr(HubCheckpointCallback, "_push", lambda self, checkpoint: True)
+    monkeypatch.setattr(HubCheckpointCallback, "_push", lambda self, run, checkpoint: True)
     for is_main in (True, False):
         published = []
         for step in range(1300):

@@ -48,6 +48,35 @@ class _Checkpoint:
         return Tree(repo_id, "model", f"step{self.step}", files)
 
 
+@dataclass
+class _Run:
+    """What one training has published: shared with its thread, which may outlive it and must not touch the next one."""
+
+    waiting: int
+    pushed: list[int] = field(default_factory=list)
+    failed: dict[int, str] = field(default_factory=dict)
+    given: list[int] = field(default_factory=list)  # steps that the thread was given
+    again: list[_Checkpoint] = field(default_factory=list)  # those whose first push failed
+    lock: threading.Lock = field(default_factory=threading.Lock)  # of the steps that were pushed or failed
+    queued: queue.Queue[_Checkpoint | None] = field(default_factory=queue.Queue)
+    stop: threading.Event = field(default_factory=threading.Event)
+    worker: threading.Thread | None = None
+
+    def __post_init__(self) -> None:
+        self.kept = threading.Semaphore(self.waiting)  # folders on the disk
+
+    def fail(self, step: int, reason: str) -> None:
+        reason = hide_tokens(reason)
+        with self.lock:
+            self.failed[step] = reason
+        logger.warning("step%d is not on the Hub: %s", step, reason)
+
+    def succeed(self, step: int) -> None:
+        with self.lock:
+            self.pushed.append(step)
+            self.failed.pop(step, None)
+
+
 class HubCheckpointCallback(TrainerCallback):
     """Pushes the weights at steps 0, 1, 2, 4, ..., 512 and then at every n-th to branches `step<N>`, in the background.
 
@@ -65,10 +94,6 @@ class HubCheckpointCallback(TrainerCallback):
         waiting: checkpoints that may wait on the disk; at a step at which there are as many, none is saved.
         patience: seconds that the end of the training waits for what is left to be pushed.
         token: instead of the one that huggingface_hub finds.
-
-    Attributes:
-        pushed: steps that are on the Hub.
-        failed: why a step is not, by step.
 
     Raises:
         SettingsError: an argument is not allowed.
@@ -95,21 +120,24 @@ class HubCheckpointCallback(TrainerCallback):
                 raise SettingsError(f"{name} is {number!r}; give a whole number, at least 1.")
         self.repo_id, self.every, self.private = repo_id, every, private
         self.waiting, self.patience = waiting, patience
-        self.pushed: list[int] = []
-        self.failed: dict[int, str] = {}
         self._token = token
-        self._again: list[_Checkpoint] = []  # those whose first push failed
-        self._queue: queue.Queue[_Checkpoint | None] = queue.Queue()
-        self._kept = threading.Semaphore(waiting)  # folders on the disk
-        self._stop = threading.Event()
-        self._worker: threading.Thread | None = None
-        self._given: list[int] = []  # steps that the worker was given
+        self._run = _Run(waiting)
+
+    @property
+    def pushed(self) -> list[int]:
+        """Steps that are on the Hub by now: a copy, since the thread goes on."""
+        with self._run.lock:
+            return list(self._run.pushed)
+
+    @property
+    def failed(self) -> dict[int, str]:
+        """Why a step is not on the Hub, by step: a copy, since the thread goes on."""
+        with self._run.lock:
+            return dict(self._run.failed)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Push the weights before the first step; in a run that goes on, nothing."""
-        self.pushed, self.failed, self._again, self._given = [], {}, [], []
-        self._queue, self._kept, self._stop = queue.Queue(), threading.Semaphore(self.waiting), threading.Event()
-        self._worker = None
+        self._run = _Run(self.waiting)
         if state.global_step == 0:
             self._publish(state, kwargs)
 
@@ -121,24 +149,26 @@ class HubCheckpointCallback(TrainerCallback):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Wait for what is being pushed, try once more what failed, and list what is not on the Hub."""
-        if self._worker is not None:
-            self._queue.put(None)
-            self._worker.join(self.patience)
-            if self._worker.is_alive():
-                self._stop.set()
-                self._worker.join(LAST_WAIT)
-            self._worker = None
-            for step in self._given:
-                if step not in self.pushed:
-                    self.failed.setdefault(step, "it was still being pushed when the training ended")
-        if self.failed:
-            listed = "; ".join(f"step{step}: {reason}" for step, reason in sorted(self.failed.items()))
+        run = self._run
+        if run.worker is not None:
+            run.queued.put(None)
+            run.worker.join(self.patience)
+            if run.worker.is_alive():
+                run.stop.set()
+                run.worker.join(LAST_WAIT)
+            run.worker = None
+            with run.lock:
+                for step in run.given:
+                    if step not in run.pushed:
+                        run.failed.setdefault(step, "it was still being pushed when the training ended")
+        if failed := self.failed:
+            listed = "; ".join(f"step{step}: {reason}" for step, reason in sorted(failed.items()))
             logger.warning("Not on the Hub (%s): %s", self.repo_id, listed)
 
     # In the training's thread
 
     def _publish(self, state: Any, found: dict[str, Any]) -> None:
-        model, step = found.get("model"), state.global_step
+        run, model, step = self._run, found.get("model"), state.global_step
         if model is None:
             return
         # Every process takes part in gathering; only the main one has what comes of it.
@@ -146,51 +176,45 @@ class HubCheckpointCallback(TrainerCallback):
         if not state.is_world_process_zero:
             return
         if not whole:
-            self._fail(step, "its weights are shared out among processes in a way that is not gathered here")
+            run.fail(step, "its weights are shared out among processes in a way that is not gathered here")
             return
-        if not self._kept.acquire(blocking=False):
-            self._fail(step, f"{self.waiting} checkpoints before it were still waiting for the Hub")
+        if not run.kept.acquire(blocking=False):
+            run.fail(step, f"{self.waiting} checkpoints before it were still waiting for the Hub")
             return
         try:
             checkpoint = _Checkpoint(step)
             _save(model, weights, found.get("processing_class"), checkpoint.folder.name)
         except Exception as error:  # whatever a model's own saving raises, the training goes on
-            self._kept.release()
-            self._fail(step, f"could not be saved: {one_line(error)}")
+            run.kept.release()
+            run.fail(step, f"could not be saved: {one_line(error)}")
             return
-        if self._worker is None:
-            self._worker = threading.Thread(target=self._work, name="hub-checkpoints", daemon=True)
-            self._worker.start()
-        self._given.append(step)
-        self._queue.put(checkpoint)
-
-    def _fail(self, step: int, reason: str) -> None:
-        reason = hide_tokens(reason)
-        self.failed[step] = reason
-        logger.warning("step%d is not on the Hub: %s", step, reason)
+        if run.worker is None:
+            run.worker = threading.Thread(target=self._work, args=(run,), name="hub-checkpoints", daemon=True)
+            run.worker.start()
+        run.given.append(step)
+        run.queued.put(checkpoint)
 
     # In the worker's thread
 
-    def _work(self) -> None:
-        while (checkpoint := self._queue.get()) is not None:
-            if not self._push(checkpoint):
-                self._again.append(checkpoint)  # its folder stays until the end
+    def _work(self, run: _Run) -> None:
+        while (checkpoint := run.queued.get()) is not None:
+            if not self._push(run, checkpoint):
+                run.again.append(checkpoint)  # its folder stays until the end
                 continue
-            self._kept.release()
-        for checkpoint in self._again:
-            if self._push(checkpoint):
-                self.failed.pop(checkpoint.step, None)
-        self._again = []
+            run.kept.release()
+        for checkpoint in run.again:
+            self._push(run, checkpoint)
+        run.again = []
 
-    def _push(self, checkpoint: _Checkpoint) -> bool:
+    def _push(self, run: _Run, checkpoint: _Checkpoint) -> bool:
         try:
             api: HfApi = client(self._token)
-            patience = Patience(stop=self._stop, said=lambda line: logger.info("%s", line))
+            patience = Patience(stop=run.stop, said=lambda line: logger.info("%s", line))
             push_trees(api, [checkpoint.tree(self.repo_id)], patience, private=self.private)
         except Exception as error:  # in a thread it would go unseen, and the training goes on in any case
-            self._fail(checkpoint.step, one_line(error))
+            run.fail(checkpoint.step, one_line(error))
             return False
-        self.pushed.append(checkpoint.step)
+        run.succeed(checkpoint.step)
         checkpoint.folder.cleanup()
         return True
 

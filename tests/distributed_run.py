@@ -1,7 +1,8 @@
-"""A training in two processes, started by torchrun: `distributed_run.py ddp|fsdp FOLDER`."""
+"""A training in two processes, started by torchrun: `distributed_run.py ddp|fsdp|failing FOLDER`."""
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -27,6 +28,42 @@ def callbacks() -> list[TrainerCallback]:
 
 def ddp(folder: Path) -> None:
     trainer(tiny_llama(), folder, callbacks(), per_device_train_batch_size=2, ddp_backend="gloo", **RHYTHM).train()
+
+
+class FailsInOneProcess(TrainerCallback):
+    """Lets the analysis of some steps fail, each in one process only, while the other waits for it."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self.step, self.passes = 0, 0
+        model.model.layers[2].register_forward_hook(self._fail)
+
+    def on_step_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.step, self.passes = state.global_step + 1, 0
+
+    def _fail(self, layer: torch.nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
+        if layer.training or output.shape[1] != 12:  # of another length are the examples that layers are found with
+            return output
+        self.passes += 1
+        if (self.step, dist.get_rank(), self.passes) == (1, 1, 1):  # while linear maps are fitted
+            raise torch.OutOfMemoryError("as a device may")
+        if (self.step, dist.get_rank(), self.passes) == (2, 0, 2):  # while blocks are measured
+            return output * float("nan")
+        return output
+
+
+def failing(folder: Path) -> None:
+    model = tiny_llama()
+    measuring = EffectivenessCallback(random_blocks(4, 12), scores="skip,usefulness", every=1, max_overhead=None)
+    trainer(
+        model,
+        folder,
+        [FailsInOneProcess(model), measuring],
+        per_device_train_batch_size=2,
+        ddp_backend="gloo",
+        ddp_timeout=40,
+        max_steps=3,
+        logging_steps=3,
+    ).train()
 
 
 def fsdp(folder: Path) -> None:
@@ -64,7 +101,7 @@ def fsdp(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    {"ddp": ddp, "fsdp": fsdp}[sys.argv[1]](Path(sys.argv[2]))
+    {"ddp": ddp, "failing": failing, "fsdp": fsdp}[sys.argv[1]](Path(sys.argv[2]))
     if dist.is_initialized():
         dist.barrier()  # a process that ends before the others takes their connections with it
         dist.destroy_process_group()

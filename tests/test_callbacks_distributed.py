@@ -18,13 +18,14 @@ from runs import Sentences, naive_variances, trainer
 TESTS = Path(__file__).parent
 
 
-def run(kind: str, folder: Path) -> None:
+def run(kind: str, folder: Path) -> str:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command += [str(TESTS / "distributed_run.py"), kind, str(folder)]
     paths = os.pathsep.join([str(TESTS), *filter(None, [os.environ.get("PYTHONPATH")])])
     settings = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=settings)
     assert done.returncode == 0, done.stderr[-3000:]
+    return done.stderr
 
 
 def test_ddp_equals_one_process_on_the_same_data(tmp_path: Path) -> None:
@@ -40,6 +41,15 @@ def test_ddp_equals_one_process_on_the_same_data(tmp_path: Path) -> None:
             np.testing.assert_allclose(np.array(shared["layers"][metric], float), np.array(column, float), 1e-5, 1e-5)
     report = LayerReport.load(tmp_path / "two" / "layer_reports" / "step-3.json")
     assert report.data["eval_blocks"] == 3
+
+
+def test_where_an_analysis_fails_in_one_process_all_leave_it_and_go_on_training(tmp_path: Path) -> None:
+    """Otherwise one trains on, while the other waits for its part of the analysis."""
+    said = run("failing", tmp_path)
+    assert [row["step"] for row in read_history(tmp_path)] == [3]
+    for step, rank, reason in ((1, 1, "OutOfMemoryError: The device ran out"), (2, 0, "NonFiniteError: The model")):
+        assert f"Step {step} was not analysed: Process {rank} of 2 failed, so all of them left: {reason}" in said
+        assert f"Step {step} was not analysed: The" in said  # the process that failed
 
 
 def test_fsdp_measures_the_shares_of_both_processes(tmp_path: Path) -> None:

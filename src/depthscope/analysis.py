@@ -28,7 +28,7 @@ from depthscope.scores import SCORES
 from depthscope.settings import Settings
 from depthscope.tracing import input_embeddings, text_config
 
-__all__ = ["AnalysisInterrupted", "analyze", "analyze_blocks"]
+__all__ = ["AnalysisInterrupted", "analyze", "analyze_blocks", "memory_errors"]
 
 
 def analyze(
@@ -132,8 +132,8 @@ def analyze_blocks(
 ) -> LayerReport:
     """Measure a loaded model on blocks of tokens; see `analyze`."""
     processes = processes or Processes.here()
-    _require_blocks(model, blocks, settings)
-    with evaluating(model), torch.no_grad(), _memory_errors(settings), ExitStack() as compiled:
+    with processes.together(), evaluating(model), torch.no_grad(), memory_errors(settings), ExitStack() as compiled:
+        _require_blocks(model, blocks, settings)
         stack = LayerStack(model)
         compiled.enter_context(stack.as_written())
         require_finite(stack)
@@ -142,7 +142,7 @@ def analyze_blocks(
         listener = progress if callable(progress) else None
         with showing_progress(total, visible=bool(progress) and processes.is_main, listener=listener) as shown:
             baseline = measure(stack, scores, blocks, settings, processes, shown)
-    return assemble(stack, scores, baseline, blocks, settings, facts)
+        return assemble(stack, scores, baseline, blocks, settings, facts)
 
 
 def _settings(settings: Settings | None, options: dict[str, Any]) -> Settings:
@@ -174,7 +174,7 @@ def _require_blocks(model: nn.Module, blocks: Blocks, settings: Settings) -> Non
 
 
 @contextmanager
-def _memory_errors(settings: Settings) -> Iterator[None]:
+def memory_errors(settings: Settings) -> Iterator[None]:
     """Say what to lower when the device runs out of memory."""
     try:
         yield

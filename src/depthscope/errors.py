@@ -8,6 +8,8 @@ Everything that is the user's to mend derives from `DepthscopeError`; the comman
 class DepthscopeError(Exception):
     """Base class of every error that depthscope raises on purpose."""
 
+    of_peer = False  # whether another process of the same run raised it, and this one left because of that
+
 
 class NoLayerStackError(DepthscopeError):
     """The model has no plain stack of decoder layers, each called once and in order."""

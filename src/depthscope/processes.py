@@ -1,6 +1,11 @@
-"""The processes that share an analysis: one by itself, or those that `torchrun` started."""
+"""The processes that share an analysis: one by itself, or those that `torchrun` started.
 
-from collections.abc import Sequence
+What one process does alone may fail there only, while the others wait for it in the next exchange of tensors, until its
+time-out. So they meet before each such exchange, and one that failed says so at that meeting, and all leave.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,6 +14,8 @@ import torch.distributed as dist
 from accelerate import PartialState
 from torch import Tensor
 
+import depthscope.errors
+from depthscope.errors import DepthscopeError
 from depthscope.scores.base import Array
 
 
@@ -36,18 +43,58 @@ class Processes:
         """This process's share of some rows: every `count`-th."""
         return list(rows)[self.rank :: self.count]
 
-    def add_up(self, tensor: Tensor) -> None:
-        """Add a tensor up over all processes, in place."""
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Work that may fail in one process: where it does, all of them leave it with an error.
+
+        Every process must come here, and meet as often as the others inside (`add_up` and `add_up_tables` do).
+
+        Raises:
+            DepthscopeError: another process failed; of the class that it raised, if that is one of ours.
+        """
+        try:
+            yield
+        except BaseException as error:
+            if not getattr(error, "of_peer", False):  # of that all have heard
+                self._tell(error)
+            raise
+        self._meet()
+
+    def add_up(self, *tensors: Tensor) -> None:
+        """Add tensors up over all processes, in place; see `together`."""
         if self.count > 1:
-            moved = tensor.to(self.device)
-            dist.all_reduce(moved)
-            tensor.copy_(moved)
+            self._meet()
+            for tensor in tensors:
+                self._reduce(tensor)
 
     def add_up_tables(self, tables: dict[str, Array]) -> None:
         """Add named arrays up over all processes, in place; a process that had nothing to do starts from zeros."""
         if self.count == 1:
             return
+        self._meet()
         shapes: list[dict[str, tuple[int, ...]]] = [{} for _ in range(self.count)]
         dist.all_gather_object(shapes, {name: table.shape for name, table in tables.items()})
         for name, shape in sorted({name: shape for known in shapes for name, shape in known.items()}.items()):
-            self.add_up(torch.from_numpy(tables.setdefault(name, np.zeros(shape))))
+            self._reduce(torch.from_numpy(tables.setdefault(name, np.zeros(shape))))
+
+    def _reduce(self, tensor: Tensor) -> None:
+        moved = tensor.to(self.device)
+        dist.all_reduce(moved)
+        tensor.copy_(moved)
+
+    def _meet(self) -> None:
+        """Leave, with an error, if a process comes to this meeting to say that it failed."""
+        for rank, failure in enumerate(self._tell(None)):
+            if failure is not None:
+                name, text = failure
+                kind = getattr(depthscope.errors, name, DepthscopeError)
+                error = kind(f"Process {rank} of {self.count} failed, so all of them left: {name}: {text}")
+                error.of_peer = True
+                raise error
+
+    def _tell(self, error: BaseException | None) -> list[tuple[str, str] | None]:
+        """Exchange what happened: for each process the class of its failure and its message."""
+        told: list[tuple[str, str] | None] = [None] * self.count
+        if self.count > 1:
+            dist.all_gather_object(told, None if error is None else (type(error).__name__, str(error)))
+        return told

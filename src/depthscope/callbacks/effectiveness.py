@@ -24,13 +24,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_callback import ExportableState
 
-from depthscope.analysis import analyze_blocks
+from depthscope.analysis import analyze_blocks, memory_errors
 from depthscope.anatomy import LayerStack
 from depthscope.callbacks.base import LOGGED, Measured, flat_names, is_over
 from depthscope.callbacks.history import History
 from depthscope.callbacks.placing import place
 from depthscope.corpus import Blocks
-from depthscope.errors import AnalysisError, SettingsError
+from depthscope.errors import AnalysisError, OutOfMemoryError, SettingsError
 from depthscope.facts import model_facts
 from depthscope.measurement import total_work
 from depthscope.modes import evaluating
@@ -161,8 +161,13 @@ class EffectivenessCallback(TrainerCallback, ExportableState):
         self._since = now
         if state.global_step % self.every == 0 and not self._over:
             with _unnoticed(model):
-                if self._affordable(model):
-                    self._analyse(model, Path(args.output_dir), state)
+                try:
+                    if self._affordable(model):
+                        self._analyse(model, Path(args.output_dir), state)
+                except AnalysisError as error:  # a model that diverges must not end its training here
+                    if isinstance(error, OutOfMemoryError) and _is_sharded(model):
+                        raise  # in the middle of a pass that all processes make together
+                    logger.warning("Step %d was not analysed: %s", state.global_step, error)
             self._since = time.perf_counter()
             self.spent += self._since - now
 
@@ -184,20 +189,23 @@ class EffectivenessCallback(TrainerCallback, ExportableState):
         if self.max_overhead is None:
             return True
         if self.cost is None:
-            self.cost = _estimate(model, self.blocks, self.settings)
+            with _processes(model).together(), memory_errors(self.settings):
+                cost = _estimate(model, self.blocks, self.settings)
+            self.cost = cost  # in all processes or in none
         fits = self.spent + self.cost <= self.max_overhead * self.trained
         return _agreed(fits, next(model.parameters()).device)
 
     def _analyse(self, model: nn.Module, folder: Path, state: Any) -> None:
         begun = time.perf_counter()
-        processes = Processes.here() if not _is_sharded(model) else Processes(0, 1, next(model.parameters()).device)
         try:
             report = analyze_blocks(
-                model, self.blocks, self.settings, facts=model_facts(model), processes=processes, progress=False
+                model,
+                self.blocks,
+                self.settings,
+                facts=model_facts(model),
+                processes=_processes(model),
+                progress=False,
             )
-        except AnalysisError as error:  # a model that diverges must not end its training here
-            logger.warning("Step %d was not analysed: %s", state.global_step, error)
-            return
         finally:
             self.cost = time.perf_counter() - begun
         measured = _measured(report)
@@ -265,6 +273,11 @@ def _agreed(fits: bool, device: torch.device) -> bool:
     answer = torch.tensor(float(fits), device=device)
     dist.broadcast(answer, 0)
     return bool(answer.item())
+
+
+def _processes(model: nn.Module) -> Processes:
+    """The processes that share the blocks; of a sharded model each measures all of them."""
+    return Processes(0, 1, next(model.parameters()).device) if _is_sharded(model) else Processes.here()
 
 
 def _is_sharded(model: nn.Module) -> bool:

@@ -69,12 +69,12 @@ class Usefulness(Score):
         """Each layer: the layers after it, and the head."""
         return sum(forwards_from(self.stack, layer + 1) + self.head for layer in range(self.stack.num_layers))
 
-    def fit(self, batches: Callable[[], Iterable[Blocks]], add_up: Callable[[Tensor], None]) -> None:
+    def fit(self, batches: Callable[[], Iterable[Blocks]], add_up: Callable[..., None]) -> None:
         """Fit the affine maps of all layers: one pass over the fitting blocks for as many layers as memory holds.
 
         Args:
             batches: gives this process's fitting blocks, a batch at a time, each time it is called.
-            add_up: adds a tensor up over all processes, in place.
+            add_up: adds tensors up over all processes, in place.
         """
         layers = [layer for layer in range(self.stack.num_layers) if layer not in self.stack.unskippable]
         at_once = max(1, ACCUMULATOR_BYTES // (16 * self.stack.width**2))
@@ -92,7 +92,7 @@ class Usefulness(Score):
             self.table("linear_loss", self.stack.num_layers)[batch.rows, layer] = loss
             tick(len(batch.rows) * (forwards_from(self.stack, layer + 1) + self.head))
 
-    def _fit_some(self, layers: list[int], batches: Iterable[Blocks], add_up: Callable[[Tensor], None]) -> None:
+    def _fit_some(self, layers: list[int], batches: Iterable[Blocks], add_up: Callable[..., None]) -> None:
         sums = {layer: LeastSquares(self.stack.width) for layer in layers}
         with self.stack.capturing(first=layers[0], last=layers[-1]) as capture:
             for blocks in batches:
@@ -102,8 +102,7 @@ class Usefulness(Score):
                     mask = blocks.token_mask.to(before.device)
                     sums[layer].add(before[mask], after[mask])
         for layer in layers:
-            for tensor in sums[layer].tensors():
-                add_up(tensor)
+            add_up(*sums[layer].tensors())
             fit = sums.pop(layer).solve(self.settings.ridge)
             self.maps[layer] = self._affine(fit)
             if not fit.determined:

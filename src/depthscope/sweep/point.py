@@ -326,7 +326,7 @@ def held_out_loss(
         The loss, and its standard error over the blocks (`depthscope.scores.jackknife`); None for one block.
     """
     losses = torch.zeros(len(rows), dtype=torch.float64)  # [N] summed over the tokens of a block
-    with evaluating(model):
+    with processes.together(), evaluating(model):
         for first in processes.share(range(0, len(rows), batch)):
             ids = rows[first : first + batch].to(processes.device)
             logits = model(ids, use_cache=False).logits

@@ -135,6 +135,7 @@ def analyze_blocks(
     with processes.together(), evaluating(model), torch.no_grad(), memory_errors(settings), ExitStack() as compiled:
         _require_blocks(model, blocks, settings)
         stack = LayerStack(model)
+        _require_positions(model, settings.block_size, stack.virtual_tokens)
         compiled.enter_context(stack.as_written())
         require_finite(stack)
         scores = {name: SCORES[name](stack, settings, settings.eval_blocks) for name in settings.scores}
@@ -164,13 +165,19 @@ def _require_blocks(model: nn.Module, blocks: Blocks, settings: Settings) -> Non
             f"{len(blocks)} blocks were given, but fit_blocks={settings.fit_blocks} and "
             f"eval_blocks={settings.eval_blocks} need {needed}. Give more blocks, or lower one of the two."
         )
-    positions = getattr(text_config(model), "max_position_embeddings", None)
-    if isinstance(positions, int) and 0 < positions < settings.block_size:
-        raise SettingsError(
-            f"block_size is {settings.block_size}, but the model has {positions} positions; lower block_size."
-        )
+    _require_positions(model, settings.block_size)
     if isinstance(size := getattr(input_embeddings(model), "num_embeddings", None), int):
         blocks.check_vocabulary(size)
+
+
+def _require_positions(model: nn.Module, block_size: int, virtual: int = 0) -> None:
+    """Refuse blocks that are longer than the model's positions, with the virtual tokens that stand before them."""
+    positions = getattr(text_config(model), "max_position_embeddings", None)
+    if isinstance(positions, int) and 0 < positions < block_size + virtual:
+        before = f" and {virtual} virtual tokens stand before the text" if virtual else ""
+        raise SettingsError(
+            f"block_size is {block_size}{before}, but the model has {positions} positions; lower block_size."
+        )
 
 
 @contextmanager

@@ -142,6 +142,11 @@ class LayerStack:
         return self._require_logits(self._trace.logits)
 
     @property
+    def virtual_tokens(self) -> int:
+        """How many tokens the model puts before the text by itself (prompt tuning); the stream begins with them."""
+        return self._trace.virtual_tokens
+
+    @property
     def batch_effect(self) -> float:
         """How far the logits of a text move with the other texts of its batch, beside their spread: rounding."""
         return self._trace.batch_effect

@@ -109,6 +109,11 @@ def _notes(stack: LayerStack, scores: Mapping[str, Score], blocks: Blocks, setti
         notes.append(
             "Later layers of this model read what earlier ones left behind; every experiment ran from the start."
         )
+    if stack.virtual_tokens:
+        notes.append(
+            f"{stack.virtual_tokens} virtual tokens of the model stand before the text in the stream; they count for "
+            "nothing, nor does the prediction of the first token of the text."
+        )
     if stack.batch_effect > VISIBLE:
         notes.append(
             f"The logits of a text move by {stack.batch_effect:.1g} of their spread with the other texts of its batch, "

@@ -145,7 +145,16 @@ def convert_checkpoint(
 
 def _without_adapter(model: Any) -> Any:
     """The model itself; an adapter on it is merged into its weights."""
-    return model.merge_and_unload() if hasattr(model, "merge_and_unload") else model
+    if not hasattr(model, "get_base_model"):
+        return model
+    if not hasattr(model, "merge_and_unload"):
+        kind = getattr(model.active_peft_config.peft_type, "value", "kind")
+        raise ConversionError(
+            f"An adapter of the kind {kind} cannot be merged into the weights of its base model (virtual tokens, "
+            "prefixes and prompts inside the attention are no weights of it), so it cannot be converted. Convert the "
+            "base model alone."
+        )
+    return model.merge_and_unload()
 
 
 def _compare(source: PreTrainedModel, result: PreTrainedModel, shape: Shape) -> str:

@@ -14,7 +14,7 @@ from itertools import chain, takewhile
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from depthscope.documents import Document
 from depthscope.errors import CorpusError, SettingsError
@@ -108,6 +108,14 @@ class Blocks:
         """The blocks of the given row numbers [n], in that order."""
         mask = None if self.attention_mask is None else self.attention_mask[rows]
         return Blocks(self.input_ids[rows], mask, self.special_ids, self.name)
+
+    def behind(self, placeholder: int, count: int) -> "Blocks":
+        """The same blocks behind `count` placeholders, which count for nothing: tokens that a model adds by itself."""
+        if count == 0:
+            return self
+        ids, mask = nn.functional.pad(self.input_ids, (count, 0), value=placeholder), self.attention_mask
+        mask = None if mask is None else nn.functional.pad(mask, (count, 0), value=True)
+        return Blocks(ids, mask, self.special_ids | {placeholder}, self.name)
 
     def __repr__(self) -> str:
         return f"Blocks({self.name!r}, {len(self)} blocks of {self.block_size} tokens, {self.fingerprint})"

@@ -28,6 +28,7 @@ from depthscope.scores.base import (
 from depthscope.scores.usefulness import Usefulness
 from depthscope.scores.variance import token_variance
 from depthscope.settings import Settings
+from depthscope.tracing import PLACEHOLDER
 
 # The logits of a batch are by far its largest tensor; a batch holds as many blocks as keep them under this.
 LOGITS_BYTES = {"cpu": 256 << 20, "cuda": 1 << 30}
@@ -58,7 +59,8 @@ def measure(
 ) -> dict[str, Array]:
     """Fill every score's sums; returns the sums of the unchanged model's loss and number of predictions by block."""
     size = settings.batch_size or _batch_size(stack, settings)
-    fitting, measured = blocks[: settings.fit_blocks or 1], blocks[settings.fit_blocks :][: settings.eval_blocks]
+    parts = blocks[: settings.fit_blocks or 1], blocks[settings.fit_blocks :][: settings.eval_blocks]
+    fitting, measured = (part.behind(PLACEHOLDER, stack.virtual_tokens) for part in parts)
     baseline = {name: np.zeros(settings.eval_blocks) for name in ("loss", "targets")}
     done = 0
     try:

@@ -23,6 +23,9 @@ from depthscope.standins import LayerResult, hidden_among, hidden_of, result_lik
 # Two sizes that no other axis of a stream is likely to have, so that the shape tells which axis is which.
 TRACE_BATCH, TRACE_TOKENS = 3, 13
 
+# Stands in ids for a token that the model puts before the text by itself: a virtual token of prompt tuning.
+PLACEHOLDER = -1
+
 # What a model may raise when it is called with too little, or when a layer that it counts on does not do its work.
 MODEL_FAILURES = (TypeError, ValueError, RuntimeError, AttributeError, LookupError, NotImplementedError, AssertionError)
 
@@ -41,11 +44,11 @@ class StreamAxes:
     sizes: tuple[int, ...]  # their sizes
 
     @classmethod
-    def of(cls, shape: torch.Size) -> "StreamAxes | None":
-        """Read the axes off a stream traced with `TRACE_BATCH` sequences of `TRACE_TOKENS` tokens."""
-        if len(shape) < 3 or TRACE_BATCH not in shape[:-1] or TRACE_TOKENS not in shape[:-1]:
+    def of(cls, shape: torch.Size, length: int) -> "StreamAxes | None":
+        """Read the axes off a stream traced with `TRACE_BATCH` sequences of `length` tokens."""
+        if len(shape) < 3 or TRACE_BATCH not in shape[:-1] or length not in shape[:-1]:
             return None
-        batch, tokens = shape.index(TRACE_BATCH), shape.index(TRACE_TOKENS)
+        batch, tokens = shape.index(TRACE_BATCH), shape.index(length)
         others = tuple(axis for axis in range(len(shape)) if axis not in (batch, tokens))
         return cls(batch, tokens, others, tuple(shape[axis] for axis in others))
 
@@ -83,8 +86,9 @@ class Trace:
     sublayers: tuple[Mapping[str, str], ...]  # for each layer {"attention": name, "mlp": name}, where found
     token_first: tuple[Mapping[str, bool], ...]  # and whether what they return has its tokens before its sequences
     changes_in_place: bool
-    example: Tensor  # [TRACE_BATCH, TRACE_TOKENS] token ids
-    logits: Tensor | None  # [TRACE_BATCH, TRACE_TOKENS, V] what the model answered; None where no head was asked for
+    virtual_tokens: int  # that the model puts before the text by itself
+    example: Tensor  # [TRACE_BATCH, T] token ids, a placeholder for each virtual token
+    logits: Tensor | None  # [TRACE_BATCH, T, V] what the model answered; None where no head was asked for
     batch_effect: float  # how far the logits of a text move with the other texts of its batch, beside their spread
 
 
@@ -100,8 +104,11 @@ class _Call:
 
 
 def run(model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None = None) -> Any:
-    """Call a model on ids [B, T], without a cache where it knows of one."""
+    """Call a model on ids [B, T], without a cache where it knows of one; placeholders at the start are left to it."""
     device = input_device(model)
+    if virtual := int((input_ids[0] == PLACEHOLDER).sum()):
+        input_ids = input_ids[:, virtual:]
+        attention_mask = attention_mask[:, virtual:] if attention_mask is not None else None
     inputs: dict[str, Any] = {"input_ids": input_ids.to(device)}
     inputs |= {name: value for name, value in (("use_cache", False), ("return_dict", True)) if _takes(model, name)}
     if attention_mask is not None:
@@ -197,18 +204,20 @@ def _trace(model: nn.Module, entry: nn.Module, head: bool) -> Trace:
     example = example_ids(entry)
     lists = _module_lists(model)
     calls, logits = _watch(entry, lists, example, head)
+    virtual = 0 if logits is None else logits.shape[1] - TRACE_TOKENS
+    length = TRACE_TOKENS + virtual
     batch_effect = 0.0 if logits is None else _require_causal(entry, example, logits)
-    path, layers = _choose(entry, lists, calls)
+    path, layers = _choose(entry, lists, calls, length)
     ordered = [calls[id(layer)][0] for layer in layers]
-    axes = StreamAxes.of(ordered[0].into.shape)
+    axes = StreamAxes.of(ordered[0].into.shape, length)
     if axes is None:
         raise NoLayerStackError(
             f"The layers of {path!r} pass on tensors of shape {tuple(ordered[0].into.shape)} for {TRACE_BATCH} "
-            f"sequences of {TRACE_TOKENS} tokens, so the tokens cannot be told apart; depthscope needs "
-            "one hidden state a token."
+            f"sequences of {length} tokens, so the tokens cannot be told apart; depthscope needs one hidden state a "
+            "token."
         )
     names = [_kind_name(layer, entry, index) for index, layer in enumerate(layers)]
-    sublayers = tuple(_sublayers(layer, calls) for layer in layers)
+    sublayers = tuple(_sublayers(layer, calls, length) for layer in layers)
     return Trace(
         path=path,
         entry=entry,
@@ -220,11 +229,15 @@ def _trace(model: nn.Module, entry: nn.Module, head: bool) -> Trace:
         kind_names=tuple(names),
         sublayers=sublayers,
         token_first=tuple(
-            {part: _token_first(calls[id(layer.get_submodule(name))][0].out, axes) for part, name in found.items()}
+            {
+                part: _token_first(calls[id(layer.get_submodule(name))][0].out, axes, length)
+                for part, name in found.items()
+            }
             for layer, found in zip(layers, sublayers, strict=True)
         ),
         changes_in_place=any(call.changed for call in ordered),
-        example=example,
+        virtual_tokens=virtual,
+        example=torch.cat([torch.full((TRACE_BATCH, virtual), PLACEHOLDER), example], 1),
         logits=logits,
         batch_effect=batch_effect,
     )
@@ -275,9 +288,9 @@ def _require_causal(model: nn.Module, example: Tensor, answer: Tensor) -> float:
     with evaluating(model), torch.no_grad(), as_written():
         return require_causal(
             class_name(model),
-            lambda ids: run(model, ids).logits,
+            lambda ids: run(model, ids).logits[:, -TRACE_TOKENS:],
             example,
-            answer,
+            answer[:, -TRACE_TOKENS:],
             (example_ids(model, draw) for draw in count(1)),
             epsilon=coarsest_epsilon(model),
         )
@@ -323,7 +336,7 @@ def _watch(
             output = run(model, example)
             return calls, output.logits if head else None
         except MODEL_FAILURES as error:
-            if not head and any(_is_walked(items, calls) for items in lists.values()):
+            if not head and any(_is_walked(items, calls, TRACE_TOKENS) for items in lists.values()):
                 return calls, None  # what comes after the layers may want more: labels, a padding token
             raise NoLayerStackError(
                 f"{class_name(model)} does not run on plain token ids: {type(error).__name__}: {error}. "
@@ -340,13 +353,13 @@ def _in_half_precision(model: nn.Module) -> str:
 
 
 def _choose(
-    model: nn.Module, lists: Mapping[str, nn.ModuleList], calls: Mapping[int, list[_Call]]
+    model: nn.Module, lists: Mapping[str, nn.ModuleList], calls: Mapping[int, list[_Call]], length: int
 ) -> tuple[str, nn.ModuleList]:
     """The list that the hidden state walks down: as long as the configuration says, else the longest."""
     expected = getattr(text_config(model), "num_hidden_layers", None)
-    found = {name: items for name, items in lists.items() if _is_walked(items, calls)}
+    found = {name: items for name, items in lists.items() if _is_walked(items, calls, length)}
     if not found:
-        raise NoLayerStackError(_nothing_found(model, lists, calls))
+        raise NoLayerStackError(_nothing_found(model, lists, calls, length))
     if expected is None and len(outer := _outermost(found)) > 1:
         raise NoLayerStackError(
             f"{class_name(model)} has several stacks of layers ({', '.join(outer)}), and its configuration does not "
@@ -360,7 +373,7 @@ def _outermost(names: Iterable[str]) -> list[str]:
     return [name for name in names if not any(name.startswith(f"{other}.") for other in names)]
 
 
-def _is_walked(items: nn.ModuleList, calls: Mapping[int, list[_Call]]) -> bool:
+def _is_walked(items: nn.ModuleList, calls: Mapping[int, list[_Call]], length: int) -> bool:
     """Whether each item was called once, in order, and each got what the one before it returned."""
     each = [calls.get(id(item), []) for item in items]
     if any(len(made) != 1 or not isinstance(made[0].into, Tensor) for made in each):
@@ -368,7 +381,9 @@ def _is_walked(items: nn.ModuleList, calls: Mapping[int, list[_Call]]) -> bool:
     ordered = [made[0] for made in each]
     if any(a.order > b.order for a, b in pairwise(ordered)):
         return False
-    if any(_shape(call.out) != call.into.shape for call in ordered) or StreamAxes.of(ordered[0].into.shape) is None:
+    if any(_shape(call.out) != call.into.shape for call in ordered):
+        return False
+    if StreamAxes.of(ordered[0].into.shape, length) is None:
         return False
     return all(_same(hidden_of(a.out), b.into) for a, b in pairwise(ordered))
 
@@ -390,11 +405,13 @@ def _shape(result: Any) -> torch.Size | None:
     return result.shape if isinstance(result, Tensor) else None
 
 
-def _nothing_found(model: nn.Module, lists: Mapping[str, nn.ModuleList], calls: Mapping[int, list[_Call]]) -> str:
+def _nothing_found(
+    model: nn.Module, lists: Mapping[str, nn.ModuleList], calls: Mapping[int, list[_Call]], length: int
+) -> str:
     seen = []
     for name, items in lists.items():
         counts = sorted({len(calls.get(id(item), [])) for item in items})
-        if StreamAxes.of(_first_shape(items, calls)) is not None or counts == [0]:
+        if StreamAxes.of(_first_shape(items, calls), length) is not None or counts == [0]:
             times = "never" if counts == [0] else " or ".join(str(count) for count in counts) + " times"
             seen.append(f"{name or '(root)'}: {len(items)} x {class_name(items[0])}, called {times}")
     found = "; ".join(seen[:6]) if seen else "no list of modules at all"
@@ -436,12 +453,12 @@ def _structure(layer: nn.Module) -> Hashable:
     )
 
 
-def _sublayers(layer: nn.Module, calls: Mapping[int, list[_Call]]) -> dict[str, str]:
+def _sublayers(layer: nn.Module, calls: Mapping[int, list[_Call]], length: int) -> dict[str, str]:
     """The names of a layer's attention (or other token mixer) and MLP: called once, one vector a token out."""
     found: dict[str, str] = {}
     for path, child in _children(layer):
         made = calls.get(id(child), [])
-        if len(made) != 1 or not _is_token_wise(_shape(made[0].out)):
+        if len(made) != 1 or not _is_token_wise(_shape(made[0].out), length):
             continue
         name = path.rpartition(".")[2].lower()
         words = f"{name} {class_name(child)}".lower()
@@ -454,11 +471,11 @@ def _sublayers(layer: nn.Module, calls: Mapping[int, list[_Call]]) -> dict[str, 
     return found
 
 
-def _token_first(result: Any, axes: StreamAxes) -> bool:
+def _token_first(result: Any, axes: StreamAxes, length: int) -> bool:
     """Whether a sublayer returns [T, B, d]; where its tokens stand in one row, they are in the order of the stream."""
     shape = _shape(result)
     first = tuple(shape[:2]) if shape is not None else ()
-    return axes.token_first if set(first) != {TRACE_BATCH, TRACE_TOKENS} else first == (TRACE_TOKENS, TRACE_BATCH)
+    return axes.token_first if set(first) != {TRACE_BATCH, length} else first == (length, TRACE_BATCH)
 
 
 def _children(layer: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -469,5 +486,5 @@ def _children(layer: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         yield f"{place}.{name}" if place else name, child
 
 
-def _is_token_wise(shape: torch.Size | None) -> bool:
-    return shape is not None and len(shape) >= 2 and shape[:-1].numel() == TRACE_BATCH * TRACE_TOKENS
+def _is_token_wise(shape: torch.Size | None, length: int) -> bool:
+    return shape is not None and len(shape) >= 2 and shape[:-1].numel() == TRACE_BATCH * length

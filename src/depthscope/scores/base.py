@@ -141,7 +141,7 @@ def block_losses(logits: Tensor, input_ids: Tensor, target_mask: Tensor) -> Arra
     Computed in float32 and summed in float64, a few positions at a time: the whole of the logits in float32, once more,
     would be the largest tensor of an analysis.
     """
-    targets, mask = input_ids[:, 1:].to(logits.device), target_mask.to(logits.device)
+    targets, mask = input_ids[:, 1:].clamp_min(0).to(logits.device), target_mask.to(logits.device)  # placeholders
     chunk = LOSS_CHUNK["cpu" if logits.device.type == "cpu" else "elsewhere"]
     step = max(1, chunk // logits.shape[-1])
     totals = []

@@ -38,7 +38,10 @@ def assemble(
     singles = {"loss": _number(loss.scores["loss"]), "loss_se": _number(loss_error.scores["loss"])}
     rows: list[dict[str, Any]] = [{"layer": layer, "kind": kind} for layer, kind in enumerate(stack.kind_names)]
     for score in scores.values():
-        values, errors = values_with_errors(score.finish, score.sums)
+        if isinstance(score, Jacobian):
+            values, errors = score.values_with_errors()
+        else:
+            values, errors = values_with_errors(score.finish, score.sums)
         for name, value in values.scores.items():
             singles |= {name: _number(value), f"{name}_se": _number(errors.scores[name])}
         for name, column in values.layers.items():

@@ -94,7 +94,7 @@ GLOBAL_SCORES: dict[str, Term] = {
     "permutation": Term("mean permutation score", "", "change of the loss when two layers are swapped"),
     "permutation_sampling_se": Term("permutation, sampling error", "", "from measuring a sample of the pairs"),
     "jacobian": Term("mean Jacobian distance", "", "distance of a layer's Jacobian from the identity"),
-    "jacobian_probe_se": Term("Jacobian, probing error", "", "from estimating with random probes"),
+    "jacobian_probe_se": Term("Jacobian, probing error", "", "from measuring some of all directions"),
     "variance": Term("last variance", "", "of the residual stream after the last layer"),
     "variance_growth": Term("variance growth", "×", "variance after the last layer over the first"),
     "block_influence": Term("mean block influence", "", "1 − cosine of a layer's input and output"),

@@ -15,7 +15,7 @@ import numpy as np
 
 from depthscope.scores.base import Array, Sums, Values
 
-__all__ = ["values_with_errors"]
+__all__ = ["jackknife", "values_with_errors"]
 
 
 def values_with_errors(finish: Callable[[Sums], Values], tables: Mapping[str, Array]) -> tuple[Values, Values]:
@@ -33,11 +33,12 @@ def values_with_errors(finish: Callable[[Sums], Values], tables: Mapping[str, Ar
     errors = Values()
     for part in fields(Values):
         for key, value in getattr(values, part.name).items():
-            getattr(errors, part.name)[key] = _error([getattr(each, part.name)[key] for each in without], value)
+            getattr(errors, part.name)[key] = jackknife([getattr(each, part.name)[key] for each in without], value)
     return values, errors
 
 
-def _error(without: list[Array | float], value: Array | float) -> Array:
+def jackknife(without: list[Array | float], value: Array | float) -> Array:
+    """The standard error of a value from what it is without each block; NaN from fewer than two."""
     if len(without) < 2:
         return np.full(np.shape(value), np.nan)
     each, count = np.array(without, dtype=float), len(without)

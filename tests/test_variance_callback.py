@@ -362,3 +362,45 @@ def test_an_encoder_decoder_is_refused_when_the_trainer_is_built(tmp_path: Path)
             train_dataset=Sentences(),
             callbacks=[VarianceCallback()],
         )
+
+
+@pytest.mark.parametrize("callback", [VarianceCallback, SparsityCallback])
+def test_a_pass_that_failed_is_left_out_of_its_window(callback: type, tmp_path: Path) -> None:
+    """A Trainer may go on after a batch that was too large; its first layers were measured, its last ones never ran."""
+
+    class GoesOn(Recorder):
+        def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+            try:
+                return super().training_step(*args, **kwargs)
+            except torch.OutOfMemoryError:
+                return torch.tensor(0.0)
+
+    model = tiny_depthlm("moe", initializer_range=0.3)
+    run = GoesOn(
+        model,
+        arguments(tmp_path, max_steps=4, logging_steps=4),
+        train_dataset=Sentences(),
+        callbacks=[callback()],
+        layers=list(model.model.layers),
+    )
+    loads: list[torch.Tensor] = []
+
+    def fail(module: Any, args: Any) -> None:
+        if module.training and run.state.global_step in (1, 3):
+            raise torch.OutOfMemoryError("as a device may")
+
+    model.model.layers[2].register_forward_pre_hook(fail)
+    gate = model.model.layers[1].mlp.gate
+    gate.register_forward_hook(lambda module, args, output: loads.append(output[2]) if module.training else None)
+    run.train()
+    row = read_history(tmp_path)[0]
+    if callback is VarianceCallback:
+        assert len(run.seen) == 2
+        for metric, expected in naive_variances(run.seen).items():
+            close(row["layers"][metric], expected)
+        assert row["tokens"] == sum(int(mask.sum()) for _, _, mask in run.seen)
+    else:
+        real = [mask.bool().flatten() for _, _, mask in run.seen]
+        whole = [loads[0], loads[2]]  # the passes of steps 0 and 2
+        load = sum(np.bincount(choice[mask].flatten(), minlength=8) for choice, mask in zip(whole, real, strict=True))
+        assert row["layers"]["expert_load_max"][1] == pytest.approx((load / load.mean()).max())

@@ -96,7 +96,7 @@ class SparsityCallback(WindowCallback):
             for number, router in enumerate(routers)
         }
         others = {router.module: partial(self._seen.__setitem__, name) for name, router in self._routers.items()}
-        self._watch = Watch(stack, others=others, begin=self._seen.clear, end=self._end_pass)
+        self._watch = Watch(stack, others=others, begin=self._seen.clear, end=self._end_pass, drop=self._drop_pass)
         self._handles = [
             owner.register_forward_pre_hook(self._sample_hook(owner), with_kwargs=True) for owner in stack.around
         ]
@@ -214,6 +214,10 @@ class SparsityCallback(WindowCallback):
         table = _added_up(table.float() if table.device.type == "mps" else table).cpu().double()
         values = torch.where(table[:, -1:] > 0, table[:, :-1] / table[:, -1:].clamp(min=1), float("nan"))
         return {name: values[:, index].tolist() for index, name in enumerate(ATTENTION_METRICS)}
+
+    def _drop_pass(self) -> None:
+        self._sampled = False
+        self._seen.clear()
 
     def _end_pass(self, mask: Tensor | None) -> None:
         self._passes += 1

@@ -100,7 +100,9 @@ class VarianceCallback(WindowCallback):
         """Put the hooks on."""
         self._sums = _Sums(stack.num_layers, _device_of(stack))
         on_part = self._on_part if self.sublayers else None
-        self._watch = Watch(stack, self._on_layer, on_part, begin=self._begin_pass, end=self._end_pass)
+        self._watch = Watch(
+            stack, self._on_layer, on_part, begin=self._begin_pass, end=self._end_pass, drop=self._begin_pass
+        )
 
     def detach(self) -> None:
         """Take the hooks off."""

@@ -28,6 +28,7 @@ class Watch:
         others: further modules to watch, each with a function that gets what it returned.
         begin: called when a training pass begins.
         end: called when it ends, with the mask of real tokens [B, T] if the pass was given one.
+        drop: called instead when it fails: some layers were called, and others will not be.
     """
 
     def __init__(
@@ -38,19 +39,20 @@ class Watch:
         others: Mapping[nn.Module, Callable[[Any], None]] | None = None,
         begin: Callable[[], None] = lambda: None,
         end: Callable[[Tensor | None], None] = lambda mask: None,
+        drop: Callable[[], None] = lambda: None,
     ) -> None:
         self.measuring = False  # whether passes are to be measured now
         self._awaited: set[tuple[str, int]] = {("a pass", 0)}
         self._seen: set[tuple[str, int]] = set()
         self._inside = False
         self._mask: Tensor | None = None
-        self._begin, self._end = begin, end
+        self._begin, self._end, self._drop = begin, end, drop
         self._handles: list[RemovableHandle] = []
         decoder = stack.around[-1]
         for owner in stack.around:
             self._add(owner.register_forward_pre_hook(self._mask_hook(owner), with_kwargs=True))
         self._add(decoder.register_forward_pre_hook(self._enter))
-        # Also when the pass fails: what comes next must not be taken for a part of it.
+        # Also when the pass fails, for which there is no result: what comes next must not be taken for a part of it.
         self._add(decoder.register_forward_hook(self._leave, always_call=True))
         for index, layer in enumerate(stack.layers):
             if on_layer is not None:
@@ -108,7 +110,10 @@ class Watch:
         if self._inside:
             self._inside = False
             with torch.no_grad():
-                self._end(self._mask)
+                if result is None:
+                    self._drop()
+                else:
+                    self._end(self._mask)
         self._mask = None
 
     def _layer_hook(self, index: int, function: Callable[[int, Tensor, Tensor], None]) -> Callable[..., None]:

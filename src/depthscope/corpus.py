@@ -198,7 +198,7 @@ def load_blocks(
     Args:
         source: None for the embedded corpus (the Python standard library's source); a path or a list of paths of UTF-8
             text files, of .jsonl, .json, .csv, .parquet or .arrow files, of folders (their text files, in sorted
-            order), or of a folder written by `save_to_disk`; a `datasets` object; a data frame of pandas or polars, or
+            order), or of a folder written by `save_to_disk`; a `datasets` object; a data frame of pandas, or
             a table of pyarrow; or an iterable of documents, each a string, a chat (a list of messages with role and
             content) or a list of token ids.
         tokenizer: a tokenizer of transformers.

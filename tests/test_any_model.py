@@ -10,7 +10,7 @@ from packaging import version
 
 from depthscope import LayerStack, NoLayerStackError, analyze
 from depthscope.errors import NotCausalError
-from zoo import NO_PLAIN_STACK, NOT_BUILT, decoder_only_types, example_ids, tiny_model
+from zoo import NO_PLAIN_STACK, NOT_BUILT, NOT_CAUSAL, decoder_only_types, example_ids, tiny_model
 
 # What layers leave behind for later ones, beside the stream: every experiment runs these models from the start.
 NOT_RESUMABLE = {
@@ -18,10 +18,6 @@ NOT_RESUMABLE = {
     "hy_v4": "later layers reuse the choice of tokens to attend to",
     "inkling2_text": "later layers attend to the outputs of earlier ones",
     "zaya": "the router's state goes from layer to layer",
-}
-NOT_CAUSAL = {
-    "cpmant": "a prompt stands before the tokens, which all see each other",
-    "xlnet": "every token sees every other",
 }
 
 ANALYSED = sorted(set(decoder_only_types()) - set(NOT_BUILT) - set(NO_PLAIN_STACK) - set(NOT_CAUSAL))

@@ -31,7 +31,7 @@ from depthscope.sparsity.routers import Router
 from depthscope.sparsity.weights import WEIGHT_METRICS, weight_sparsity
 from models import random_blocks, tiny_llama
 from routing import expert_metrics, probabilities
-from zoo import NO_PLAIN_STACK, NOT_BUILT, decoder_only_types, example_ids
+from zoo import NO_PLAIN_STACK, NOT_BUILT, NOT_CAUSAL, decoder_only_types, example_ids
 from zoo import tiny_model as model_of_type
 
 SMALL: dict[str, Any] = {
@@ -331,7 +331,7 @@ def test_weights_have_no_error_over_blocks() -> None:
 
 
 @pytest.mark.parametrize(
-    "model_type", sorted(set(decoder_only_types()) - set(NOT_BUILT) - set(NO_PLAIN_STACK) - {"cpmant"})
+    "model_type", sorted(set(decoder_only_types()) - set(NOT_BUILT) - set(NO_PLAIN_STACK) - set(NOT_CAUSAL))
 )
 def test_any_type_of_model_is_measured_or_left_out(model_type: str) -> None:
     model = model_of_type(model_type)

@@ -167,6 +167,10 @@ NO_PLAIN_STACK: dict[str, str] = {
     "hrm_text": "two stacks of layers take turns, so each layer is called several times in a forward pass",
     "mllama": "some layers attend to an image, and are left out where there is none",
 }
+NOT_CAUSAL = {
+    "cpmant": "a prompt stands before the tokens, which all see each other",
+    "xlnet": "every token sees every other",
+}
 
 
 def decoder_only_types() -> list[str]:

@@ -18,12 +18,12 @@ from transformers.trainer_callback import ExportableState
 
 from depthscope.anatomy import LayerStack
 from depthscope.callbacks.history import History
-from depthscope.callbacks.placing import PREFIX, call_on_failure, place
+from depthscope.callbacks.placing import PREFIX, announce, call_on_failure, place, places_before, saved_attributes
 from depthscope.callbacks.watching import Watch
 from depthscope.compiled import forget_compiled, is_compiled
 from depthscope.errors import SettingsError
 
-__all__ = ["LAYERS", "LOGGED", "Measured", "WindowCallback", "flat_names", "is_over"]
+__all__ = ["LAYERS", "LOGGED", "Measured", "WindowCallback", "flat_names", "is_over", "numbered"]
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +38,17 @@ class Measured:
     values: dict[str, float] = field(default_factory=dict)
     layers: dict[str, list[float]] = field(default_factory=dict)
     extra: dict[str, Any] = field(default_factory=dict)
+
+
+def numbered(measured: Measured, before: int) -> Measured:
+    """The same under names of its own, `<name>_2` and so on, where callbacks of its class stand before a callback."""
+    if not before:
+        return measured
+
+    def named(values: dict[str, Any]) -> dict[str, Any]:
+        return {f"{name}_{before + 1}": value for name, value in values.items()}
+
+    return Measured(named(measured.values), named(measured.layers), measured.extra)
 
 
 def flat_names(measured: Measured, logged: str) -> dict[str, float]:
@@ -81,6 +92,8 @@ class WindowCallback(TrainerCallback, ExportableState):
         self.window: dict[str, Any] | None = None  # what the current window has come to, as far as it is fetched
         self._stack: LayerStack | None = None
         self._file: History | None = None
+        self._run: Any = None  # the state of the training that is watched
+        self._before = 0  # callbacks of this class before this one
         self._watch: Watch | None = None
         self._compiled = False  # whether what is trained is compiled
         self._looked = 0  # measured steps since the watch began
@@ -99,6 +112,10 @@ class WindowCallback(TrainerCallback, ExportableState):
     @abstractmethod
     def fetch(self) -> None:
         """Add what lies on the device to `window`, on every process alike, and begin anew there."""
+
+    @abstractmethod
+    def fits(self, window: Any, stack: LayerStack) -> bool:
+        """Whether a window that a checkpoint has kept can be gone on with; whatever stands there may be asked."""
 
     @abstractmethod
     def finish(self, window: dict[str, Any]) -> Measured:
@@ -127,9 +144,10 @@ class WindowCallback(TrainerCallback, ExportableState):
         place(self)
         call_on_failure(self, self._let_go)
         self._let_go()
+        self._run, self._before = state, places_before(self)
         if self._stack is None or self._stack.model is not model:
             self._stack = LayerStack(model, head=False)
-        self.window = _saved_window(state, type(self).__name__) if state.global_step else None
+        self.window = self._saved_window(state, self._stack) if state.global_step and "late" not in kwargs else None
         self._file = History(args.output_dir) if self.history and state.is_world_process_zero else None
         if self._file is not None:
             self._file.begin(state.global_step, run=state)
@@ -138,7 +156,7 @@ class WindowCallback(TrainerCallback, ExportableState):
                 self._file.drop(state.global_step, self.kind)
         if is_over(state):
             self._end_window(state)
-            self._file = None
+            self._let_go()
             return
         self.attach(self._stack)
         self._looked, self._told_unseen = 0, False
@@ -147,7 +165,10 @@ class WindowCallback(TrainerCallback, ExportableState):
             forget_compiled()
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Measure every n-th step."""
+        """Measure every n-th step; begin with the first one that comes, where the training has begun already."""
+        if self._run is not state:
+            announce(state, self)
+            self.on_train_begin(args, state, control, **kwargs, late=True)
         self.measure(state.global_step % self.every == 0)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -184,7 +205,7 @@ class WindowCallback(TrainerCallback, ExportableState):
         self._tell_unseen()
         self._end_window(state)
         self._let_go()
-        self._file = None
+        self._run = None
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps of this callback."""
@@ -219,11 +240,31 @@ class WindowCallback(TrainerCallback, ExportableState):
         if self._compiled:
             forget_compiled()  # or the hooks that have gone are called in passes to come
             self._compiled = False
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def _saved_window(self, state: Any, stack: LayerStack) -> dict[str, Any] | None:
+        window = saved_attributes(state, self).get("window")
+        if window is None:
+            return None
+        try:
+            fits = self.fits(window, stack)
+        except (TypeError, ValueError, KeyError, AttributeError, IndexError):
+            fits = False
+        if not fits:
+            logger.warning(
+                "%s does not go on with the window that the checkpoint has kept: it is not one of this model and these "
+                "options. The next log is of the steps from here on.",
+                type(self).__name__,
+            )
+            return None
+        return dict(window)
 
     def _end_window(self, state: Any) -> Measured | None:
         if self.window is None:
             return None
-        measured = self.finish(self.window)
+        measured = numbered(self.finish(self.window), self._before)
         self.window = None
         if self._file is not None:
             self._file.append(
@@ -251,10 +292,3 @@ def is_over(state: Any) -> bool:
 def _is_empty(model: nn.Module) -> bool:
     """Whether the weights are not there yet: large models get theirs when training begins."""
     return any(weight.device.type == "meta" for weight in model.parameters())
-
-
-def _saved_window(state: Any, name: str) -> dict[str, Any] | None:
-    saved = (state.stateful_callbacks or {}).get(name)
-    if isinstance(saved, list):
-        saved = saved[0] if saved else None
-    return (saved or {}).get("attributes", {}).get("window")

@@ -13,7 +13,7 @@ import logging
 import random
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +26,11 @@ from transformers.trainer_callback import ExportableState
 
 from depthscope.analysis import analyze_blocks, memory_errors
 from depthscope.anatomy import LayerStack
-from depthscope.callbacks.base import LOGGED, Measured, flat_names, is_over
+from depthscope.callbacks.base import LOGGED, Measured, flat_names, is_over, numbered
 from depthscope.callbacks.history import History
-from depthscope.callbacks.placing import place
+from depthscope.callbacks.placing import announce, place, places_before, saved_attributes
 from depthscope.corpus import Blocks
-from depthscope.errors import AnalysisError, OutOfMemoryError, SettingsError
+from depthscope.errors import AnalysisError, OutOfMemoryError, ReportError, SettingsError
 from depthscope.facts import model_facts
 from depthscope.measurement import total_work
 from depthscope.modes import evaluating
@@ -108,6 +108,9 @@ class EffectivenessCallback(TrainerCallback, ExportableState):
         self._since = time.perf_counter()
         self._file: History | None = None
         self._over = False
+        self._run: Any = None  # the state of the training that is measured
+        self._before = 0  # callbacks of this class before this one
+        self._unsaved: list[int] = []  # steps whose reports could not be written
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps of this callback."""
@@ -137,22 +140,27 @@ class EffectivenessCallback(TrainerCallback, ExportableState):
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """Refuse a model without layers now and not after hours, and go on where a checkpoint left off."""
         place(self)
+        self._run, self._before, self._unsaved = state, places_before(self), []
         LayerStack(model)
         if self._as_ids and (tokenizer := _tokenizer(kwargs.get("processing_class"))) is not None:
             self.blocks = Blocks.given(self.blocks.input_ids, tokenizer)
         self.blocks.check_bos(str(self.settings.bos))
         self._over = is_over(state)
-        if state.global_step:
-            saved = (state.stateful_callbacks or {}).get(type(self).__name__)
-            saved = (saved[0] if saved else None) if isinstance(saved, list) else saved
-            for name, value in (saved or {}).get("attributes", {}).items():
-                setattr(self, name, value)
+        if state.global_step and "late" not in kwargs:
+            self._restore(saved_attributes(state, self))
         if state.is_world_process_zero:
-            _drop_later_reports(Path(args.output_dir, REPORTS), state.global_step)
+            with suppress(OSError):
+                _drop_later_reports(Path(args.output_dir, REPORTS), state.global_step)
             if self.history:
                 self._file = History(args.output_dir)
                 self._file.begin(state.global_step, run=state)
         self._since = time.perf_counter()
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Begin here where the training had begun before this callback came."""
+        if self._run is not state:
+            announce(state, self)
+            self.on_train_begin(args, state, control, **kwargs, late=True)
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """Analyse every n-th step that the budget allows."""
@@ -181,8 +189,29 @@ class EffectivenessCallback(TrainerCallback, ExportableState):
         self.waiting = {}
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Let go of the file."""
-        self._file = None
+        """Let go of the file, and say what is missing."""
+        if self._file is not None:
+            self._file.close()
+        if self._unsaved:
+            steps = ", ".join(map(str, self._unsaved))
+            logger.warning("The reports of steps %s are missing: they could not be written.", steps)
+        self._file, self._run, self._unsaved = None, None, []
+
+    def _restore(self, saved: dict[str, Any]) -> None:
+        """Go on with what a checkpoint has kept, as far as it is what this callback keeps."""
+        if not saved:
+            return
+        spent: Any
+        trained: Any
+        cost: Any
+        waiting: Any
+        spent, trained, cost, waiting = (saved.get(name) for name in ("spent", "trained", "cost", "waiting"))
+        seconds = [spent, trained, 0 if cost is None else cost]
+        values = [*waiting.values()] if isinstance(waiting, dict) else [None]
+        if not all(isinstance(value, int | float) for value in (*seconds, *values)) or not np.isfinite(seconds).all():
+            logger.warning("%s does not go on with what the checkpoint has kept: it is damaged.", type(self).__name__)
+            return
+        self.spent, self.trained, self.cost, self.waiting = float(spent), float(trained), cost, dict(waiting)
 
     def _affordable(self, model: nn.Module) -> bool:
         """Whether an analysis now stays within the budget; the main process decides for all."""
@@ -208,15 +237,24 @@ class EffectivenessCallback(TrainerCallback, ExportableState):
             )
         finally:
             self.cost = time.perf_counter() - begun
-        measured = _measured(report)
+        measured = numbered(_measured(report), self._before)
         self.waiting = flat_names(measured, self.log)
         if state.is_world_process_zero:
-            place_of_reports = folder / REPORTS
-            place_of_reports.mkdir(parents=True, exist_ok=True)
-            report.save(place_of_reports / f"step-{state.global_step}.json")
+            self._save(report, folder / REPORTS, state.global_step)
         if self._file is not None:
             row = {"step": state.global_step, "epoch": state.epoch, "kind": "effectiveness"}
             self._file.append({**row, "values": measured.values, "layers": measured.layers})
+
+    def _save(self, report: LayerReport, folder: Path, step: int) -> None:
+        """Write a report; where that cannot be done, the training goes on, and is told once now and once at its end."""
+        number = f".{self._before + 1}" if self._before else ""
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            report.save(folder / f"step-{step}{number}.json")
+        except (OSError, ReportError) as error:
+            if not self._unsaved:
+                logger.warning("The report of step %d is not saved: %s", step, error)
+            self._unsaved.append(step)
 
 
 def _tokenizer(processing_class: Any) -> PreTrainedTokenizerBase | None:
@@ -292,7 +330,7 @@ def _is_sharded(model: nn.Module) -> bool:
 def _drop_later_reports(folder: Path, step: int) -> None:
     """Remove the reports of steps that a run which goes on from a checkpoint will take again."""
     for path in folder.glob("step-*.json"):
-        number = path.stem.removeprefix("step-")
+        number = path.stem.removeprefix("step-").partition(".")[0]
         if number.isdigit() and int(number) > step:
             path.unlink()
 

@@ -9,6 +9,7 @@ frames.
 
 import functools
 import inspect
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -16,7 +17,7 @@ from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCall
 from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback
 
-__all__ = ["PREFIX", "call_on_failure", "place"]
+__all__ = ["PREFIX", "announce", "call_on_failure", "place", "places_before", "saved_attributes"]
 
 # Every value that a callback of ours adds to a log starts with this.
 PREFIX = "layers/"
@@ -35,6 +36,27 @@ class KeepPrintedLogsShort(TrainerCallback):
         """Drop them; `state.log_history` has them."""
         for name in [name for name in logs or {} if name.startswith(PREFIX)]:
             del logs[name]  # type: ignore[union-attr]
+
+
+class EndRemoved(TrainerCallback):
+    """Ends the work of callbacks that were taken out of a Trainer while it trains, which nothing tells them."""
+
+    def __init__(self) -> None:
+        self.placed: list[TrainerCallback] = []
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """For a callback that has gone, the training is over."""
+        handler = _caller(CallbackHandler)
+        there = {id(callback) for callback in handler.callbacks} if handler is not None else set()
+        for callback in [callback for callback in self.placed if handler is not None and id(callback) not in there]:
+            self.placed.remove(callback)
+            run: Any = getattr(callback, "_run", None)
+            if run is state:  # it may be at work for another Trainer by now
+                callback.on_train_end(args, state, control, **kwargs)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Also where the last step was the last that it saw."""
+        self.on_step_begin(args, state, control, **kwargs)
 
 
 def place(callback: TrainerCallback) -> bool:
@@ -58,8 +80,64 @@ def place(callback: TrainerCallback) -> bool:
     if not any(isinstance(other, KeepPrintedLogsShort) for other in others):
         printers = [i for i, other in enumerate(others) if isinstance(other, _PRINTERS)]
         others.insert(min(printers, default=len(others)), KeepPrintedLogsShort())
+    ending = next((other for other in others if isinstance(other, EndRemoved)), None)
+    if ending is None:
+        ending = EndRemoved()
+        others.append(ending)
+    if not any(other is callback for other in ending.placed):
+        ending.placed.append(callback)
     handler.callbacks = others
     return True
+
+
+def places_before(callback: TrainerCallback) -> int:
+    """How many callbacks of the same class stand before this one in the handler that is calling it."""
+    return _same(callback)[1]
+
+
+def saved_attributes(state: Any, callback: Any) -> dict[str, Any]:
+    """What a checkpoint has kept of a callback; several of one class are told apart by their options and their order.
+
+    Of several, transformers keeps a list, to which every checkpoint adds: the newest stand last.
+    """
+    saved = (state.stateful_callbacks or {}).get(type(callback).__name__)
+    if isinstance(saved, list):
+        options = _options(callback.state())
+        alike = [entry for entry in saved if isinstance(entry, dict) and _options(entry) == options]
+        count, before = _same(callback, lambda other: _options(other.state()) == options)
+        newest = alike[-count:]
+        saved = newest[before] if before < len(newest) else None
+    kept = saved.get("attributes") if isinstance(saved, dict) else None
+    return kept if isinstance(kept, dict) else {}
+
+
+def announce(state: Any, callback: Any) -> None:
+    """Have a callback that comes during a training in what its checkpoints keep, beside others of its class.
+
+    The Trainer lists at the beginning of a training whose states it will keep, and fails at a checkpoint where it meets
+    another.
+    """
+    name, kept = type(callback).__name__, state.stateful_callbacks
+    if name not in kept:
+        kept[name] = callback.state()
+    elif not isinstance(kept[name], list):
+        kept[name] = [kept[name]]
+
+
+def _same(callback: TrainerCallback, alike: Callable[[Any], bool] = lambda other: True) -> tuple[int, int]:
+    """How many callbacks of the same class the calling handler has, and how many of them stand before this one."""
+    handler = _caller(CallbackHandler)
+    others = handler.callbacks if handler is not None else [callback]
+    same = [other for other in others if type(other) is type(callback) and alike(other)]
+    return len(same), next((number for number, other in enumerate(same) if other is callback), 0)
+
+
+def _options(entry: dict[str, Any]) -> Any:
+    """The options among what a checkpoint keeps, as JSON has them; blocks of text are large, and none."""
+    options = entry.get("args")
+    if isinstance(options, dict):
+        options = {name: value for name, value in options.items() if name != "blocks"}
+    return json.loads(json.dumps(options))
 
 
 def call_on_failure(owner: TrainerCallback, clean: Callable[[], None]) -> None:

@@ -25,12 +25,13 @@ from torch import Tensor, nn
 
 from depthscope.anatomy import LayerStack
 from depthscope.callbacks.base import Measured, WindowCallback
+from depthscope.callbacks.placing import place, saved_attributes
 from depthscope.callbacks.watching import Watch, argument
 from depthscope.errors import SettingsError
 from depthscope.modes import evaluating
 from depthscope.sparsity.acting import NoWeightsError
 from depthscope.sparsity.attention import ATTENTION_METRICS, AttentionProbe, probing_attention
-from depthscope.sparsity.experts import EXPERT_METRICS, find_routers, router_sums, router_values
+from depthscope.sparsity.experts import EXPERT_METRICS, OTHERS, find_routers, router_sums, router_values
 from depthscope.sparsity.routers import Router
 from depthscope.sparsity.weights import WEIGHT_METRICS, weight_sparsity
 from depthscope.tracing import text_config
@@ -113,13 +114,17 @@ class SparsityCallback(WindowCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """Begin to watch; the first log brings a measurement of weights and attention."""
-        saved = _saved_step(state, type(self).__name__) if state.global_step else None
-        self._measured_at = -self.every if saved is None else saved
+        place(self)
+        saved = (
+            saved_attributes(state, self).get("_measured_at") if state.global_step and "late" not in kwargs else None
+        )
+        self._measured_at = saved if isinstance(saved, int) else -self.every
         self._step = state.global_step
         super().on_train_begin(args, state, control, model=model, **kwargs)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Count expert load in every step."""
+        super().on_step_begin(args, state, control, **kwargs)
         self.measure(True)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
@@ -151,6 +156,20 @@ class SparsityCallback(WindowCallback):
             window["losses"] = (np.array(window["losses"]) + self._losses.cpu().double().numpy()).tolist()
         self._sums, self._losses, self._passes = {}, None, 0
         self.window = window
+
+    def fits(self, window: Any, stack: LayerStack) -> bool:
+        """Whether a window holds the sums of routers that the model has."""
+        routers = {
+            f"{layer}.{number}" if number else str(layer)
+            for layer, found in find_routers(stack).items()
+            for number in range(len(found))
+        }
+        sums = [np.array(row, float) for row in window["experts"].values()]
+        return (
+            set(window["experts"]) <= routers
+            and all(row.ndim == 1 and np.isfinite(row).all() and len(row) > OTHERS for row in sums)
+            and np.array(window["losses"], float).shape == (len(LOSSES) + 1,)
+        )
 
     def finish(self, window: dict[str, Any]) -> Measured:
         """Expert load of the window, and if it is time weights and attention as they are now."""
@@ -275,9 +294,3 @@ def _kv_sharing(model: nn.Module) -> dict[str, float]:
 def _mean(column: list[float]) -> float:
     defined = [value for value in column if np.isfinite(value)]
     return float(np.mean(defined)) if defined else float("nan")
-
-
-def _saved_step(state: Any, name: str) -> int | None:
-    saved = (state.stateful_callbacks or {}).get(name)
-    saved = (saved[0] if saved else None) if isinstance(saved, list) else saved
-    return (saved or {}).get("attributes", {}).get("_measured_at")

@@ -126,6 +126,18 @@ class VarianceCallback(WindowCallback):
         if fetched[:, : len(SUMMED)].any() or np.isfinite(fetched[:, -1]).any():
             self.window = _merged(self.window, fetched)
 
+    def fits(self, window: Any, stack: LayerStack) -> bool:
+        """Whether a window holds the sums of as many layers."""
+        count = stack.num_layers
+        steps = window["not_finite"]
+        return (
+            np.isfinite(np.array(window["sums"], float)).all()
+            and np.array(window["sums"], float).shape == (count, len(SUMMED))
+            and np.array(window["largest"], float).shape == (count,)
+            and len(steps) == count
+            and all(step is None or isinstance(step, int) for step in steps)
+        )
+
     def finish(self, window: dict[str, Any]) -> Measured:
         """Divide sums by numbers of tokens."""
         sums = {name: np.array([row[i] for row in window["sums"]]) for i, name in enumerate(SUMMED)}

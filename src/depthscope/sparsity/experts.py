@@ -25,7 +25,7 @@ from torch import Tensor
 
 from depthscope.sparsity.routers import Router, find_routers
 
-__all__ = ["EXPERT_METRICS", "find_routers", "router_sums", "router_values"]
+__all__ = ["EXPERT_METRICS", "OTHERS", "find_routers", "router_sums", "router_values"]
 
 EXPERT_METRICS = (
     "expert_load_max",

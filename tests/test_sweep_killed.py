@@ -28,7 +28,7 @@ KILLS = 20
 POINTS = ("depth-L2-seed0", "depth-L3-seed0")
 # Functions to be killed in, by what the sweep is doing when it calls them; "replace" is the end of every atomic write.
 MOMENTS = {
-    "tokenizing": ("depthscope.sweep.data:_Stream._append", 1),
+    "tokenizing": ("depthscope.sweep.token_stream:TokenStream._append", 1),
     "checkpointing": ("transformers.trainer:Trainer._save_optimizer_and_scheduler", 6),
     "clearing checkpoints": ("shutil:rmtree", 6),
     "saving a model": ("depthscope.sweep.point:save_model", 6),

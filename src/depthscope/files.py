@@ -12,7 +12,12 @@ from pathlib import Path
 
 from depthscope.errors import ReportError
 
-__all__ = ["read_text", "write_atomically"]
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+__all__ = ["read_text", "remove_leftovers", "write_atomically"]
 
 REMEDIES = {
     errno.ENOSPC: "no space is left on the device; free some, or choose a path on another one",
@@ -80,11 +85,24 @@ def read_text(path: str | os.PathLike[str], max_bytes: int) -> str:
         raise ReportError(f"{name} is not UTF-8 text (byte {error.start}), so it is not a report.") from error
 
 
+def remove_leftovers(folder: str | os.PathLike[str]) -> None:
+    """Remove the temporary files of writers that were killed; those that are being written stay."""
+    if fcntl is None:
+        return
+    for path in Path(folder).glob(".depthscope-*.tmp"):
+        with contextlib.suppress(OSError):  # held by its writer, finished meanwhile, or of somebody else
+            descriptor = os.open(path, os.O_RDONLY)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                path.unlink()
+            finally:
+                os.close(descriptor)
+
+
 def _replace(target: Path, data: bytes) -> None:
     """Write `data` beside `target`, flush it to the disk, and rename it to `target`."""
-    temporary = target.with_name(f".depthscope-{secrets.token_hex(6)}.tmp")
-    # Not tempfile.mkstemp: its files are private to the user, where an ordinary file follows the umask.
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
+    descriptor, temporary = _new_file(target.parent)
+    held = None if fcntl is None else os.dup(descriptor)  # the lock, until the file has its name
     try:
         with os.fdopen(descriptor, "wb") as file:
             file.write(data)
@@ -96,7 +114,24 @@ def _replace(target: Path, data: bytes) -> None:
     except BaseException:  # Ctrl-C too must leave no stray file; everything is raised again.
         temporary.unlink(missing_ok=True)
         raise
+    finally:
+        if held is not None:
+            os.close(held)
     _flush_folder(target.parent)
+
+
+def _new_file(folder: Path) -> tuple[int, Path]:
+    """Open a temporary file, locked where the system can, so that nobody takes it for one that a killed writer left."""
+    while True:
+        path = folder / f".depthscope-{secrets.token_hex(6)}.tmp"
+        # Not tempfile.mkstemp: its files are private to the user, where an ordinary file follows the umask.
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
+        if fcntl is not None:
+            with contextlib.suppress(OSError):  # not on every file system
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+        if path.exists():
+            return descriptor, path
+        os.close(descriptor)  # removed before it was locked
 
 
 def _flush_folder(folder: Path) -> None:

@@ -1,7 +1,7 @@
 """`depthscope sweep run`, `plan`, `report` and `presets`."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -9,6 +9,9 @@ from rich.table import Table
 from rich.text import Text
 
 from depthscope.cli.shared import app, errors_for_people, say
+
+if TYPE_CHECKING:
+    from depthscope.sweep.results import SweepResults
 
 sweep_app = typer.Typer(
     help="Train a grid of models, measure every one, and see what holds.", no_args_is_help=True, rich_markup_mode="rich"
@@ -22,7 +25,7 @@ File = Annotated[
     ),
 ]
 Folder = Annotated[Path, typer.Argument(help="The folder of a sweep.", metavar="DIR")]
-FAILED_CODE = 1
+AMISS = 1  # a point failed, or something of one is damaged; the report is made all the same
 
 
 @sweep_app.command()
@@ -51,7 +54,7 @@ def run(
         from depthscope.sweep.runner import default_folder, describe, run_sweep, select
         from depthscope.sweep.specification import load_sweep
 
-        sweep = load_sweep(file)
+        sweep, damaged = load_sweep(file), False
         if dry_run:
             grid = expand(sweep)
             require_what_is_needed(sweep, grid, out or default_folder(sweep))
@@ -60,17 +63,23 @@ def run(
         outcome = run_sweep(sweep, out, only=only or [], jobs=jobs)
         if Processes.here().is_main:
             say(f"{sweep.specification.name}: {describe(outcome)}.")
-            _report(outcome.out)
+            damaged = _report(outcome.out).is_damaged
         if outcome.failed:
             say("Run the same command again to try again what failed.")
-            raise typer.Exit(FAILED_CODE)
+        if outcome.failed or damaged:
+            raise typer.Exit(AMISS)
 
 
 @sweep_app.command()
 def report(folder: Folder) -> None:
-    """Write the tables (Markdown, CSV, parquet) and the page of a sweep, finished or not, to DIR/report."""
+    """Write the tables (Markdown, CSV, parquet) and the page of a sweep, finished or not, to DIR/report.
+
+    The exit code is 1 where a point failed or is damaged.
+    """
     with errors_for_people():
-        _report(folder)
+        results = _report(folder)
+        if results.is_damaged or results.with_status("failed"):
+            raise typer.Exit(AMISS)
 
 
 @sweep_app.command()
@@ -115,18 +124,19 @@ def presets() -> None:
         Console().print(table)
 
 
-def _report(folder: Path) -> None:
+def _report(folder: Path) -> "SweepResults":
     from depthscope.sweep.page import write_report
     from depthscope.sweep.results import load_results
     from depthscope.sweep.tables import print_results
 
-    written = write_report(folder)
-    print_results(load_results(folder), Console())
+    written, results = write_report(folder), load_results(folder)
+    print_results(results, Console())
     page = next(path for path in written if path.suffix == ".html")
     # Not wrapped, since an address in two lines cannot be followed.
     Console().print(
         Text(f"Tables and page: {page.parent}\nOpen {page.resolve().as_uri()} in a browser."), soft_wrap=True
     )
+    return results
 
 
 def _list_points(points: list) -> None:

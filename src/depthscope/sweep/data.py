@@ -10,7 +10,9 @@ Documents end with the tokenizer's end-of-text token, where it has one. What is 
 documents, and whole modules of the standard library; only of a single document, pieces.
 
 Tokenizing that was interrupted goes on where it was. What came before is then read again, a streamed dataset from the
-Hub, but not tokenized again.
+Hub, but not tokenized again; where the text has changed meanwhile, or what was left is damaged, it begins anew.
+
+data.json keeps checksums of all that is beside it. They are looked at once a run, before any point starts.
 """
 
 import json
@@ -18,14 +20,15 @@ import math
 import os
 import shutil
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
@@ -37,21 +40,19 @@ from depthscope.files import write_atomically
 from depthscope.messages import one_line
 from depthscope.quiet import quiet
 from depthscope.sources import find_source
+from depthscope.sweep.checksums import checksum, damaged_file, sealed
 from depthscope.sweep.grid import Grid, digest
-from depthscope.sweep.recorded import read_record
+from depthscope.sweep.recorded import Tokens, read_record
 from depthscope.sweep.specification import Sweep, Text
+from depthscope.sweep.token_stream import HELD_OUT, SPLIT, TRAIN, CannotGoOn, TokenStream, begin, left_behind
 from depthscope.sweep.yaml_lines import Path_
 
 __all__ = ["Corpus", "Sequences", "open_corpus", "prepare_corpus", "require_text"]
 
 HELD_OUT_SHARE = 20  # one document in so many
 PIECE_CHARACTERS = 50_000  # longer documents are cut at a line, to be tokenized piece by piece
-SPLIT = "by document"  # how text is held out; what an interrupted run left by another rule is not gone on with
-BATCH_CHARACTERS = 2_000_000  # tokenized at once
 END = "<|endoftext|>"
-TRAIN, HELD_OUT = "train", "held_out"
 DATA, HELD_OUT_DATA = ("data",), ("data", "held_out")  # where the sweep's file says them
-FACTS = ("made_from", "name", "dtype", "needed", "fingerprint")
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,22 @@ class Needs:
 
     train: int
     held_out: int
+
+
+class _Facts(BaseModel):
+    """What `data.json` says of the tokens beside it; what older versions did not write is None."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    made_from: str
+    name: str
+    dtype: Literal["uint16", "uint32"]
+    needed: Needs
+    fingerprint: str = Field(pattern="^[0-9a-f]{8}$")  # of the training tokens and the held-out ones after them
+    train_fingerprint: str | None = None
+    vocab_size: int | None = None
+    tokens: dict[str, int] | None = None
+    tokenizer: dict[str, str] | None = None  # checksums of its files
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,6 +90,12 @@ class Corpus:
     span: int  # tokens that stay together when the order is drawn: the longest sequence
     used: int  # training tokens that are read, the same in every epoch; a multiple of `span`
     fingerprint: str
+    train_fingerprint: str | None  # not known of tokens from older versions
+
+    @property
+    def tokens(self) -> Tokens:
+        """What the tokens are known by."""
+        return Tokens(train=self.train_fingerprint, train_and_held_out=self.fingerprint)
 
     def held_out_blocks(self, count: int, block_size: int) -> Blocks:
         """The first blocks [N, T] of the held-out text."""
@@ -159,46 +182,104 @@ def prepare_corpus(sweep: Sweep, grid: Grid, out: Path, said: Callable[[str], No
     """
     folder, needed = out / "data", needs(sweep, grid)
     made_from = _made_from(sweep, needed)
-    if not (folder / "data.json").is_file():
+    if not os.path.lexists(folder) or (folder.is_dir() and not any(folder.iterdir())):
         part = out / "data.part"
         _make(sweep, grid, part, needed, made_from, said)
         os.replace(part, folder)
-    elif not _serves(_facts(folder), sweep, needed):
+    facts = _facts(folder)
+    if not _serves(facts, sweep, needed):
         raise SweepError(
             f"{folder} holds the tokens of other text, another tokenizer or other amounts than the sweep asks for now. "
             "Choose another --out, or delete the folder to begin anew."
         )
+    _require_whole(folder, facts)
     return open_corpus(out, grid.longest)
 
 
 def open_corpus(out: Path, longest: int) -> Corpus:
-    """The tokens that `prepare_corpus` has left in the folder of a sweep."""
+    """The tokens that `prepare_corpus` has left in the folder of a sweep, and has found to be whole.
+
+    Raises:
+        SweepError: a file is missing, has another length or cannot be read.
+    """
     folder = out / "data"
     facts = _facts(folder)
-    with quiet():
-        tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
-    train, held_out = (np.memmap(folder / f"{name}.bin", dtype=facts["dtype"], mode="r") for name in (TRAIN, HELD_OUT))
-    used = min(facts["needed"]["train"], len(train) // longest * longest)
-    return Corpus(facts["name"], tokenizer, train, held_out, longest, used, facts["fingerprint"])
-
-
-def _facts(folder: Path) -> dict[str, Any]:
-    """What `data.json` says of the tokens beside it."""
-    remedy = f"Delete the folder {folder} to have the text tokenized anew."
-    facts = read_record(folder / "data.json", remedy)
-    missing = [name for name in FACTS if name not in facts]
-    if missing:
-        raise SweepError(f"{folder / 'data.json'} is damaged: it lacks {', '.join(missing)}. {remedy}")
-    return facts
-
-
-def _left(file: Path) -> dict[str, Any]:
-    """What an interrupted run left in a file; nothing where it is missing or damaged."""
     try:
-        left = json.loads(file.read_text())
-    except (OSError, ValueError):
-        return {}
-    return left if isinstance(left, dict) else {}
+        with quiet():
+            tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
+        found = None if facts.vocab_size in (None, len(tokenizer)) else f"it has {len(tokenizer):,} entries"
+    except Exception as error:  # whatever its files make the libraries raise
+        raise _damaged(folder / "tokenizer", f"it cannot be loaded ({one_line(error).rstrip('.')})") from error
+    if found is not None:
+        raise _damaged(folder / "tokenizer", f"{found}, expected {facts.vocab_size:,}")
+    train, held_out = (_tokens(folder, kind, facts) for kind in (TRAIN, HELD_OUT))
+    used = min(facts.needed.train, len(train) // longest * longest)
+    return Corpus(facts.name, tokenizer, train, held_out, longest, used, facts.fingerprint, facts.train_fingerprint)
+
+
+def _tokens(folder: Path, kind: str, facts: _Facts) -> np.ndarray:
+    """The tokens in a file, which stay on the disk."""
+    path, size = folder / f"{kind}.bin", np.dtype(facts.dtype).itemsize
+    try:
+        found = path.stat().st_size
+        expected = found if facts.tokens is None else facts.tokens.get(kind, 0) * size
+        if found != expected or not found or found % size:
+            raise _damaged(path, f"it has {found:,} bytes, expected {expected or size:,}")
+        return np.memmap(path, dtype=facts.dtype, mode="r")
+    except (OSError, ValueError) as error:
+        raise _unread(path, error) from error
+
+
+def _require_whole(folder: Path, facts: _Facts) -> None:
+    """Compare the checksums of the tokens and of the tokenizer with those that they were written with.
+
+    Raises:
+        SweepError: naming the file that is damaged or missing, and what to do.
+    """
+    for kind in (TRAIN, HELD_OUT):
+        _tokens(folder, kind, facts)
+    train, held_out = (folder / f"{kind}.bin" for kind in (TRAIN, HELD_OUT))
+    try:
+        first = checksum(train)
+        both = checksum(held_out, before=first)
+    except OSError as error:
+        raise _unread(train, error) from error
+    if facts.train_fingerprint not in (None, first):
+        raise _damaged(train, f"its checksum is {first}, expected {facts.train_fingerprint}")
+    if both != facts.fingerprint:
+        path = held_out if facts.train_fingerprint else train.with_name(f"{train.name} or {held_out.name}")
+        raise _damaged(path, f"the checksum of all tokens is {both}, expected {facts.fingerprint}")
+    if facts.tokenizer is not None and (name := damaged_file(folder / "tokenizer", facts.tokenizer)) is not None:
+        raise _damaged(folder / "tokenizer" / name, "it is missing or another than was written")
+
+
+def _remedy(folder: Path) -> str:
+    return f"Delete the folder {folder} to have the text tokenized anew; what is trained stays."
+
+
+def _damaged(path: Path, how: str) -> SweepError:
+    folder = next(parent for parent in path.parents if parent.name == "data")
+    return SweepError(f"{path} is damaged: {how}. {_remedy(folder)}")
+
+
+def _unread(path: Path, error: OSError | ValueError) -> SweepError:
+    reason = (error.strerror or str(error)) if isinstance(error, OSError) else str(error)
+    return SweepError(f"{path} cannot be read: {reason}. {_remedy(path.parent)}")
+
+
+def _facts(folder: Path) -> _Facts:
+    path = folder / "data.json"
+    if folder.is_dir() and not path.exists():
+        raise SweepError(f"{folder} is damaged: it has no data.json. {_remedy(folder)}")
+    content = read_record(path, _remedy(folder))
+    try:
+        return _Facts.model_validate(content)
+    except ValidationError as error:
+        problem = error.errors(include_url=False, include_context=False, include_input=False)[0]
+        where = ".".join(map(str, problem["loc"]))
+        raise SweepError(
+            f"{path} is damaged, or of another version of depthscope: {where}: {problem['msg']}. {_remedy(folder)}"
+        ) from error
 
 
 def _made_from(sweep: Sweep, needed: Needs) -> str:
@@ -207,19 +288,45 @@ def _made_from(sweep: Sweep, needed: Needs) -> str:
     return digest([data, specification.tokenizer.model_dump(), asdict(needed)])
 
 
-def _serves(facts: Mapping[str, Any], sweep: Sweep, needed: Needs) -> bool:
+def _serves(facts: _Facts, sweep: Sweep, needed: Needs) -> bool:
     """Whether these tokens are of the same text for the same training, with as much held out or more."""
-    held_out = facts["needed"]["held_out"]
-    return facts["made_from"] == _made_from(sweep, Needs(needed.train, held_out)) and held_out >= needed.held_out
+    held_out = facts.needed.held_out
+    return facts.made_from == _made_from(sweep, Needs(needed.train, held_out)) and held_out >= needed.held_out
 
 
 def _make(sweep: Sweep, grid: Grid, part: Path, needed: Needs, made_from: str, said: Callable[[str], None]) -> None:
-    if _left(part / "data.json").get("made_from") == made_from:
+    if left_behind(part / "data.json").get("made_from") == made_from:
         return
-    _begin(part, made_from)
+    try:
+        stream, name = _tokenize(sweep, part, needed, made_from, said)
+    except CannotGoOn as reason:
+        said(f"{reason}, so that tokenizing begins anew")
+        shutil.rmtree(part)
+        stream, name = _tokenize(sweep, part, needed, made_from, said)
+    _require_enough(sweep, grid, name, stream.counts, needed)
+    facts = {
+        "made_from": made_from,
+        "name": sweep.specification.data.name or name,
+        "vocab_size": stream.vocab_size,
+        "dtype": stream.dtype,
+        "needed": asdict(needed),
+        "tokens": stream.counts,
+        "fingerprint": checksum(part / f"{HELD_OUT}.bin", before=stream.sums[TRAIN]),
+        "train_fingerprint": stream.sums[TRAIN],
+        "tokenizer": stream.tokenizer_sums,
+        "split": SPLIT,
+    }
+    write_atomically(part / "data.json", json.dumps(sealed(facts), indent=1))
+
+
+def _tokenize(
+    sweep: Sweep, part: Path, needed: Needs, made_from: str, said: Callable[[str], None]
+) -> tuple[TokenStream, str]:
+    """Fill the files in `part`, and return how they are filled and the name of the text."""
+    begin(part, made_from)
     tokenizer = _tokenizer(sweep, part / "tokenizer", said)
     data = sweep.specification.data
-    stream = _Stream(part, tokenizer)
+    stream = TokenStream(part, tokenizer)
     source = _source(sweep, data, DATA)
     if data.held_out is None:
         targets = {TRAIN: needed.train, HELD_OUT: needed.held_out}
@@ -228,30 +335,7 @@ def _make(sweep: Sweep, grid: Grid, part: Path, needed: Needs, made_from: str, s
         stream.fill(((TRAIN, text) for _, text in _split(source)), {TRAIN: needed.train}, said)
         held_out = _source(sweep, data.held_out, HELD_OUT_DATA)
         stream.fill(((HELD_OUT, text) for _, text in _split(held_out)), {HELD_OUT: needed.held_out}, said)
-    _require_enough(sweep, grid, source.name, stream.counts, needed)
-    facts = {
-        "made_from": made_from,
-        "name": data.name or source.name,
-        "vocab_size": len(tokenizer),
-        "dtype": stream.dtype,
-        "needed": asdict(needed),
-        "tokens": stream.counts,
-        "fingerprint": stream.fingerprint(),
-        "split": SPLIT,
-    }
-    write_atomically(part / "data.json", json.dumps(facts, indent=1))
-
-
-def _begin(part: Path, made_from: str) -> None:
-    """Keep what an interrupted run left of the same tokens, and nothing else."""
-    state = part / "state.json"
-    left = _left(state)
-    if left.get("made_from") == made_from and left.get("split") == SPLIT:
-        return
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    nothing = {TRAIN: 0, HELD_OUT: 0}
-    write_atomically(state, json.dumps({"made_from": made_from, "split": SPLIT, "counts": nothing, "read": nothing}))
+    return stream, source.name
 
 
 def _source(sweep: Sweep, text: Text, where: Path_) -> Source:
@@ -397,66 +481,6 @@ def _first(texts: Iterator[str], characters: int) -> Iterator[str]:
             return
         characters -= len(text)
         yield text
-
-
-class _Stream:
-    """Tokens that are appended to files, with a record of how far it is, so that it can go on after a break."""
-
-    def __init__(self, folder: Path, tokenizer: Any) -> None:
-        self._folder, self._tokenizer = folder, tokenizer
-        self.dtype = "uint16" if len(tokenizer) <= 2**16 else "uint32"
-        kept = json.loads((folder / "state.json").read_text())
-        self._made_from: str = kept["made_from"]
-        self.counts: dict[str, int] = kept["counts"]
-        self._read: dict[str, int] = kept["read"]  # documents read of each source, by what it is filled for
-        for kind, count in self.counts.items():
-            path = folder / f"{kind}.bin"
-            path.touch()
-            os.truncate(path, count * np.dtype(self.dtype).itemsize)
-
-    def fill(self, documents: Iterator[tuple[str, str]], targets: dict[str, int], said: Callable[[str], None]) -> None:
-        """Append documents until there are as many tokens of each kind as wanted, or no more documents."""
-        first = next(iter(targets))
-        batch: list[tuple[str, str]] = []
-        size = 0
-        for kind, text in islice(documents, self._read[first], None):
-            if all(self.counts[name] >= count for name, count in targets.items()):
-                return
-            batch.append((kind, text))
-            size += len(text)
-            if size >= BATCH_CHARACTERS:
-                self._append(batch, targets, first, said)
-                batch, size = [], 0
-        self._append(batch, targets, first, said)
-
-    def _append(
-        self, batch: list[tuple[str, str]], targets: dict[str, int], first: str, said: Callable[[str], None]
-    ) -> None:
-        if not batch:
-            return
-        end = [] if self._tokenizer.eos_token_id is None else [self._tokenizer.eos_token_id]
-        ids = self._tokenizer([text for _, text in batch], add_special_tokens=False, verbose=False).input_ids
-        for kind in targets:
-            tokens = [token for (own, _), row in zip(batch, ids, strict=True) if own == kind for token in [*row, *end]]
-            wanted = np.array(tokens[: max(0, targets[kind] - self.counts[kind])], self.dtype)
-            with (self._folder / f"{kind}.bin").open("ab") as file:
-                wanted.tofile(file)
-                file.flush()
-                os.fsync(file.fileno())
-            self.counts[kind] += len(wanted)
-        self._read[first] += len(batch)
-        kept = {"made_from": self._made_from, "split": SPLIT, "counts": self.counts, "read": self._read}
-        write_atomically(self._folder / "state.json", json.dumps(kept))
-        said(f"Tokenized {self.counts[TRAIN]:,} of {targets.get(TRAIN, 0) or self.counts[TRAIN]:,} training tokens")
-
-    def fingerprint(self) -> str:
-        """A digest of all tokens."""
-        total = 0
-        for kind in (TRAIN, HELD_OUT):
-            with (self._folder / f"{kind}.bin").open("rb") as file:
-                while part := file.read(2**24):
-                    total = zlib.crc32(part, total)
-        return f"{total:08x}"
 
 
 def _require_enough(sweep: Sweep, grid: Grid, name: str, counts: dict[str, int], needed: Needs) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 from markupsafe import Markup
 
 from depthscope.errors import SweepError
-from depthscope.files import write_atomically
+from depthscope.files import remove_leftovers, write_atomically
 from depthscope.page import embedded, environment, plotly_script, script_hash, source
 from depthscope.sweep.derived import COLUMNS
 from depthscope.sweep.families import axis_label, lay_out, shown_value
@@ -87,6 +87,7 @@ def write_report(folder: str | os.PathLike[str], out: str | os.PathLike[str] | N
         place.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise SweepError(f"the folder {place} cannot be made: {error.strerror}. Choose another one.") from error
+    remove_leftovers(place)
     rows = result_rows(results)
     contents: dict[str, str | bytes] = {
         "results.csv": to_csv(rows),

@@ -9,9 +9,11 @@
     OUT/points/<point>/layer_stats.jsonl      the variance of every layer over training, and what else is tracked
     OUT/points/<point>/layer_report.json      the scores of the trained model on held-out text
     OUT/points/<point>/untrained_report.json  the same before training: the control
+    OUT/points/<point>/checksums.json         of the model, logs and reports (`depthscope.sweep.finished_files`)
     OUT/points/<point>/result.json            status and held-out loss; written last
 
-Whatever exists is finished: a point that was interrupted goes on from its last checkpoint or measurement.
+Whatever exists and is whole is finished: a point that was interrupted goes on from its last checkpoint or measurement.
+What is damaged is done again, and that is said.
 """
 
 import json
@@ -40,28 +42,35 @@ from transformers import (
 
 from depthscope.analysis import analyze_blocks
 from depthscope.callbacks import EffectivenessCallback, SparsityCallback, VarianceCallback
-from depthscope.errors import NonFiniteError
+from depthscope.callbacks.history import FILE as HISTORY_FILE
+from depthscope.errors import NonFiniteError, ReportError, SweepError
 from depthscope.facts import model_facts
 from depthscope.files import write_atomically
 from depthscope.models import DepthLMConfig, DepthLMForCausalLM, model_size
 from depthscope.modes import evaluating
 from depthscope.processes import Processes
 from depthscope.quiet import quiet
+from depthscope.report import LayerReport
 from depthscope.scores.base import Values, block_losses
 from depthscope.scores.jackknife import values_with_errors
 from depthscope.settings import Settings
+from depthscope.sweep.checkpoints import mark_complete, remove_checkpoints, unreadable_file, usable_checkpoint
+from depthscope.sweep.checksums import checksum, checksums, damaged_file, sealed
 from depthscope.sweep.data import Corpus, Sequences
+from depthscope.sweep.finished_files import keep_checksums, known_checksums, report_checksum
 from depthscope.sweep.grid import Point
 from depthscope.sweep.hardware import choose_attention, choose_precision
 from depthscope.sweep.recorded import read_record, settings_of
 from depthscope.sweep.specification import Specification
 from depthscope.sweep.trainer_fields import trainer_fields
 
-__all__ = ["DIVERGED", "FAILED", "FINISHED", "PointRun", "Told", "forget_measurements", "status_if_done"]
+__all__ = ["DIVERGED", "FAILED", "FINISHED", "UNREADABLE", "PointRun", "Told", "forget_measurements"]
+__all__ += ["recorded_status", "status_if_done"]
 
-FINISHED, DIVERGED, FAILED = "finished", "diverged", "failed"
-COMPLETE = "complete"  # a file in a checkpoint that is written when everything else in it is
+FINISHED, DIVERGED, FAILED, UNREADABLE = "finished", "diverged", "failed", "unreadable"
+MODEL = "model"
 EARLY_STEPS = (0, *(2**power for power in range(10)))  # 0, 1, 2, 4, ..., 512
+LOG = "log.jsonl"
 TRAINED_REPORT, UNTRAINED_REPORT = "layer_report.json", "untrained_report.json"
 PACKAGES = ("depthscope", "transformers", "torch", "accelerate", "datasets", "tokenizers", "numpy")
 
@@ -79,6 +88,7 @@ class PointRun:
     block_size: int  # of the measurements
     out: Path
     told: Told = lambda stage, done, total, loss: None
+    noted: Callable[[str], None] = lambda line: None  # is told what was damaged
 
     @property
     def folder(self) -> Path:
@@ -95,16 +105,16 @@ class PointRun:
             self.folder.mkdir(parents=True, exist_ok=True)
             (self.folder / "result.json").unlink(missing_ok=True)  # of a failure
             self._write("point.json", self._facts() | self._decided())
+            self._drop_damaged_model()
+        _wait(processes)
         status = FINISHED
-        if not (self.folder / "model").is_dir():
+        if not (self.folder / MODEL).is_dir():
             status = self._train(processes)
-        if processes.is_main:
-            for checkpoint in self.folder.glob("checkpoint-*"):
-                shutil.rmtree(checkpoint)
         result: dict[str, Any] = {"status": status}
         if status == FINISHED:
             result = self._measure(processes)
         if processes.is_main:
+            remove_checkpoints(self.folder)
             self._write("result.json", {**self._facts(), **result})
         _wait(processes)
         return result["status"]
@@ -116,15 +126,17 @@ class PointRun:
         trainer = self.trainer()
         watch = _Watch(self, trainer)
         trainer.add_callback(watch)
-        last = _usable_checkpoint(self.folder, processes)
+        last = usable_checkpoint(self.folder, processes, self._note)
         with quiet():
             trainer.train(resume_from_checkpoint=None if last is None else str(last))
         if processes.is_main:
             lines = [json.dumps(_finite(row), sort_keys=True) for row in trainer.state.log_history if "loss" in row]
-            write_atomically(self.folder / "log.jsonl", "".join(line + "\n" for line in lines))
+            write_atomically(self.folder / LOG, "".join(line + "\n" for line in lines))
             self._environment(trainer.args, trainer.model, time.perf_counter() - started)
+            written = [name for name in (LOG, HISTORY_FILE) if (self.folder / name).is_file()]
+            keep_checksums(self.folder, {name: checksum(self.folder / name) for name in written})
         if watch.diverged_at is None:
-            save_model(trainer, self.folder / "model", processes)
+            save_model(trainer, self.folder / MODEL, processes, self._keep_model_checksums)
         _wait(processes)
         return FINISHED if watch.diverged_at is None else DIVERGED
 
@@ -213,6 +225,50 @@ class PointRun:
             )
         return callbacks
 
+    # What an earlier run has left
+
+    def _drop_damaged_model(self) -> None:
+        """Remove the trained model where it is damaged, so that it is trained again."""
+        folder = self.folder / MODEL
+        if not folder.is_dir():
+            return
+        try:
+            known = known_checksums(self.folder) or {}
+        except ReportError as error:
+            known = {}
+            self._note(f"{error}, so that nothing can be compared with it")
+        sums = {name.removeprefix(f"{MODEL}/"): value for name, value in known.items() if "/" in name}
+        # Those that the scores depend on first.
+        found = damaged_file(folder, dict(sorted(sums.items(), key=lambda item: not _is_needed(item[0]))))
+        found = found or unreadable_file(folder)
+        if found is None:
+            return
+        if not _is_needed(found):
+            self._note(f"{MODEL}/{found} is damaged, which the scores do not need; replace it before the model is used")
+            return
+        shutil.rmtree(folder)
+        self._note(f"the trained model is damaged ({MODEL}/{found}), and is trained again")
+
+    def _keep_model_checksums(self, part: Path) -> None:
+        keep_checksums(self.folder, {f"{MODEL}/{name}": value for name, value in checksums(part).items()})
+
+    def _has_report(self, name: str) -> bool:
+        """Whether there is a report, and a whole one."""
+        if not (self.folder / name).is_file():
+            return False
+        try:
+            report = LayerReport.load(self.folder / name)
+            known = (known_checksums(self.folder) or {}).get(name)
+            if known in (None, report_checksum(report)):
+                return True
+        except ReportError:
+            pass  # of the report, or of the checksums: then what it should be is not known
+        self._note(f"{name} is damaged, and is measured anew")
+        return False
+
+    def _note(self, line: str) -> None:
+        self.noted(f"{self.point.name}: {line}")
+
     # Measuring
 
     def _measure(self, processes: Processes) -> dict[str, Any]:
@@ -226,7 +282,7 @@ class PointRun:
             result["untrained_loss"] = before if math.isfinite(before) else None
         self.told("measuring", 0, 0, None)
         with quiet():
-            model = DepthLMForCausalLM.from_pretrained(self.folder / "model", dtype=torch.float32)
+            model = DepthLMForCausalLM.from_pretrained(self.folder / MODEL, dtype=torch.float32)
         try:
             result["loss"], result["loss_se"] = self._score(model, TRAINED_REPORT, processes)
         except NonFiniteError:
@@ -243,10 +299,11 @@ class PointRun:
         model.to(processes.device)  # type: ignore[arg-type]
         settings = self._settings()
         blocks = self._blocks(settings)
-        if not (self.folder / name).is_file():
+        if not self._has_report(name):
             facts = model_facts(model) | {"name": self.point.name, "source": "sweep"}
             report = analyze_blocks(model, blocks, settings, facts=facts, processes=processes, progress=False)
             if processes.is_main:
+                keep_checksums(self.folder, {name: report_checksum(report)})
                 report.save(self.folder / name)
         count = max(1, self.specification.scoring.loss_tokens // settings.block_size)
         rows = self.corpus.held_out_blocks(count, settings.block_size).input_ids
@@ -276,10 +333,11 @@ class PointRun:
         }
 
     def _decided(self) -> dict[str, Any]:
-        return settings_of(self.specification, self.corpus.span, self.block_size)
+        settings = settings_of(self.specification, self.corpus.span, self.block_size)
+        return settings | {"tokens": self.corpus.tokens.model_dump()}
 
     def _write(self, name: str, content: dict[str, Any]) -> None:
-        write_atomically(self.folder / name, json.dumps(content, indent=1) + "\n")
+        write_atomically(self.folder / name, json.dumps(sealed(content), indent=1) + "\n")
 
     def _environment(self, arguments: TrainingArguments, model: Any, seconds: float) -> None:
         self._write(
@@ -298,16 +356,28 @@ class PointRun:
 
 
 def status_if_done(folder: Path) -> str | None:
-    """The status of the point in a folder, if it need not be run again: finished or diverged.
+    """The status of the point in a folder, if it is not to be run again: finished, diverged or unreadable."""
+    try:
+        status = recorded_status(folder)
+    except SweepError:
+        return UNREADABLE
+    return None if status == FAILED else status
+
+
+def recorded_status(folder: Path) -> str | None:
+    """The status of the point in a folder, as its result has it; None without one.
 
     Raises:
-        SweepError: its result is damaged.
+        SweepError: the result is damaged; the message names it and says what to do.
     """
     path = folder / "result.json"
-    if not path.is_file():
+    if not os.path.lexists(path):
         return None
-    status = read_record(path, "Delete it and run again, which measures the trained model anew.").get("status")
-    return status if status in (FINISHED, DIVERGED) else None
+    remedy = "Delete it and run again, which measures the trained model anew."
+    status = read_record(path, remedy).get("status")
+    if status not in (FINISHED, DIVERGED, FAILED):
+        raise SweepError(f"{path} is damaged: it has no status. {remedy}")
+    return str(status)
 
 
 def forget_measurements(folder: Path) -> None:
@@ -339,8 +409,17 @@ def held_out_loss(
     return float(value.scores["loss"]), spread if math.isfinite(spread) else None
 
 
-def save_model(trainer: Trainer, folder: Path, processes: Processes) -> None:
-    """Save a model, its tokenizer and code, whole or not at all; every process takes part."""
+def save_model(
+    trainer: Trainer, folder: Path, processes: Processes, seen: Callable[[Path], None] = lambda part: None
+) -> None:
+    """Save a model, its tokenizer and code, whole or not at all; every process takes part.
+
+    Args:
+        trainer: of the model.
+        folder: where it goes.
+        processes: that train it.
+        seen: is given the folder with all files, in the main process, before it gets its name.
+    """
     part = folder.with_name(f".{folder.name}.part")
     if processes.is_main:
         shutil.rmtree(part, ignore_errors=True)
@@ -350,6 +429,7 @@ def save_model(trainer: Trainer, folder: Path, processes: Processes) -> None:
         trainer.save_model(str(part))
     if processes.is_main:
         (part / "training_args.bin").unlink(missing_ok=True)  # a pickle, and point.json says the same
+        seen(part)
         os.replace(part, folder)
     _wait(processes)
 
@@ -377,9 +457,10 @@ class _Watch(TrainerCallback):
             control.should_training_stop = True
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        _wait(Processes.here())  # each process writes its part
         # From a checkpoint of weights that are not finite, nothing would be logged any more to find that out by.
         if state.is_world_process_zero and self.diverged_at is None:
-            write_atomically(self._run.folder / f"checkpoint-{state.global_step}" / COMPLETE, "")
+            mark_complete(self._run.folder / f"checkpoint-{state.global_step}")
 
     def _publish(self, state: Any) -> None:
         step = state.global_step
@@ -391,16 +472,9 @@ class _Watch(TrainerCallback):
             save_model(self._trainer, folder, Processes.here())
 
 
-def _usable_checkpoint(folder: Path, processes: Processes) -> Path | None:
-    """The last complete checkpoint; what was interrupted while it was written is removed."""
-    found = {path: int(path.name.rpartition("-")[2]) for path in folder.glob("checkpoint-*")}
-    complete = {path: step for path, step in found.items() if (path / COMPLETE).is_file()}
-    _wait(processes)
-    if processes.is_main:
-        for path in found.keys() - complete.keys():
-            shutil.rmtree(path)
-    _wait(processes)
-    return max(complete, key=lambda path: complete[path], default=None)
+def _is_needed(name: str) -> bool:
+    """Whether the scores of a model depend on this file of it."""
+    return ".safetensors" in name or name in ("config.json", "generation_config.json")
 
 
 def _next_multiple(number: int, of: int) -> int:

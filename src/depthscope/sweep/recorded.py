@@ -5,6 +5,7 @@ the settings stand in no file, since the whole grid decides them: the size of th
 not given, and the longest sequence length, over which the order of the data is drawn.
 """
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,13 +17,23 @@ from pydantic import BaseModel, ConfigDict
 from depthscope.errors import ReportError, SweepError
 from depthscope.files import read_text
 from depthscope.strict_json import parse
+from depthscope.sweep.checksums import is_whole
 from depthscope.sweep.grid import ANY_VOCABULARY, Grid, Point
 from depthscope.sweep.specification import Data, Scoring, Specification, Tokenizer, Training
 
-__all__ = ["Differences", "differences", "read_record", "settings_of"]
+__all__ = ["Differences", "Tokens", "differences", "read_record", "require_readable", "settings_of"]
 
 MAX_BYTES = 32 * 2**20
 DAMAGED_POINT = "Choose another --out, or delete the folder {folder} to train the point anew."
+
+
+class Tokens(BaseModel):
+    """The fingerprints of the tokens that a point is trained and measured on; None where they are not known."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    train: str | None
+    train_and_held_out: str
 
 
 class _Record(BaseModel):
@@ -38,6 +49,7 @@ class _Record(BaseModel):
     tokenizer: Tokenizer
     scoring: Scoring
     longest_sequence_length: int
+    tokens: Tokens | None = None  # not in records of older versions
 
     def point(self) -> Point:
         return Point(self.variant, self.seed, self.model, self.training, {})
@@ -67,6 +79,8 @@ def read_record(path: Path, remedy: str) -> dict[str, Any]:
         raise SweepError(f"{error} {remedy}") from error
     if not isinstance(content, dict):
         raise SweepError(f"{path} is damaged: it holds no settings by name. {remedy}")
+    if not is_whole(content):
+        raise SweepError(f"{path} is damaged: it is not what was written. {remedy}")
     return content
 
 
@@ -89,32 +103,67 @@ def settings_of(specification: Specification, longest: int, block_size: int) -> 
     }
 
 
-def differences(out: Path, point: Point, specification: Specification, grid: Grid) -> Differences:
+def differences(
+    out: Path, point: Point, specification: Specification, grid: Grid, tokens: Tokens | None = None
+) -> Differences:
     """Compare what the folder of a sweep says of a point with what the sweep asks for; nothing where it says nothing.
+
+    Args:
+        out: the folder of the sweep.
+        point: the point.
+        specification: what is asked for now.
+        grid: its points.
+        tokens: the text as it is on the disk; not compared where it is not known yet.
 
     Raises:
         SweepError: the record of the point is damaged.
     """
-    path = out / "points" / point.name / "point.json"
-    if not path.is_file():
+    known = _known(out, point)
+    if known is None:
         return Differences()
-    remedy = DAMAGED_POINT.format(folder=path.parent)
     now = settings_of(specification, grid.longest, grid.shortest)
-    content = read_record(path, remedy)
-    try:
-        known = _Record.model_validate(content)
-        names = {**known.model, **point.model}
-        models = [_effective(each, names) for each in (known.point(), point)]
-    except (StrictDataclassError, ValueError, TypeError) as error:  # ValueError: pydantic's too
-        raise SweepError(f"{path} is damaged, or of another version of depthscope. {remedy}") from error
+    names = {**known.model, **point.model}
+    models = [_effective(each, names) for each in (known.point(), point)]
     before = known.model_dump(mode="json", include={"data", "tokenizer", "scoring", "training"})
     after = {**now, "training": point.training.model_dump(mode="json")}
     changed = {part: _changes(f"{part}.", before[part], after[part]) for part in before}
     trained = _changes("model.", *models) + changed["training"] + changed["data"] + changed["tokenizer"]
+    measured = changed["scoring"]
     if known.longest_sequence_length != grid.longest:
         lengths = f"{known.longest_sequence_length}, is now {grid.longest}"
         trained.append(f"the longest sequence_length, over which the order of the data is drawn, was {lengths}")
-    return Differences(tuple(trained), tuple(changed["scoring"]))
+    if known.tokens is not None and tokens is not None and known.tokens != tokens:
+        if known.tokens.train is not None and known.tokens.train == tokens.train:
+            measured.append("the held-out text has changed")
+        else:
+            trained.append(
+                f"the text has changed, the fingerprint of its tokens was {known.tokens.train_and_held_out}, is now "
+                f"{tokens.train_and_held_out}"
+            )
+    return Differences(tuple(trained), tuple(measured))
+
+
+def require_readable(out: Path, point: Point) -> None:
+    """Refuse the record of a point that is damaged, where there is one.
+
+    Raises:
+        SweepError: naming it, and what to do.
+    """
+    _known(out, point)
+
+
+def _known(out: Path, point: Point) -> _Record | None:
+    path = out / "points" / point.name / "point.json"
+    if not os.path.lexists(path):
+        return None
+    remedy = DAMAGED_POINT.format(folder=path.parent)
+    content = read_record(path, remedy)
+    try:
+        known = _Record.model_validate(content)
+        _effective(known.point(), known.model)
+    except (StrictDataclassError, ValueError, TypeError) as error:  # ValueError: pydantic's too
+        raise SweepError(f"{path} is damaged, or of another version of depthscope. {remedy}") from error
+    return known
 
 
 def _effective(point: Point, names: Mapping[str, Any]) -> dict[str, Any]:

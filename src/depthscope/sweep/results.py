@@ -27,7 +27,9 @@ from depthscope.files import read_text
 from depthscope.messages import one_line
 from depthscope.report import MAX_FLOAT, MAX_INTEGER, UNPRINTABLE, LayerReport
 from depthscope.strict_json import parse
+from depthscope.sweep.checksums import checksum, is_whole
 from depthscope.sweep.derived import Numbers, derive
+from depthscope.sweep.finished_files import known_checksums, report_checksum
 from depthscope.sweep.specification import NAME_PATTERN
 
 __all__ = ["STATUSES", "Curve", "Family", "PointResult", "SweepResults", "load_results"]
@@ -41,6 +43,7 @@ MAX_INDEX_BYTES = 32 * 2**20
 MAX_FILE_BYTES = 64 * 2**20  # of one log or history
 MAX_POINTS = 10_000
 MAX_REASON = 300
+LOG = "log.jsonl"
 TRAINED_REPORT, UNTRAINED_REPORT = "layer_report.json", "untrained_report.json"
 
 Name = Annotated[str, Field(pattern=NAME_PATTERN, max_length=200)]
@@ -132,6 +135,7 @@ class PointResult:
     untrained: LayerReport | None = None
     losses: Curve = Curve()
     variances: Curve = Curve()
+    notes: list[str] = field(default_factory=list)  # what of it is damaged, though it is finished
     environment: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -191,6 +195,11 @@ class SweepResults:
         for point in self.points:
             found.setdefault(point.variant, []).append(point)
         return found
+
+    @property
+    def is_damaged(self) -> bool:
+        """Whether something that was written of a point cannot be read or is another now."""
+        return any(point.status == UNREADABLE or point.notes for point in self.points)
 
     def with_status(self, status: str) -> list[PointResult]:
         """The points that have a status."""
@@ -269,71 +278,115 @@ def _read_point(folder: Path, point: _Point) -> PointResult:
         "training": point.training,
     }
     try:
+        if os.path.lexists(folder / "point.json"):
+            _whole_json(folder / "point.json")
         training = _validated(_Training, point.training, f"training of {point.point}")
-        courses = _read_courses(folder, training.batch_tokens)
-        if not (folder / "result.json").is_file():
+        has_result = os.path.lexists(folder / "result.json")
+        sums, notes = _checksums(folder) if has_result else ({}, [])
+        courses = _read_courses(folder, training.batch_tokens, sums)
+        courses["notes"] = [*notes, *courses["notes"]]
+        if not has_result:
             status = UNFINISHED if folder.is_dir() else NOT_RUN
             return PointResult(**fixed, status=status, **courses)
-        result = _validated(_Result, _read_json(folder / "result.json"), "result.json")
+        result = _validated(_Result, _whole_json(folder / "result.json"), "result.json")
         if result.point != point.point:
             raise ReportError(f"result.json is of another point, {result.point}")
         if result.status != FINISHED:
             return PointResult(**fixed, status=result.status, reason=_short(result.error), result=result, **courses)
-        return PointResult(**fixed, status=FINISHED, result=result, **_read_reports(folder), **courses)
+        return PointResult(**fixed, status=FINISHED, result=result, **_read_reports(folder, sums), **courses)
     except ReportError as error:
         return PointResult(**fixed, status=UNREADABLE, reason=_short(str(error).replace(str(folder) + os.sep, "")))
 
 
-def _read_reports(folder: Path) -> dict[str, Any]:
-    control = folder / UNTRAINED_REPORT
+def _checksums(folder: Path) -> tuple[dict[str, str], list[str]]:
+    """The checksums that were kept of the files of a point, and what is to be said of them."""
+    try:
+        return known_checksums(folder) or {}, []
+    except ReportError as error:
+        return {}, [_short(f"{error}; whether the other files are whole is not known")]
+
+
+def _read_reports(folder: Path, sums: Mapping[str, str]) -> dict[str, Any]:
+    found: dict[str, LayerReport | None] = {}
+    for key, name in (("report", TRAINED_REPORT), ("untrained", UNTRAINED_REPORT)):
+        if name == UNTRAINED_REPORT and name not in sums and not (folder / name).is_file():
+            found[key] = None
+            continue
+        found[key] = report = LayerReport.load(folder / name)
+        if sums.get(name) not in (None, report_checksum(report)):
+            raise ReportError(f"{name} is not what was measured; delete result.json and run again to measure it anew")
+    return found
+
+
+def _read_courses(folder: Path, batch_tokens: int, sums: Mapping[str, str]) -> dict[str, Any]:
+    """Losses, variances and environment, each empty where it is not there, and what of them is damaged."""
+    notes = []
+    environment: dict[str, Any] = {}
+    try:
+        if os.path.lexists(folder / "environment.json"):
+            environment = _whole_json(folder / "environment.json")
+    except ReportError as error:
+        notes.append(f"{one_line(error)} How the point was run is not known")
+    losses, unread_losses = _losses(folder / LOG, batch_tokens)
+    variances, unread_rows = _variances(folder / HISTORY_FILE, batch_tokens)
+    for name, unread in ((LOG, unread_losses), (HISTORY_FILE, unread_rows)):
+        if unread:
+            notes.append(f"{name} is damaged: lines of it cannot be read, and are not drawn")
+        elif name in sums and _is_other(folder / name, sums[name]):
+            notes.append(f"{name} is damaged: what is drawn of it may be wrong")
     return {
-        "report": LayerReport.load(folder / TRAINED_REPORT),
-        "untrained": LayerReport.load(control) if control.is_file() else None,
+        "losses": losses,
+        "variances": variances,
+        "environment": environment,
+        "notes": [_short(note.replace(str(folder) + os.sep, "")) for note in notes],
     }
 
 
-def _read_courses(folder: Path, batch_tokens: int) -> dict[str, Any]:
-    """Losses, variances and environment, each empty where it is not there."""
-    environment = _read_json(folder / "environment.json") if (folder / "environment.json").is_file() else {}
-    return {
-        "losses": _losses(folder / "log.jsonl", batch_tokens),
-        "variances": _variances(folder / HISTORY_FILE, batch_tokens),
-        "environment": environment if isinstance(environment, dict) else {},
-    }
+def _is_other(path: Path, expected: str) -> bool:
+    try:
+        return checksum(path) != expected
+    except OSError:
+        return True
 
 
-def _losses(path: Path, batch_tokens: int) -> Curve:
-    if not path.is_file():
-        return Curve()
-    curve = Curve()
-    for line in read_text(path, MAX_FILE_BYTES).splitlines():
+def _losses(path: Path, batch_tokens: int) -> tuple[Curve, int]:
+    """The losses over training, and how many lines cannot be read."""
+    curve, unread = Curve(), 0
+    for line in read_text(path, MAX_FILE_BYTES).splitlines() if path.is_file() else ():
         try:
             row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise ReportError("log.jsonl has a line that is not JSON") from error
+        except (ValueError, RecursionError):
+            unread += 1
+            continue
         if isinstance(row, dict) and "loss" in row and _is_step(row.get("step")):
             curve.tokens.append(row["step"] * batch_tokens)
             curve.values.append(_number(row["loss"]))
-    return curve
+    return curve, unread
 
 
-def _variances(path: Path, batch_tokens: int) -> Curve:
+def _variances(path: Path, batch_tokens: int) -> tuple[Curve, int]:
+    """The variances over training, and how many lines cannot be read."""
     if not path.is_file():
-        return Curve()
+        return Curve(), 0
     if path.stat().st_size > MAX_FILE_BYTES:
         raise ReportError(f"{path.name} is larger than {MAX_FILE_BYTES / 2**20:g} MiB")
     curve = Curve()
-    for row in read_history(path):
+    rows = read_history(path)
+    for row in rows:
         layers = row.get("layers")
         column = layers.get("variance") if isinstance(layers, Mapping) else None
         if isinstance(column, list) and _is_step(row["step"]):
             curve.tokens.append(row["step"] * batch_tokens)
             curve.values.append([_number(value) for value in column])
-    return curve
+    # A last line without its end is being written, or was when the run was interrupted.
+    return curve, path.read_bytes().count(b"\n") - len(rows)
 
 
-def _read_json(path: Path) -> Any:
-    return parse(read_text(path, MAX_INDEX_BYTES), path.name)
+def _whole_json(path: Path) -> Any:
+    content = parse(read_text(path, MAX_INDEX_BYTES), path.name)
+    if not isinstance(content, dict) or not is_whole(content):
+        raise ReportError(f"{path.name} is not what was written")
+    return content
 
 
 def _is_step(value: Any) -> bool:

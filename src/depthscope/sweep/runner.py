@@ -7,7 +7,8 @@
     OUT/report/        tables and the page (`depthscope.sweep.page`)
 
 Whatever is finished is skipped. A point that fails is recorded and the sweep goes on; it is tried again next time. What
-was measured with other settings is measured anew from the trained model; what was trained with others is refused.
+was measured with other settings is measured anew from the trained model; what was trained with others is refused. What
+cannot be read is left as it is, and named in the report.
 """
 
 import fnmatch
@@ -16,6 +17,7 @@ import os
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +26,7 @@ import yaml
 from filelock import FileLock, Timeout
 
 from depthscope.errors import SweepError
-from depthscope.files import write_atomically
+from depthscope.files import remove_leftovers, write_atomically
 from depthscope.messages import listed, one_line
 from depthscope.processes import Processes
 from depthscope.sweep.data import Corpus, open_corpus, prepare_corpus
@@ -34,12 +36,14 @@ from depthscope.sweep.point import (
     DIVERGED,
     FAILED,
     FINISHED,
+    UNREADABLE,
     PointRun,
     Told,
     forget_measurements,
+    recorded_status,
     status_if_done,
 )
-from depthscope.sweep.recorded import Differences, differences
+from depthscope.sweep.recorded import Differences, differences, require_readable
 from depthscope.sweep.shown import Shown, showing_points
 from depthscope.sweep.specification import Specification, Sweep
 
@@ -125,10 +129,14 @@ def run_sweep(
         _make_folder(out)
         _take(lock, out)
     try:
-        otherwise = _measured_otherwise(sweep, grid, chosen, out) if processes.is_main else {}
+        if processes.is_main:
+            for folder in (out, out / "data", out / "data.part", *(out / "points").iterdir()):
+                remove_leftovers(folder)
+            _measured_otherwise(sweep, grid, chosen, out)  # what is refused, before any text is tokenized
         with showing_points(len(chosen), visible=progress and processes.is_main) as shown:
             if processes.is_main:
                 corpus = prepare_corpus(sweep, grid, out, shown.say)
+                otherwise = _measured_otherwise(sweep, grid, chosen, out, corpus)
                 _measure_anew(otherwise, out, shown.say)
                 _write_index(sweep, grid, out, corpus)
             if processes.count > 1:
@@ -140,10 +148,16 @@ def run_sweep(
 
 
 def run_point(
-    point: Point, specification: Specification, corpus: Corpus, block_size: int, out: Path, told: Told
+    point: Point,
+    specification: Specification,
+    corpus: Corpus,
+    block_size: int,
+    out: Path,
+    told: Told,
+    noted: Callable[[str], None],
 ) -> str:
     """Run one point, and record a failure instead of raising it, so that the others go on."""
-    run = PointRun(point, specification, corpus, block_size, out, told)
+    run = PointRun(point, specification, corpus, block_size, out, told, noted)
     try:
         return run.run()
     except Exception as error:
@@ -165,14 +179,17 @@ def _run_points(
 ) -> Outcome:
     statuses: dict[str, str] = {}
     to_do = []
+    unreadable = _unreadable(chosen, out)
+    for reason in unreadable.values():
+        shown.note(reason)
     for point in chosen:
-        status = status_if_done(out / "points" / point.name)
+        status = UNREADABLE if point.name in unreadable else status_if_done(out / "points" / point.name)
         if status is None:
             to_do.append(point)
         else:
             statuses[point.name] = status
-            shown.finished(point.name, status, before=True)
-    skipped = len(statuses)
+            shown.finished(point.name, status, before=status != UNREADABLE)
+    skipped = len(statuses) - len(unreadable)
     # By all points of the grid, not by those that are left: a point has the same share of the cores in every run.
     jobs = _jobs(jobs, len(grid.points), processes)
     alone = jobs == 1 and torch.cuda.device_count() < 2  # Trainer would spread a point over all GPUs that it sees
@@ -183,7 +200,7 @@ def _run_points(
     elif to_do:
         corpus = open_corpus(out, grid.longest)
         for point in to_do:
-            status = run_point(point, specification, corpus, grid.shortest, out, shown.teller(point.name))
+            status = run_point(point, specification, corpus, grid.shortest, out, shown.teller(point.name), shown.note)
             statuses[point.name] = status
             shown.finished(point.name, status)
     ordered = {point.name: statuses[point.name] for point in chosen}
@@ -241,13 +258,38 @@ def _require_even_shares(points: list[Point], processes: int) -> None:
             )
 
 
-def _measured_otherwise(sweep: Sweep, grid: Grid, chosen: list[Point], out: Path) -> dict[str, str]:
+def _unreadable(points: Sequence[Point], out: Path) -> dict[str, str]:
+    """The points whose records are damaged, with what is wrong and what to do."""
+    found = {}
+    for point in points:
+        try:
+            require_readable(out, point)
+            recorded_status(out / "points" / point.name)
+        except SweepError as error:
+            found[point.name] = str(error)
+    return found
+
+
+def _measured_otherwise(
+    sweep: Sweep, grid: Grid, chosen: list[Point], out: Path, corpus: Corpus | None = None
+) -> dict[str, str]:
     """The points in the folder that are to be measured anew, with what was measured otherwise.
 
+    Args:
+        sweep: what is asked for.
+        grid: its points.
+        chosen: those of them that are to be run.
+        out: the folder.
+        corpus: the text, once it is on the disk.
+
     Raises:
-        SweepError: points were trained with other settings, or cannot be measured anew in this run.
+        SweepError: points were trained with other settings or on other text, or cannot be measured anew in this run.
     """
-    found = {point.name: differences(out, point, sweep.specification, grid) for point in grid.points}
+    tokens = None if corpus is None else corpus.tokens
+    found = {}
+    for point in grid.points:
+        with suppress(SweepError):  # its record is damaged, which is said of each when all others are run
+            found[point.name] = differences(out, point, sweep.specification, grid, tokens)
     if sweep.specification.tracking.effectiveness_every:  # then scores are measured while a model trains, too
         found = {name: Differences((*each.trained, *each.measured)) for name, each in found.items()}
     _refuse_other_trainings({name: "; ".join(each.trained) for name, each in found.items() if each.trained}, out)
@@ -324,6 +366,6 @@ def _write_index(sweep: Sweep, grid: Grid, out: Path, corpus: Corpus) -> None:
 def describe(outcome: Outcome) -> str:
     """What came of a sweep, in one line."""
     counts = Counter(outcome.statuses.values())
-    parts = [f"{counts[status]} {status}" for status in (FINISHED, DIVERGED, FAILED) if counts[status]]
+    parts = [f"{counts[status]} {status}" for status in (FINISHED, DIVERGED, FAILED, UNREADABLE) if counts[status]]
     before = f" ({outcome.skipped} of them before)" if outcome.skipped else ""
     return ", ".join(parts) + before

@@ -43,6 +43,11 @@ class Shown:
         elif self._console is not None:
             self._console.print(Text(line), soft_wrap=True)
 
+    def note(self, line: str) -> None:
+        """Say what stays on the screen."""
+        if self._console is not None:
+            self._console.print(Text(line), soft_wrap=True)
+
     def begin(self) -> None:
         """The first point begins."""
         if self._bars is not None and self._overall is not None:

@@ -222,13 +222,16 @@ def noise_words(results: SweepResults) -> str:
 
 
 def standing(results: SweepResults) -> list[str]:
-    """How many points are finished, and which are not and why not: a line for each reason."""
+    """How many points are finished, which are not and why not, and what is damaged: a line for each reason."""
     lines = [f"{len(results.with_status(FINISHED))} of {len(results.points)} points are finished."]
     for status, words in PROBLEMS.items():
         points = results.with_status(status)
         for reason in dict.fromkeys(point.reason for point in points):
             names = [point.name for point in points if point.reason == reason]
             lines.append(f"{words}: {', '.join(names)}. {reason}".rstrip())
+    for note in dict.fromkeys(note for point in results.points for note in point.notes):
+        names = [point.name for point in results.points if note in point.notes]
+        lines.append(f"Damaged: {', '.join(names)}. {note}.")
     return lines
 
 

@@ -69,6 +69,9 @@ def run_in_workers(
                 if message is not None and message[0] == "at":
                     shown.at(name, *message[1:])
                     continue
+                if message is not None and message[0] == "noted":
+                    shown.note(message[1])
+                    continue
                 statuses[name] = _status_after_death(worker, work) if message is None else message[1]
                 shown.finished(name, statuses[name])
                 if message is None and waiting:
@@ -151,8 +154,11 @@ def _serve(connection: Connection, work: _Work) -> None:
     def told(stage: str, done: int, total: int, loss: float | None) -> None:
         _tell(connection, ("at", stage, done, total, loss))
 
+    def noted(line: str) -> None:
+        _tell(connection, ("noted", line))
+
     while (point := _heard(connection)) is not None:
-        status = run_point(point, work.specification, corpus, work.grid.shortest, work.out, told)
+        status = run_point(point, work.specification, corpus, work.grid.shortest, work.out, told, noted)
         _tell(connection, ("done", status))
 
 

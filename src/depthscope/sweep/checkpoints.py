@@ -1,0 +1,105 @@
+"""The checkpoints that a point goes on from, if it is interrupted: the last one that is whole.
+
+A checkpoint counts once the file `complete` is in it, which is written when everything else is and holds the checksums
+of all that. One that is found to be damaged is removed, and the one before it is gone on from.
+"""
+
+import json
+import shutil
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+
+from depthscope.files import write_atomically
+from depthscope.processes import Processes
+from depthscope.sweep.checksums import checksums, damaged_file, is_whole, sealed
+
+__all__ = ["COMPLETE", "mark_complete", "remove_checkpoints", "unreadable_file", "usable_checkpoint"]
+
+COMPLETE = "complete"
+# What a checkpoint of an older version, which has no checksums, has to hold at least.
+PARTS = ("trainer_state.json", "scheduler.pt", "rng_state*.pth", "optimizer*", "*model*")
+
+
+def mark_complete(checkpoint: Path) -> None:
+    """Say that everything in a checkpoint is written."""
+    (checkpoint / COMPLETE).unlink(missing_ok=True)
+    write_atomically(checkpoint / COMPLETE, json.dumps(sealed({"files": checksums(checkpoint)})))
+
+
+def usable_checkpoint(folder: Path, processes: Processes, noted: Callable[[str], None]) -> Path | None:
+    """The last whole checkpoint in the folder of a point, None where there is none; all processes call it together.
+
+    Args:
+        folder: of the point.
+        processes: that train it.
+        noted: is told what is damaged.
+    """
+    if processes.is_main:
+        usable: Path | None = None
+        damaged = []
+        for path in sorted(_checkpoints(folder), key=_step, reverse=True):
+            if not (path / COMPLETE).exists():  # interrupted while it was written
+                shutil.rmtree(path)
+            elif usable is None and (name := _damage(path)) is not None:
+                damaged.append(f"{path.name} is damaged ({name})")
+                shutil.rmtree(path)
+            elif usable is None:
+                usable = path
+        if damaged:
+            then = "the training begins anew" if usable is None else f"the training goes on from {usable.name}"
+            noted(f"{', '.join(damaged)}; {then}")
+    if processes.count > 1:
+        torch.distributed.barrier()
+    return max(_checkpoints(folder), key=_step, default=None)
+
+
+def remove_checkpoints(folder: Path) -> None:
+    """Remove all checkpoints in the folder of a point."""
+    for checkpoint in _checkpoints(folder):
+        shutil.rmtree(checkpoint)
+
+
+def unreadable_file(folder: Path) -> str | None:
+    """The first file in a folder that is cut or empty, as far as that can be seen without its checksum."""
+    for path in sorted(folder.rglob("*")):
+        try:
+            if path.suffix in (".pt", ".pth", ".bin"):
+                with zipfile.ZipFile(path) as archive:  # as torch saves; read, not unpickled
+                    whole = archive.testzip() is None
+            elif path.suffix == ".safetensors":
+                with safe_open(path, framework="pt"):
+                    whole = True
+            elif path.suffix == ".json":
+                whole = bool(json.loads(path.read_bytes()))
+            else:
+                whole = True
+        except Exception:  # whatever a damaged file makes the libraries raise
+            whole = False
+        if not whole:
+            return path.relative_to(folder).as_posix()
+    return None
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    return [path for path in folder.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdecimal()]
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("checkpoint-"))
+
+
+def _damage(checkpoint: Path) -> str | None:
+    """What in a checkpoint is damaged or missing; None where it is whole."""
+    try:
+        said = (checkpoint / COMPLETE).read_bytes()
+        if not said:  # of an older version, or emptied
+            return next((part for part in PARTS if not any(checkpoint.glob(part))), None) or unreadable_file(checkpoint)
+        content = json.loads(said)
+        whole = isinstance(content, dict) and isinstance(content.get("files"), dict) and is_whole(content)
+    except (OSError, ValueError):
+        return COMPLETE
+    return damaged_file(checkpoint, content["files"]) if whole else COMPLETE

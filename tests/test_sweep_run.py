@@ -340,11 +340,14 @@ def test_a_shorter_sequence_makes_blocks_shorter_and_all_is_measured_anew(copy: 
 )
 def test_a_damaged_file_is_named_with_what_to_do(copy: Path, name: str, remedy: str, content: str) -> None:
     (copy / name).write_text(content)
+    shutil.rmtree(copy / "report")
     shown = depthscope("sweep", "run", write_sweep(copy.parent), "--out", copy)
-    assert shown.exit_code == 2, shown.output
+    assert shown.exit_code == 1, shown.output
     assert f"{copy / name} is " in shown.output
     assert remedy in shown.output
     assert (copy / name).read_text() == content
+    assert "Unreadable: depth-L2-seed0." in (copy / "report" / "tables.md").read_text()
+    assert depthscope("sweep", "report", copy).exit_code == 1
 
 
 def test_a_result_that_was_damaged_and_deleted_is_measured_anew(copy: Path, tmp_path: Path) -> None:
@@ -374,17 +377,6 @@ def test_a_folder_where_a_sweep_is_running_is_refused(finished: Path) -> None:
         shown = depthscope("sweep", "run", write_sweep(finished.parent), "--out", finished)
     assert shown.exit_code == 2
     assert "another process is running a sweep" in shown.output
-
-
-def test_a_damaged_checkpoint_is_not_gone_on_from(tmp_path: Path) -> None:
-    folder = tmp_path / "point"
-    for step, whole in ((4, True), (8, True), (12, False)):
-        (folder / f"checkpoint-{step}").mkdir(parents=True)
-        if whole:
-            (folder / f"checkpoint-{step}" / point_module.COMPLETE).touch()
-    processes = point_module.Processes(0, 1, torch.device("cpu"))
-    assert point_module._usable_checkpoint(folder, processes) == folder / "checkpoint-8"
-    assert {path.name for path in folder.iterdir()} == {"checkpoint-4", "checkpoint-8"}
 
 
 @pytest.mark.parametrize("unread", [False, True])

@@ -2,7 +2,7 @@
 
     OUT/points/<point>/point.json             what the grid says of it, and all that it is trained and measured with
     OUT/points/<point>/environment.json       versions, hardware, precision, attention, seconds
-    OUT/points/<point>/checkpoint-<step>/     to go on from; gone when the model is saved
+    OUT/points/<point>/checkpoint-<step>/     to go on from; gone when the model is measured
     OUT/points/<point>/steps/step-<step>/     the weights at steps that are published
     OUT/points/<point>/model/                 the trained model, with its tokenizer and code
     OUT/points/<point>/log.jsonl              losses, gradient norms and learning rates by step

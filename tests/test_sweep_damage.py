@@ -260,6 +260,15 @@ def test_a_damaged_checkpoint_costs_the_steps_since_the_one_before_and_nothing_e
     assert_as_undisturbed(out, undisturbed)
 
 
+def test_the_history_of_a_training_goes_on_from_the_checkpoint_too(
+    tokenized: Path, undisturbed: Path, interrupted: Path, tmp_path: Path
+) -> None:
+    out = Path(shutil.copytree(interrupted, tmp_path / "out"))
+    flipped(out / "points" / POINT / "layer_stats.jsonl")
+    go_on(tokenized, out)
+    assert_as_undisturbed(out, undisturbed)
+
+
 def test_where_every_checkpoint_is_damaged_the_training_begins_anew(
     tokenized: Path, undisturbed: Path, interrupted: Path, tmp_path: Path
 ) -> None:

@@ -127,6 +127,8 @@ class PointRun:
         watch = _Watch(self, trainer)
         trainer.add_callback(watch)
         last = usable_checkpoint(self.folder, processes, self._note)
+        if processes.is_main and last is not None and (last / HISTORY_FILE).is_file():
+            write_atomically(self.folder / HISTORY_FILE, (last / HISTORY_FILE).read_bytes())
         with quiet():
             trainer.train(resume_from_checkpoint=None if last is None else str(last))
         if processes.is_main:
@@ -460,7 +462,11 @@ class _Watch(TrainerCallback):
         _wait(Processes.here())  # each process writes its part
         # From a checkpoint of weights that are not finite, nothing would be logged any more to find that out by.
         if state.is_world_process_zero and self.diverged_at is None:
-            mark_complete(self._run.folder / f"checkpoint-{state.global_step}")
+            checkpoint = self._run.folder / f"checkpoint-{state.global_step}"
+            history = self._run.folder / HISTORY_FILE
+            if history.is_file():
+                shutil.copyfile(history, checkpoint / HISTORY_FILE)
+            mark_complete(checkpoint)
 
     def _publish(self, state: Any) -> None:
         step = state.global_step

@@ -314,7 +314,7 @@ def _read_reports(folder: Path, sums: Mapping[str, str]) -> dict[str, Any]:
             continue
         found[key] = report = LayerReport.load(folder / name)
         if sums.get(name) not in (None, report_checksum(report)):
-            raise ReportError(f"{name} is not what was measured; delete result.json and run again to measure it anew")
+            raise ReportError(f"{name} is not what was measured.")
     return found
 
 
@@ -385,7 +385,7 @@ def _variances(path: Path, batch_tokens: int) -> tuple[Curve, int]:
 def _whole_json(path: Path) -> Any:
     content = parse(read_text(path, MAX_INDEX_BYTES), path.name)
     if not isinstance(content, dict) or not is_whole(content):
-        raise ReportError(f"{path.name} is not what was written")
+        raise ReportError(f"{path.name} is not what was written.")
     return content
 
 

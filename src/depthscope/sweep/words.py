@@ -45,6 +45,9 @@ PROBLEMS = {
     UNFINISHED: "Begun and not finished",
     NOT_RUN: "Not run yet",
 }
+REMEDIES = {
+    UNREADABLE: "To have it measured anew, delete its result.json and run again; to have it trained anew, its folder."
+}
 
 
 @dataclass(frozen=True)
@@ -228,10 +231,10 @@ def standing(results: SweepResults) -> list[str]:
         points = results.with_status(status)
         for reason in dict.fromkeys(point.reason for point in points):
             names = [point.name for point in points if point.reason == reason]
-            lines.append(f"{words}: {', '.join(names)}. {reason}".rstrip())
+            lines.append(f"{words}: {', '.join(names)}. {reason} {REMEDIES.get(status, '')}".rstrip())
     for note in dict.fromkeys(note for point in results.points for note in point.notes):
         names = [point.name for point in results.points if note in point.notes]
-        lines.append(f"Damaged: {', '.join(names)}. {note}.")
+        lines.append(f"Damaged: {', '.join(names)}. {note}. Delete the folder of the point to have it anew.")
     return lines
 
 

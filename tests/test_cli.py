@@ -14,7 +14,11 @@ from pathlib import Path
 import pytest
 import torch
 from transformers import BertConfig, BertModel
+from typer.testing import CliRunner
 
+from depthscope.cli import app
+from depthscope.errors import CorpusError
+from depthscope.sources import find_source
 from models import tiny_llama
 from tiny_tokenizer import SENTENCES, save_tokenizer
 
@@ -123,6 +127,15 @@ def test_a_text_shorter_than_asked_is_refused_with_the_numbers(model_folder: Pat
     (tmp_path / "short.txt").write_text("Too short.")
     run = depthscope("analyze", model_folder, "--text", tmp_path / "short.txt", *SIZES)
     refused(run, "64", "short.txt")
+
+
+@pytest.mark.parametrize("blank", ["", "  "])
+def test_a_blank_path_of_a_text_is_refused_and_not_the_folder_that_one_is_in(blank: str) -> None:
+    run = CliRunner().invoke(app, ["analyze", "model", "--text", blank])
+    assert run.exit_code == 2
+    assert "is blank; give a file or a folder" in " ".join(run.output.replace("│", " ").split())
+    with pytest.raises(CorpusError, match="the path of a text file"):
+        find_source(blank)
 
 
 def test_a_missing_text_is_refused(model_folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -199,6 +200,25 @@ def test_a_name_in_a_legend_cannot_carry_markup() -> None:
     figure = plots.compare_layers([LayerReport(**content), sample_report(3, ("skip",))])
     assert not any("<a" in (trace.name or "") for trace in figure.data)
     assert lines_of(figure)[0].name.startswith("&lt;a href=")
+
+
+def _shown_by_plotly(text: str) -> str:
+    """A text as plotly.js shows it (svg_text_utils.js): of HTML's named entities it knows eight."""
+    known = {"mu": "μ", "amp": "&", "lt": "<", "gt": ">", "nbsp": "\xa0", "times": "×", "plusmn": "±", "deg": "°"}
+    return re.sub(
+        r"&(#\d+|[a-z]+);",
+        lambda found: chr(int(found[1][1:])) if found[1][0] == "#" else known.get(found[1], found[0]),
+        text,
+    )
+
+
+@pytest.mark.parametrize("name", ['my "best" model', "it's", "a & b", "&quot;", "<b>bold</b>", "%{x} %{y}", "&amp;lt;"])
+def test_a_name_is_shown_as_it_stands(name: str) -> None:
+    content = sample_content(3, ("skip",))
+    content["model"]["name"] = name
+    drawn = lines_of(plots.compare_layers([LayerReport(**content), sample_report(3, ("skip",))]))[0].name
+    assert _shown_by_plotly(drawn) == name
+    assert not re.search(r"%\{|<", drawn)  # neither markup nor a value of a hover
 
 
 def test_neighbouring_panels_have_colours_of_the_colour_blind_safe_palette() -> None:

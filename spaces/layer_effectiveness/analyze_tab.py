@@ -123,7 +123,7 @@ def build(service: Service, page: gr.Blocks, kept: gr.State) -> None:
             text = finished.to_json()
             last[kept] = [*(other for other in reports if other != text), text][-MOST_KEPT:]
             if chosen == HUB:
-                last[recent] = [name, *(other for other in named if other != name)][:MOST_RECENT]
+                last[recent] = [name, *(other for other in named or () if other != name)][:MOST_RECENT]
         yield last
 
     inputs = [source, model, revision, upload, report, kept, recent, *panel.inputs]
@@ -152,7 +152,9 @@ def build(service: Service, page: gr.Blocks, kept: gr.State) -> None:
         **QUIETLY,
     )
     recent.change(
-        lambda named: gr.update(choices=[*named, *(name for name in service.examples if name not in named)]),
+        lambda named: gr.update(
+            choices=[*(named or ()), *(name for name in service.examples if name not in (named or ()))]
+        ),
         recent,
         model,
         **QUIETLY,

@@ -10,18 +10,22 @@ if __name__ == "__main__":
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
+    from processes import gradio_folder, remove_stale_folders
+
+    remove_stale_folders()
+    os.environ["GRADIO_TEMP_DIR"] = str(gradio_folder())  # before anything imports gradio
+
     import zero_gpu
 
     if zero_gpu.is_here():
         zero_gpu.lent()  # the platform looks for the decorated function when the app starts
 
-    from interface import build, launch_options
-    from processes import remove_stale_folders
-    from service import Service
-
-    remove_stale_folders()
     try:
+        from interface import build, launch_options
+        from service import Service
+        from serving import serve
+
         service = Service()
     except ValueError as error:  # a limit that is none
         sys.exit(str(error))
-    build(service).launch(**launch_options(service))
+    serve(build(service), service, launch_options(service))

@@ -99,8 +99,10 @@ class ChoicesPanel:
             Problem: they make no sense.
         """
         text, pasted, content, dataset, column, split, scores, tokens, block, dtype, bos = values
+        if tokens is None or block is None:
+            raise Problem("settings", "Choose how many tokens to measure on, and how many are in a block.")
         chosen = make_text(
-            TEXTS.get(text, "sample"),
+            TEXTS.get(text, str(text)),
             pasted=pasted or "",
             file=content,
             dataset=dataset or "",

@@ -1,6 +1,5 @@
 """Scores against depth, for models of unequal depth side by side."""
 
-import html
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -9,7 +8,7 @@ from plotly.subplots import make_subplots
 
 from depthscope import LayerReport
 from depthscope.glossary import GLOBAL_SCORES, format_with_error
-from depthscope.plots import BLUE, DASHES, GRID_GREY, PALETTE, TEXT_GREY, VERMILION
+from depthscope.plots import BLUE, DASHES, GRID_GREY, PALETTE, TEXT_GREY, VERMILION, plotly_text
 
 __all__ = ["COURSE_EXPLANATION", "EXPLANATION", "Point", "against_depth", "of_reports", "over_training"]
 
@@ -100,7 +99,7 @@ def _draw(figure: go.Figure, name: str, points: Sequence[Point], color: str, das
         line={"color": color, "dash": dash},
         marker={"size": 7},
         customdata=[
-            [html.escape(point.name), format_with_error(point.scores[name], error)]
+            [plotly_text(point.name), format_with_error(point.scores[name], error)]
             for point, error in zip(known, errors, strict=True)
         ],
         hovertemplate="%{customdata[0]}, %{x} layers: %{customdata[1]}<extra></extra>",
@@ -117,8 +116,8 @@ def over_training(courses: Sequence[tuple[str, Sequence[float], Sequence[float]]
             y=list(values),
             mode="lines",
             line={"color": PALETTE[index % len(PALETTE)], "dash": DASHES[index // len(PALETTE) % len(DASHES)]},
-            name=html.escape(name),
-            hovertemplate=f"{html.escape(name)}, step %{{x}}: %{{y:.4g}}<extra></extra>",
+            name=plotly_text(name),
+            hovertemplate=f"{plotly_text(name)}, step %{{x}}: %{{y:.4g}}<extra></extra>",
         )
     figure.update_xaxes(title_text="step of training", gridcolor=GRID_GREY, zeroline=False)
     figure.update_yaxes(title_text="variance", type="log", gridcolor=GRID_GREY, automargin=True)

@@ -1,7 +1,7 @@
 """The API for programs: named endpoints over the same queue, limits and results as the page."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import anyio
@@ -9,13 +9,14 @@ import gradio as gr
 
 from choices_panel import DEFAULT_SCORES, DEFAULT_TOKENS, default_block_size
 from depthscope import LayerReport
+from depthscope.settings import BOS_CHOICES
 from headline import headline
-from problems import Problem
+from problems import Kind, Problem
 from service import Service, Visit
-from tasks import make_text
+from tasks import DTYPES, make_text
 from visitor import Choices, Planned, read_report
 
-__all__ = ["EXAMPLES", "build"]
+__all__ = ["EXAMPLES", "build", "require_arguments"]
 
 EXAMPLES = """\
 from gradio_client import Client, handle_file
@@ -30,6 +31,24 @@ words = client.predict(handle_file("report.json"), api_name="/summarize")
 job = client.submit("HuggingFaceTB/SmolLM2-135M", api_name="/analyze")         # without waiting
 client.predict(api_name="/stop")                                               # ends this client's analyses
 """
+
+NAMES = ("analyze", "analyze_upload", "estimate", "summarize", "stop")
+EXPECTED = {
+    "model": "the id of a model on the Hub, such as HuggingFaceTB/SmolLM2-135M",
+    "revision": 'a branch, tag or commit, or "" for the newest',
+    "scores": "names of scores with commas between them, such as variance,skip",
+    "tokens": f"a whole number, such as {DEFAULT_TOKENS}",
+    "block_size": "a whole number, such as 128",
+    "precision": f"one of {', '.join(sorted(DTYPES))}",
+    "text": 'a text, or "" for the embedded sample',
+    "bos": f"one of {', '.join(BOS_CHOICES)}",
+    "upload": "an uploaded .zip of a save_pretrained folder, or a .gguf file",
+    "report": "an uploaded .json file that depthscope analyze --out wrote",
+}
+
+
+LARGEST = 1e15
+KIND_OF_FILE: dict[str, Kind] = {"upload": "upload", "report": "report"}
 
 
 def build(service: Service) -> None:
@@ -49,7 +68,7 @@ def build(service: Service) -> None:
     measured = [scores, tokens, block_size, precision, text, bos]
 
     def choices(scores: str, tokens: float, block_size: float, precision: str, text: str, bos: str) -> Choices:
-        chosen = make_text("pasted" if text.strip() else "sample", pasted=text, limits=service.limits)
+        chosen = make_text("pasted" if text else "sample", pasted=text, limits=service.limits)
         names = tuple(name.strip() for name in scores.split(","))
         return Choices(names, int(tokens), int(block_size), precision, chosen, bos)
 
@@ -142,6 +161,34 @@ def _endpoint(
     gr.Button(visible=False).click(
         function, inputs, outputs, api_name=name, api_description=description, concurrency_limit=None, queue=queue
     )
+
+
+def require_arguments(name: str | None, inputs: Sequence[Any], given: Sequence[Any]) -> None:
+    """Refuse arguments of the endpoint `name` that are missing, null or of another kind than its `inputs` take.
+
+    Raises:
+        gr.Error: the message names the argument and says what is expected.
+    """
+    if name not in NAMES:
+        return
+    with _told():
+        if len(given) != len(inputs):
+            listed = f" ({', '.join(component.label for component in inputs)})" if inputs else ""
+            raise Problem("settings", f"{name} takes {len(inputs)} arguments{listed}; {len(given)} were given.")
+        for component, value in zip(inputs, given, strict=True):
+            if not _fits(component, value):
+                kind: Kind = KIND_OF_FILE.get(component.label, "settings")
+                shown = "null" if value is None else ascii(value)[:60]
+                raise Problem(kind, f"{component.label} is {shown}; give {EXPECTED[component.label]}.")
+
+
+def _fits(component: Any, value: Any) -> bool:
+    if isinstance(component, gr.File):
+        return isinstance(value, dict) and isinstance(value.get("path"), str)
+    if isinstance(component, gr.Number):
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        return is_number and abs(value) < LARGEST and value == int(value)  # neither infinite nor NaN
+    return isinstance(value, str)
 
 
 class _told:

@@ -6,13 +6,18 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
+from gradio.exceptions import ComponentProcessingError, InvalidPathError
 from gradio_client.utils import is_file_obj_with_meta, is_http_url_like, traverse
+from starlette.middleware import Middleware
 
 import analyze_tab
 import compare_tab
 import endpoints
 import explain_tab
 import shown
+from file_input import leave_no_empty_files
+from readers import Listening
+from receiving import Receiving
 from service import Service
 
 __all__ = ["build", "launch_options"]
@@ -28,14 +33,28 @@ class Page(gr.Blocks):
     """Blocks that take uploads only: Gradio itself would fetch any link given as a file, of whatever size."""
 
     async def preprocess_data(self, block_fn: Any, inputs: list[Any], *rest: Any, **options: Any) -> list[Any]:
-        """Refuse links, and go on as Gradio does."""
+        """Refuse links and what no input takes, and go on as Gradio does.
+
+        Raises:
+            gr.Error: the message says what was expected; nothing is logged, as the mistake is the visitor's.
+        """
         traverse(inputs, _refuse_link, is_file_obj_with_meta)
-        prepared: list[Any] = await super().preprocess_data(block_fn, inputs, *rest, **options)
+        endpoints.require_arguments(block_fn.api_name, block_fn.inputs, inputs)
+        try:
+            prepared: list[Any] = await super().preprocess_data(block_fn, inputs, *rest, **options)
+        except gr.Error:
+            raise
+        except InvalidPathError as error:
+            raise gr.Error("upload: The file is not among those uploaded here.", print_exception=False) from error
+        except (ComponentProcessingError, ValueError, TypeError, KeyError, AttributeError) as error:
+            reason = str(error.__cause__ or error).partition("\n")[0][:200]
+            raise gr.Error(f"settings: What was sent cannot be read: {reason}", print_exception=False) from error
         return prepared
 
 
 def build(service: Service) -> gr.Blocks:
     """Build the page of a service."""
+    leave_no_empty_files()
     with Page(title=TITLE, analytics_enabled=False, delete_cache=CACHE_SECONDS) as page:
         gr.HTML(
             "<header class='ds-header'><h1>depthscope</h1><p>How much does each layer of a language model "
@@ -64,7 +83,8 @@ def build(service: Service) -> gr.Blocks:
 
         page.unload(leave)
     # Our own queue bounds what is worked on; Gradio's only has to hold the visitors that are told so.
-    page.queue(max_size=None, default_concurrency_limit=16)
+    # Every answer is read from a stream, as on the Hub: who only posts and waits could not be told from who has left.
+    page.queue(max_size=None, default_concurrency_limit=16, api_open=False)
     return page
 
 
@@ -73,6 +93,7 @@ def launch_options(service: Service) -> dict[str, Any]:
     style = (HERE / "style.css").read_text(encoding="utf-8")
     script = (HERE / "page.js").read_text(encoding="utf-8")
     return {
+        "app_kwargs": {"middleware": [Middleware(Listening, readers=service.readers), Middleware(Receiving)]},
         "theme": _theme(),
         "css": style,
         "head": f"<script>{script}</script>",

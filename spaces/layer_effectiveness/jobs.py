@@ -1,7 +1,7 @@
 """Jobs that wait for their turn, run, can be stopped, and whose results are kept for who asks the same again.
 
-At most `max_jobs` run at once and `max_waiting` wait; who comes then is told so. A job that nobody listens to any more
-(a closed page) is stopped.
+At most `max_jobs` run at once and `max_waiting` wait; who comes then is told so. A job whose visitor does not read for
+DESERTED_SECONDS (a closed page, a program that went away) is stopped.
 """
 
 import contextvars
@@ -18,17 +18,19 @@ from typing import Any
 import anyio
 
 import processes
-from limits import MIB, Limits
-from problems import Problem, stopped
+from limits import MIB, Limits, seconds
+from problems import Problem, deserted, stopped
 from tasks import Task
 
-__all__ = ["Job", "Jobs", "Results"]
+__all__ = ["DESERTED_SECONDS", "Job", "Jobs", "Results", "has_left"]
 
 logger = logging.getLogger(__name__)
 
 LOOK_SECONDS = 0.1
-DESERTED_SECONDS = 90.0
+WATCH_SECONDS = 0.5  # between two looks for whether the visitor still reads
+DESERTED_SECONDS = seconds("DESERTED_SECONDS", 60)  # a visitor who has not read for so long has left
 Runner = Callable[[Task, Limits, threading.Event], Iterator[dict[str, Any]]]
+Heard = Callable[[str], float]
 
 
 @dataclass(eq=False)
@@ -42,7 +44,8 @@ class Job:
     problem: Problem | None = None
     is_over: bool = False
     is_running: bool = False
-    heard: float = field(default_factory=time.monotonic)  # when somebody last listened
+    is_deserted: bool = False
+    asked: float = field(default_factory=time.monotonic)
     began: float = 0.0
     on_end: Callable[[], None] = lambda: None
 
@@ -93,12 +96,26 @@ class Results:
 
 
 class Jobs:
-    """The queue of a Space."""
+    """The queue of a Space.
 
-    def __init__(self, limits: Limits, results: Results | None = None, runner: Runner = processes.run) -> None:
+    Args:
+        limits: how many jobs run, wait, and belong to one visitor.
+        results: where finished reports are kept.
+        runner: does a task.
+        heard: when a visitor last read (`time.monotonic`); 0 where they never did.
+    """
+
+    def __init__(
+        self,
+        limits: Limits,
+        results: Results | None = None,
+        runner: Runner = processes.run,
+        heard: Heard = lambda owner: 0.0,
+    ) -> None:
         self.limits = limits
         self.results = results or Results(limits.max_results)
         self._runner = runner
+        self._heard = heard
         self._pool = ThreadPoolExecutor(limits.max_jobs, thread_name_prefix="job")
         self._open: list[Job] = []  # waiting and running, in their order
         self._lock = threading.Lock()
@@ -153,7 +170,6 @@ class Jobs:
         """
         told, place = 0, -1
         while True:
-            job.heard = time.monotonic()
             over = job.is_over  # before the messages are read: none comes after it
             news = job.messages[told:]
             told += len(news)
@@ -187,7 +203,7 @@ class Jobs:
         try:
             self._follow(job)
         except Problem as problem:
-            job.problem = problem
+            job.problem = deserted(DESERTED_SECONDS) if job.is_deserted else problem
         finally:
             if job.problem is None and not (job.messages and job.messages[-1]["event"] == "done"):
                 job.problem = Problem("crashed", "The analysis could not be run. The log of this Space says why.")
@@ -214,16 +230,22 @@ class Jobs:
             if job.is_running or job not in self._open:
                 return
             self._open.remove(job)
-        job.problem = stopped()
+        job.problem = deserted(DESERTED_SECONDS) if job.is_deserted else stopped()
         job.on_end()
         job.is_over = True
 
     def _watch(self, job: Job) -> None:
-        """Stop a job that nobody listens to any more."""
+        """Stop a job whose visitor has left."""
         while not job.is_over:
-            if time.monotonic() - job.heard > DESERTED_SECONDS:
+            if has_left(max(job.asked, self._heard(job.owner))):
+                job.is_deserted = True
                 self._end(job)
-            time.sleep(1.0)
+            time.sleep(WATCH_SECONDS)
+
+
+def has_left(heard: float) -> bool:
+    """Whether a visitor who was last heard at that time has left."""
+    return time.monotonic() - heard > DESERTED_SECONDS
 
 
 def _newest(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:

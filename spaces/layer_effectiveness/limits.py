@@ -8,7 +8,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 
-__all__ = ["Limits"]
+__all__ = ["Limits", "seconds"]
 
 PREFIX = "DEPTHSCOPE_SPACE_"
 MIB, GIB = 2**20, 2**30
@@ -82,6 +82,16 @@ class Limits:
         return cls(
             **{name: _number(variable, given[variable]) for variable, name in known.items() if variable in given}
         )
+
+
+def seconds(name: str, default: int) -> int:
+    """A time that the owner may set as `DEPTHSCOPE_SPACE_<NAME>`.
+
+    Raises:
+        ValueError: the variable is not a positive whole number; the message names it.
+    """
+    variable = f"{PREFIX}{name}"
+    return _number(variable, os.environ[variable]) if variable in os.environ else default
 
 
 def _number(variable: str, text: str) -> int:

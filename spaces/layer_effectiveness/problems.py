@@ -2,7 +2,7 @@
 
 from typing import Literal, get_args
 
-__all__ = ["KINDS", "Kind", "Problem", "stopped"]
+__all__ = ["KINDS", "Kind", "Problem", "deserted", "stopped"]
 
 Kind = Literal[
     "no_such_model",
@@ -44,3 +44,12 @@ class Problem(Exception):
 def stopped() -> Problem:
     """What a visitor is told who pressed Stop."""
     return Problem("stopped", "Stopped, as you asked.")
+
+
+def deserted(seconds: float) -> Problem:
+    """What is told to a program that comes back for an answer after it has not read for so many seconds."""
+    return Problem(
+        "stopped",
+        f"Nobody read the answer for {seconds:g} seconds, so the analysis was stopped. Start it again, and read while "
+        "it runs.",
+    )

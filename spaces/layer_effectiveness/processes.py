@@ -10,12 +10,14 @@ import os
 import re
 import resource
 import shutil
+import signal
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
+from multiprocessing.util import get_temp_dir
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +28,20 @@ from limits import Limits
 from problems import Problem, stopped
 from tasks import HAS_GPU, Task
 
-__all__ = ["forget_owner", "own_folder", "own_folders", "remove_stale_folders", "run", "run_apart"]
+__all__ = [
+    "forget_owner",
+    "gradio_folder",
+    "is_own",
+    "own_folder",
+    "own_folders",
+    "remove_own_folders",
+    "remove_stale_folders",
+    "run",
+    "run_apart",
+]
 
 FOLDER = re.compile(r"depthscope-space-[a-z]+-(\d+)-\w+", re.ASCII)  # of what, and of which process
+GRADIO_PLACE = "GRADIO_TEMP_DIR"
 TOKENS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
 PRELOADED = ("torch", "depthscope.analysis", "transformers.models.llama.modeling_llama", "gguf")
 LARGEST_MESSAGE = 64 * 2**20
@@ -86,13 +99,41 @@ def _prefix(purpose: str) -> str:
     return f"depthscope-space-{purpose}-{os.getpid()}-"
 
 
+def gradio_folder() -> Path:
+    """Make an empty folder for what Gradio takes and gives, where the owner wants it (GRADIO_TEMP_DIR)."""
+    place = os.environ.get(GRADIO_PLACE)
+    if place:
+        Path(place).mkdir(parents=True, exist_ok=True)
+    return Path(tempfile.mkdtemp(prefix=_prefix("gradio"), dir=place)).resolve()
+
+
+def is_own(folder: Path) -> bool:
+    """Whether this process has made the folder, so that nobody else writes there."""
+    return _maker(folder) == os.getpid()
+
+
+def remove_own_folders() -> None:
+    """Remove every folder that this process has made; to be called at its end."""
+    own = Path(os.environ.get(GRADIO_PLACE, ""))
+    for folder in (own, *Path(tempfile.gettempdir()).iterdir()):
+        if is_own(folder):
+            shutil.rmtree(folder, ignore_errors=True)
+    shutil.rmtree(get_temp_dir(), ignore_errors=True)  # the fork server's socket
+
+
 def remove_stale_folders() -> None:
     """Remove what an earlier run left that was killed; to be called before this process makes any folder."""
-    for folder in Path(tempfile.gettempdir()).iterdir():
-        if (match := FOLDER.fullmatch(folder.name)) is not None:
-            process = int(match[1])
-            if process == os.getpid() or not psutil.pid_exists(process):
+    for place in {tempfile.gettempdir(), os.environ.get(GRADIO_PLACE) or tempfile.gettempdir()}:
+        for folder in Path(place).iterdir() if Path(place).is_dir() else ():
+            maker = _maker(folder)
+            if maker is not None and (maker == os.getpid() or not psutil.pid_exists(maker)):
                 shutil.rmtree(folder, ignore_errors=True)
+
+
+def _maker(folder: Path) -> int | None:
+    """The process that made a folder, which its name tells."""
+    match = FOLDER.fullmatch(folder.name)
+    return None if match is None else int(match[1])
 
 
 def forget_owner() -> None:
@@ -162,6 +203,8 @@ def _private_bytes(pid: int) -> int:
 
 def _child(sending: Connection, job: Apart, folder: str, limits: Limits) -> None:
     os.nice(NICENESS)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process; the Space ends this one
+    threading.Thread(target=_end_with_parent, args=(folder,), daemon=True).start()
     forget_owner()
     _limit_resources(limits)
     import torch
@@ -178,6 +221,15 @@ def _child(sending: Connection, job: Apart, folder: str, limits: Limits) -> None
         sending.send_bytes(json.dumps(message).encode())
 
     job(Path(folder), limits, emit)
+
+
+def _end_with_parent(folder: str) -> None:
+    """End this process when the Space is gone that waits for its messages, also where it was killed."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        wait([parent.sentinel])
+        shutil.rmtree(folder, ignore_errors=True)
+        os._exit(1)
 
 
 def _limit_resources(limits: Limits) -> None:

@@ -16,10 +16,11 @@ import anyio
 import zero_gpu
 from depthscope import LayerReport
 from estimate import Estimator
-from jobs import Jobs, Results
+from jobs import WATCH_SECONDS, Jobs, Results, has_left
 from limits import Limits
 from problems import Problem, stopped
 from processes import own_folder, run
+from readers import Readers
 from repository import HubModel
 from result_store import result_store
 from visitor import Choices, Planned, from_hub, from_upload, progress_bar, still_there
@@ -46,6 +47,8 @@ class Visit:
 
     owner: str
     stop: threading.Event = field(default_factory=threading.Event)
+    is_over: threading.Event = field(default_factory=threading.Event)
+    began: float = field(default_factory=time.monotonic)
 
     def go_on(self) -> None:
         """Raises Problem where the visitor has pressed Stop."""
@@ -62,7 +65,9 @@ class Service:
 
     def __post_init__(self) -> None:
         runner = zero_gpu.run if zero_gpu.is_here() else run
-        self.jobs = Jobs(self.limits, Results(self.limits.max_results, result_store()), runner)
+        self.readers = Readers()
+        results = Results(self.limits.max_results, result_store())
+        self.jobs = Jobs(self.limits, results, runner, self.readers.heard)
         self.examples = [name.strip() for name in os.environ.get(EXAMPLES_VARIABLE, ",".join(EXAMPLES)).split(",")]
         self.offers_login = "OAUTH_CLIENT_ID" in os.environ  # set where the Space's front matter says hf_oauth: true
         self.drawing = anyio.CapacityLimiter(MOST_DRAWN)
@@ -73,13 +78,15 @@ class Service:
 
     @contextmanager
     def visit(self, owner: str) -> Iterator[Visit]:
-        """What is done here can be stopped by `stop`."""
+        """What is done here can be stopped by `stop`, and is when the visitor leaves."""
         visit = Visit(owner)
         with self._lock:
             self._visits.append(visit)
+        threading.Thread(target=self._watch, args=(visit,), daemon=True).start()
         try:
             yield visit
         finally:
+            visit.is_over.set()
             with self._lock:
                 self._visits = [other for other in self._visits if other is not visit]
 
@@ -90,6 +97,14 @@ class Service:
         for visit in mine:
             visit.stop.set()
         self.jobs.stop(owner)
+
+    def close(self) -> None:
+        """Stop everything."""
+        with self._lock:
+            visits = list(self._visits)
+        for visit in visits:
+            visit.stop.set()
+        self.jobs.close()
 
     async def plan(
         self,
@@ -149,6 +164,13 @@ class Service:
                     yield LayerReport.from_json(message["report"])
         if report is not None and isinstance(planned.task.model, HubModel):  # an upload may lie about its shape
             self.estimator.learn(planned.shape, planned.task.settings, time.monotonic() - job.began)
+
+    def _watch(self, visit: Visit) -> None:
+        """Stop what is no job of its own, such as the reading of a published sweep, when its visitor has left."""
+        while not visit.is_over.wait(WATCH_SECONDS):
+            if has_left(max(visit.began, self.readers.heard(visit.owner))):
+                visit.stop.set()
+                return
 
     def _remembered(self, key: Any) -> Planned | None:
         with self._lock:

@@ -118,7 +118,7 @@ def make_text(
     """
     if kind == "pasted":
         if not pasted.strip():
-            raise Problem("text", "No text was pasted. Paste some, or choose the embedded sample.")
+            raise Problem("text", "No text was pasted, or blanks alone. Paste some, or choose the embedded sample.")
         _require_length(len(pasted.encode("utf-8", "replace")), limits)
         return Text("pasted", pasted)
     if kind == "file":
@@ -145,15 +145,18 @@ def read_text_file(path: Path, limits: Limits) -> str:
     """Read an uploaded text.
 
     Raises:
-        Problem: it is gone, too large or no text.
+        Problem: it is gone, too large, empty or no text.
     """
     try:
         _require_length(path.stat().st_size, limits)
-        return path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8")
     except FileNotFoundError as error:
         raise Problem("text", "The text file is not there any more. Upload it again.") from error
     except UnicodeDecodeError as error:
         raise Problem("text", f"{path.name!a} is not UTF-8 text. Save it as plain text and upload it again.") from error
+    if not text.strip():
+        raise Problem("text", f"{path.name!a} has no words in it. Upload a text of a few thousand words.")
+    return text
 
 
 def _require_length(length: int, limits: Limits) -> None:

@@ -35,6 +35,7 @@ __all__ = [
     "effectiveness",
     "figures",
     "permutation_map",
+    "plotly_text",
     "skip_cost",
     "variance_growth",
 ]
@@ -603,10 +604,18 @@ def _transparent(color: str) -> str:
     return f"rgba({red}, {green}, {blue}, 0.2)"
 
 
+def plotly_text(text: str) -> str:
+    """Escape a text that plotly draws: it reads markup and links, in hovers %{...}, but shows `&quot;` as it stands.
+
+    Source: plotly.js, src/lib/svg_text_utils.js (the entities that it knows) and src/lib/index.js (hovertemplate).
+    """
+    return html.escape(text, quote=False).replace("%{", "%&#123;")
+
+
 def _safe_name(name: str) -> str:
-    """Shorten a model's name and escape it: plotly would read links and markup in it."""
+    """Shorten a model's name and escape it."""
     short = name if len(name) <= MOST_NAMED else f"…{name[1 - MOST_NAMED :]}"
-    return html.escape(short)
+    return plotly_text(short)
 
 
 def _missing(what: str, scores: str) -> ReportError:

@@ -80,6 +80,10 @@ def _as_paths(source: Any) -> list[Path]:
 
     One string is a path. In a list, strings are paths only where every one of them exists or has a known file suffix.
     """
+    if isinstance(source, str) and not source.strip():  # Path("") would be the current folder
+        raise CorpusError(
+            f"The text is {source!r}; give the path of a text file, or leave it out for the embedded text."
+        )
     if isinstance(source, (str, os.PathLike)):
         return [Path(source).expanduser()]
     if isinstance(source, (list, tuple)) and source and all(map(_looks_like_path, source)):

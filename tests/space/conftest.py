@@ -1,11 +1,14 @@
 """The Space's modules, which lie beside its app.py, and small models to show it."""
 
+import signal
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
 
 from models import tiny_llama
+from served import serving
 from tiny_tokenizer import save_tokenizer
 
 SPACE = Path(__file__).parents[2] / "spaces" / "layer_effectiveness"
@@ -14,6 +17,7 @@ sys.path.append(str(SPACE))
 from limits import Limits  # noqa: E402
 
 GIB = 2**30
+LEFT_SECONDS = 3  # of the Space that all tests share
 
 
 @pytest.fixture(scope="session")
@@ -38,3 +42,34 @@ def deep_folder(tmp_path_factory):
 def job_limits():
     """Limits that suit tiny models on a machine that others use too."""
     return Limits(max_job_bytes=4 * GIB, max_job_seconds=120, max_jobs=1, max_waiting=3)
+
+
+def _packed(folder, path):
+    with zipfile.ZipFile(path, "w") as opened:
+        for file in folder.iterdir():
+            opened.write(file, file.name)
+    return path
+
+
+@pytest.fixture(scope="session")
+def long_model(deep_folder, tmp_path_factory):
+    """A packed model whose analysis takes far longer than a test."""
+    return _packed(deep_folder, tmp_path_factory.mktemp("long") / "long.zip")
+
+
+@pytest.fixture(scope="session")
+def short_model(model_folder, tmp_path_factory):
+    """A packed model whose analysis takes no time."""
+    return _packed(model_folder, tmp_path_factory.mktemp("short") / "short.zip")
+
+
+@pytest.fixture(scope="session")
+def space(tmp_path_factory):
+    """A served Space whose visitors are said to have left soon."""
+    settings = {
+        "DEPTHSCOPE_SPACE_DESERTED_SECONDS": str(LEFT_SECONDS),
+        "DEPTHSCOPE_SPACE_MAX_JOB_BYTES": "4e9",
+        "DEPTHSCOPE_SPACE_MAX_WAITING": "3",
+    }
+    with serving(tmp_path_factory.mktemp("space"), settings, ending=signal.SIGHUP) as served:
+        yield served

@@ -1,6 +1,7 @@
 """The Space as a visitor meets it: its own process on the loopback interface, with a Hub of our own behind it."""
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -13,8 +14,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-SPACE = Path(__file__).parents[2] / "spaces" / "layer_effectiveness"
 STARTING_SECONDS = 300
+ENDING_SECONDS = 5
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,12 @@ class Served:
     url: str
     folder: Path
     log: Path
-    pid: int
+    process: subprocess.Popen[bytes]
+
+    @property
+    def pid(self) -> int:
+        """The server's process."""
+        return self.process.pid
 
     def leftovers(self) -> list[Path]:
         """Folders of jobs and uploads that have not been removed."""
@@ -34,16 +40,28 @@ class Served:
             if path.name.startswith(("depthscope-space-job", "depthscope-space-up"))
         ]
 
+    def jobs(self) -> list[Path]:
+        """The folders of the jobs that run."""
+        return [path for path in self.leftovers() if "-job-" in path.name]
+
+    def left(self) -> list[Path]:
+        """Whatever the Space keeps of jobs and uploads."""
+        return [path for path in self.folder.glob("gradio/**/*") if path.is_file()] + self.leftovers()
+
 
 @contextmanager
-def serving(folder: Path, settings: Mapping[str, str] | None = None) -> Iterator[Served]:
-    """Run `app.py`, with all its temporary files in `folder`."""
+def serving(
+    folder: Path, settings: Mapping[str, str] | None = None, ending: signal.Signals = signal.SIGTERM
+) -> Iterator[Served]:
+    """Run `depthscope space`, with all its temporary files in a folder of its own, and end it by a signal.
+
+    Raises:
+        AssertionError: it did not end by that signal in time.
+    """
     port = _free_port()
     temporary = Path(tempfile.mkdtemp(prefix="t", dir="/tmp"))  # a short path: sockets lie in it
     environment = {
         **os.environ,
-        "GRADIO_SERVER_PORT": str(port),
-        "GRADIO_SERVER_NAME": "127.0.0.1",
         "GRADIO_ANALYTICS_ENABLED": "False",
         "GRADIO_TEMP_DIR": str(temporary / "gradio"),
         "TMPDIR": str(temporary),
@@ -52,15 +70,17 @@ def serving(folder: Path, settings: Mapping[str, str] | None = None) -> Iterator
     }
     log = folder / "space.log"
     with log.open("wb") as file:
-        process = subprocess.Popen([sys.executable, "app.py"], cwd=SPACE, env=environment, stdout=file, stderr=file)
+        command = [sys.executable, "-m", "depthscope", "space", "--port", str(port)]
+        process = subprocess.Popen(command, env=environment, stdout=file, stderr=file)
     try:
         _wait(f"http://127.0.0.1:{port}/", process, log)
-        yield Served(f"http://127.0.0.1:{port}", temporary, log, process.pid)
+        yield Served(f"http://127.0.0.1:{port}", temporary, log, process)
     finally:
-        process.terminate()
         try:
-            process.wait(20)
-        except subprocess.TimeoutExpired:
+            if process.poll() is None:
+                process.send_signal(ending)
+                assert process.wait(ENDING_SECONDS) == -ending
+        finally:
             process.kill()
             process.wait()
 

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import signal
 import zipfile
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -67,7 +68,7 @@ def space(model_hub, tmp_path_factory):
         "DEPTHSCOPE_SPACE_EXAMPLES": "acme/tiny-llama",
         "DEPTHSCOPE_SPACE_MAX_JOB_BYTES": "4e9",
     }
-    with serving(tmp_path_factory.mktemp("space"), settings) as served:
+    with serving(tmp_path_factory.mktemp("space"), settings, ending=signal.SIGINT) as served:
         yield served
 
 

@@ -235,7 +235,7 @@ def test_the_file_of_a_text_is_read_once_and_deleted(tmp_path):
     assert not path.exists()
 
 
-@pytest.mark.parametrize("content", [b"\xff\xfe", b"x" * 5_000_000, None])
+@pytest.mark.parametrize("content", [b"\xff\xfe", b"x" * 5_000_000, b"", b" \n\t ", None])
 def test_a_text_file_that_cannot_be_read_is_taken_off_the_page(tmp_path, content):
     path = tmp_path / "text.txt"
     if content is not None:

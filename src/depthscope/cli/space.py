@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import subprocess
 import sys
 from enum import Enum
 from importlib.util import find_spec
@@ -49,9 +48,9 @@ def space(
         given = {"GRADIO_SHARE": str(share is YesOrNo.yes), "GRADIO_SERVER_NAME": host}
         if port is not None:
             given["GRADIO_SERVER_PORT"] = str(port)
-        ended = subprocess.run([sys.executable, "app.py"], cwd=space_folder(), env={**os.environ, **given}, check=False)
-        if ended.returncode:
-            raise typer.Exit(ended.returncode)
+        os.chdir(space_folder())
+        # In this process, so that whoever stops the command stops the server.
+        os.execve(sys.executable, [sys.executable, "app.py"], {**os.environ, **given})
 
 
 @app.command()

@@ -9,7 +9,6 @@ Backgrounds are transparent and texts grey, so that they can stand on light and 
 and lines differ in their dashes too. Names come from files: they are escaped, as plotly reads HTML.
 """
 
-import html
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -34,6 +33,7 @@ from depthscope.plots import (
     TEXT_GREY,
     VERMILION,
     _log_ticks,
+    plotly_text,
 )
 from depthscope.report import LayerReport
 from depthscope.sweep.derived import COLUMNS
@@ -142,7 +142,7 @@ def _draw_means(
     found = [(place, cell(results, place.variant, name)) for place in line.places]
     known = [(place, each, each.mean) for place, each in found if each.mean is not None]
     texts = [
-        f"{_escaped(layout.name_of(line, place))}: {format_with_error(mean, each.deviation)}"
+        f"{plotly_text(layout.name_of(line, place))}: {format_with_error(mean, each.deviation)}"
         + (f" ({each.seeds} seeds)" if each.seeds > 1 else "")
         for place, each, mean in known
     ]
@@ -206,7 +206,7 @@ def _draw_control(
         line={"color": color, "width": 1.5, "dash": "dot"},
         marker={"symbol": "line-ew", "size": 16, "line": {"color": color, "width": 2}},
         opacity=0.8,
-        hovertext=[f"{_escaped(layout.name_of(line, p))}, before training: {format_number(v)}" for p, v in known],
+        hovertext=[f"{plotly_text(layout.name_of(line, p))}, before training: {format_number(v)}" for p, v in known],
         hoverinfo="text",
         showlegend=False,
     )
@@ -271,7 +271,7 @@ def course_figures(results: SweepResults, layout: Layout) -> list[Drawn]:
         for line_index, place, line in _variants(layout):
             curves = [_thinned(curve_of(point)) for point in results.of_variant(place.variant)]
             style = _style(layout, place, line_index)
-            drawn += _draw_curves(figure, curves, style, _escaped(layout.name_of(line, place)))
+            drawn += _draw_curves(figure, curves, style, plotly_text(layout.name_of(line, place)))
         if drawn:
             _y_axis(figure, drawn, unit, log, zero=False)
             _token_axis(figure)
@@ -367,7 +367,7 @@ def _layer_figure(
     for line_index, place, line in _variants(layout):
         columns = [prepared(report) for report in reports[place.variant]]
         drawn += _draw_layers(
-            figure, columns, _style(layout, place, line_index), _escaped(layout.name_of(line, place)), position, cost
+            figure, columns, _style(layout, place, line_index), plotly_text(layout.name_of(line, place)), position, cost
         )
     _y_axis(figure, drawn, "%" if cost else "", True, zero=False)
     figure.update_xaxes(title_text="relative depth, 0 embeddings to 1 head" if relative else "layer")
@@ -465,7 +465,7 @@ def _strong(
 
 def _x_axis(figure: go.Figure, layout: Layout) -> None:
     positions = [position for position, _ in layout.ticks]
-    labels = [_escaped(label) for _, label in layout.ticks]
+    labels = [plotly_text(label) for _, label in layout.ticks]
     if layout.axis.is_scale:
         low, high = math.log10(positions[0]), math.log10(positions[-1])
         margin = max(0.06 * (high - low), 0.03)
@@ -473,7 +473,7 @@ def _x_axis(figure: go.Figure, layout: Layout) -> None:
     else:
         figure.update_xaxes(range=[-0.4, len(positions) - 0.6])
     if layout.axis.setting is not None:
-        figure.update_xaxes(title_text=_escaped(layout.axis.label))
+        figure.update_xaxes(title_text=plotly_text(layout.axis.label))
     if _is_crowded(layout):
         figure.update_xaxes(tickangle=-90)
     figure.update_xaxes(tickvals=positions, ticktext=labels, showgrid=False)
@@ -562,10 +562,6 @@ def _mean(values: Sequence[float | None]) -> float | None:
 def _rounded(values: Sequence[float | None]) -> list[float | None]:
     """Keep five significant digits: more cannot be seen."""
     return [None if value is None or not math.isfinite(value) else float(f"{value:.5g}") for value in values]
-
-
-def _escaped(text: str) -> str:
-    return html.escape(text)
 
 
 def _capital(text: str) -> str:

@@ -1,0 +1,69 @@
+"""The Space's process from its start to its end: told to end, it leaves neither its port, nor a process, nor a file."""
+
+import os
+import signal
+import sys
+import threading
+import time
+from typing import Any, NoReturn
+
+import gradio as gr
+import psutil
+
+from processes import remove_own_folders
+from service import Service
+
+__all__ = ["serve"]
+
+ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # Ctrl-C; systemd and docker stop; a closed terminal
+CLOSING_SECONDS = 2.0  # for jobs to be ended, and for whoever still reads an answer
+
+
+class _Told(BaseException):
+    """A signal that ends the Space; no `except Exception` of a library keeps it."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.number = number
+
+
+def serve(page: gr.Blocks, service: Service, options: dict[str, Any]) -> NoReturn:
+    """Serve a page until a signal says that it should end, and then end by that signal."""
+
+    def tell(number: int, frame: Any) -> NoReturn:
+        raise _Told(number)
+
+    for number in ENDING:
+        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup wants to be left alone
+            signal.signal(number, tell)
+    try:
+        page.launch(prevent_thread_lock=True, **options)
+        while True:
+            signal.pause()
+    except _Told as told:
+        for number in ENDING:  # a second one ends it at once
+            signal.signal(number, signal.SIG_DFL)
+        print("The page is not served any more.", file=sys.stderr, flush=True)
+        _close(page, service)
+        _end_by(told.number)
+
+
+def _close(page: gr.Blocks, service: Service) -> None:
+    """Free the port, end the jobs' processes and remove every file."""
+    works = (lambda: page.close(verbose=False), service.close)
+    threads = [threading.Thread(target=work, daemon=True) for work in works]
+    end = time.monotonic() + CLOSING_SECONDS
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(max(0.0, end - time.monotonic()))
+    for process in psutil.Process().children(recursive=True):  # such as a fork server that still imports
+        process.kill()
+    remove_own_folders()
+
+
+def _end_by(number: int) -> NoReturn:
+    """End as whoever has sent the signal expects, without waiting for threads that still read from the Hub."""
+    sys.stdout.flush()
+    os.kill(os.getpid(), number)
+    os._exit(128 + number)  # the first process of a container is not ended by a signal of its own

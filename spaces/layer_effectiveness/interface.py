@@ -25,6 +25,7 @@ __all__ = ["build", "launch_options"]
 HERE = Path(__file__).parent
 TITLE = "depthscope: which layers of a language model do the work?"
 CACHE_SECONDS = (600, 3600)  # uploads and downloads are looked through so often, and deleted at that age
+MOST_SESSIONS = 500  # that Gradio remembers, at 0.3 MB each; every call of a program may be one
 FONT = ["system-ui", "-apple-system", "Segoe UI", "sans-serif"]
 MONO = ["ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "monospace"]
 
@@ -97,6 +98,7 @@ def launch_options(service: Service) -> dict[str, Any]:
         "theme": _theme(),
         "css": style,
         "head": f"<script>{script}</script>",
+        "state_session_capacity": MOST_SESSIONS,
         "max_file_size": service.limits.max_upload_bytes,
         "show_error": True,
         "run_history": False,

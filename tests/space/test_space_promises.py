@@ -4,7 +4,7 @@ import re
 from dataclasses import fields
 from pathlib import Path
 
-from interface import CACHE_SECONDS
+from interface import CACHE_SECONDS, MOST_SESSIONS
 from jobs import DESERTED_SECONDS, Results
 from limits import MIB, Limits
 
@@ -28,3 +28,4 @@ def test_the_times_that_the_owner_is_told_are_those_of_the_code():
     assert stated == {str(DESERTED_SECONDS), str(limits["max_job_seconds"])}
     assert CACHE_SECONDS[1] == 3600
     assert "after an hour" in TEXT
+    assert f"the last {MOST_SESSIONS} visitors" in TEXT

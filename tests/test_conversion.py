@@ -106,7 +106,8 @@ def test_what_cannot_be_done_ends_with_one_message_and_no_folder(
 
 
 def test_places_that_cannot_be_written_are_refused_before_the_work(scaled: Path, tmp_path: Path) -> None:
-    assert "exists already" in convert(scaled, scaled).output
+    assert "exists already" in convert(scaled, scaled.parent).output
+    assert "would overwrite" in convert(scaled, scaled).output
     assert "does not exist; create it" in " ".join(convert(scaled, tmp_path / "no" / "out").output.split())
 
 

@@ -292,6 +292,54 @@ def test_what_cannot_be_is_refused_with_the_reason(options: dict, message: str) 
         recipe(**{**SMALL, **options})
 
 
+@pytest.mark.parametrize("name", ["layers", "width", "gpus", "heads", "head_multiple", "max_length", "vocab_size"])
+@pytest.mark.parametrize("value", [0, -1, 10**12, 10**400, 1.5, True, "x", float("nan"), float("inf")])
+def test_absurd_counts_are_refused_by_name(name: str, value: object) -> None:
+    with pytest.raises(SettingsError, match=f"^{name} is "):
+        recipe(**{**SMALL, "tokens": 2e6, name: value})
+
+
+@pytest.mark.parametrize("name", ["tokens", "flops", "gpu_hours", "memory", "utilisation"])
+@pytest.mark.parametrize("value", [0, -1, 1e300, 10**400, True, "x", float("nan"), float("inf")])
+def test_absurd_amounts_are_refused_by_name(name: str, value: object) -> None:
+    budget = {"tokens": 2e6} if name in ("memory", "utilisation") else {}
+    with pytest.raises(SettingsError, match=f"^{name} is "):
+        recipe(**{**SMALL, **budget, name: value})
+
+
+def test_a_budget_as_large_as_is_allowed_and_no_size_at_all_are_told_apart() -> None:
+    assert recipe(**SMALL, tokens=9e18).training.steps > 1e13
+    for too_much in ({"tokens": 1e19}, {"flops": 1e40}, {"gpu_hours": 1e30}):
+        with pytest.raises(SettingsError, match=f"^{next(iter(too_much))} is .* pays for .* tokens"):
+            recipe(**SMALL, **too_much)
+    for missing in ({"layers": None}, {"width": None}, {"vocab_size": None}, {"gpus": None}, {"gpu": None}):
+        with pytest.raises(SettingsError, match=f"^{next(iter(missing))} is "):
+            recipe(**{**SMALL, "tokens": 2e6, **missing})
+
+
+def test_a_recipe_of_many_layers_builds_no_more_layers_than_one_of_few(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a recipe takes does not grow with its depth: 10,000 layers were minutes, most of them in building layers."""
+    from depthscope.models import modeling_depthlm
+
+    built = []
+
+    class Counted(modeling_depthlm.DepthLMDecoderLayer):
+        def __init__(self, *args: object) -> None:
+            built.append(1)
+            super().__init__(*args)
+
+    monkeypatch.setattr(modeling_depthlm, "DepthLMDecoderLayer", Counted)
+    numbers = []
+    for layers in (10, 10_000):
+        built.clear()
+        made = recipe(layers, 64, vocab_size=300, tokens=1e9, gpus=2, memory=1e6)
+        made.to_markdown(), made.sweep_yaml(), made.training_json()
+        numbers.append(len(built))
+    assert 0 < numbers[1] <= numbers[0] < 100
+    ten, eleven = (recipe(layers, 64, vocab_size=300, tokens=1e9).size.total for layers in (10, 11))
+    assert made.size.total == ten + 9990 * (eleven - ten)
+
+
 # What comes out
 
 

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from depthscope.models import PRESETS, DepthLMConfig
 from depthscope.models.preset_table import preset_markdown
-from depthscope.models.sizes import model_size
+from depthscope.models.sizes import layer_sizes, model_size
 
 SMALL = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4, "num_attention_heads": 8, "vocab_size": 90}
 
@@ -34,6 +34,28 @@ def test_parameters_of_experts_by_hand() -> None:
     rest = 2 * 90 * 64 + 4 * (4 * 64 * 64 + 2 * 64) + 64 + 2 * dense + 2 * (shared + router)
     assert size.total == rest + 2 * 8 * expert
     assert size.active == rest + 2 * 2 * expert
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        *({"norm_placement": placement} for placement in ("pre", "post", "peri", "mix", "output")),
+        *({"num_experts": 4, "num_experts_per_tok": 2, "moe_layers": which} for which in ("all", 1, 3, 4, [0, 3])),
+        {"num_experts": 4, "num_experts_per_tok": 2, "moe_layers": 2, "norm_placement": "mix"},
+        {"qk_norm": "full", "attention_bias": True, "tie_word_embeddings": True},
+        {"layer_types": ["full_attention", "sliding_attention"] * 2, "sliding_window": 8},
+    ],
+)
+def test_layers_counted_by_their_kind_are_all_the_layers_of_the_model(options: dict) -> None:
+    config = DepthLMConfig(**SMALL, **options)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    sizes = layer_sizes(config)
+    layers = [sum(weight.numel() for weight in layer.parameters()) for layer in model.model.layers]
+    moe = set(config.moe_layer_indices)
+    assert layers == [sizes.moe.total if layer in moe else sizes.dense.total for layer in range(len(layers))]
+    assert (sizes.moe_layers, sizes.dense_layers) == (len(moe), len(layers) - len(moe))
+    assert model_size(config).total == model.num_parameters() == sizes.rest.total + sum(layers)
 
 
 @pytest.mark.parametrize("tied", [False, True])

@@ -54,7 +54,7 @@ class Limits:
     max_json_bytes: int = 2 * MIB
     max_tokenizer_bytes: int = 64 * MIB
     max_header_bytes: int = 32 * MIB
-    max_report_bytes: int = 16 * MIB
+    max_report_bytes: int = 32 * MIB  # of `max_layers` layers, with both maps and their errors
     max_text_bytes: int = 4 * MIB
     max_layers: int = 512
     max_tokens: int = 8192

@@ -17,13 +17,13 @@ from depthscope.assembly import assemble
 from depthscope.corpus import Blocks, load_blocks
 from depthscope.errors import CorpusError, OutOfMemoryError, SettingsError
 from depthscope.facts import model_facts, text_only_notes
-from depthscope.loading import LoadedModel, load_model
+from depthscope.loading import LoadedModel, load_model, require_for_loading
 from depthscope.measurement import AnalysisInterrupted, measure, require_finite, total_work
 from depthscope.modes import evaluating
 from depthscope.out_of_memory import is_out_of_memory
 from depthscope.processes import Processes
 from depthscope.progress import Listener, showing_progress, showing_status
-from depthscope.report import LayerReport
+from depthscope.report import MAX_MAPPED_LAYERS, LayerReport
 from depthscope.scores import SCORES
 from depthscope.settings import Settings
 from depthscope.tracing import input_embeddings, text_config
@@ -88,6 +88,7 @@ def analyze(
     chosen = _settings(settings, options)
     processes = Processes.here()
     if isinstance(model, nn.Module):
+        require_for_loading(revision, base_model, attn_implementation)
         loaded = LoadedModel(model, tokenizer, model_facts(model), text_only_notes(model))
     else:
         where = str(processes.device) if device is None and processes.count > 1 else device
@@ -136,6 +137,7 @@ def analyze_blocks(
         _require_blocks(model, blocks, settings)
         stack = LayerStack(model)
         _require_positions(model, settings.block_size, stack.virtual_tokens)
+        _require_maps(stack, settings)
         compiled.enter_context(stack.as_written())
         require_finite(stack)
         scores = {name: SCORES[name](stack, settings, settings.eval_blocks) for name in settings.scores}
@@ -168,6 +170,16 @@ def _require_blocks(model: nn.Module, blocks: Blocks, settings: Settings) -> Non
     _require_positions(model, settings.block_size)
     if isinstance(size := getattr(input_embeddings(model), "num_embeddings", None), int):
         blocks.check_vocabulary(size)
+
+
+def _require_maps(stack: LayerStack, settings: Settings) -> None:
+    """Refuse maps of pairs of layers that no report holds, before they are measured."""
+    maps = [name for name in ("causal", "permutation") if name in settings.scores]
+    if maps and stack.num_layers > MAX_MAPPED_LAYERS:
+        raise SettingsError(
+            f"The model has {stack.num_layers:,} layers, and a report has room for pairs of at most "
+            f"{MAX_MAPPED_LAYERS:,}: leave {' and '.join(maps)} out of the scores."
+        )
 
 
 def _require_positions(model: nn.Module, block_size: int, virtual: int = 0) -> None:

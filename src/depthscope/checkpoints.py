@@ -6,6 +6,7 @@ loading a pickle can run code that is hidden in it.
 """
 
 import json
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -32,7 +33,15 @@ from depthscope.gguf_header import MAGIC
 from depthscope.gguf_split import cut_into_pieces
 from depthscope.messages import listed, one_line
 
-__all__ = ["Checkpoint", "damaged_file", "explain_hub_error", "find_checkpoint", "folder_meant", "require_weights"]
+__all__ = [
+    "Checkpoint",
+    "damaged_file",
+    "explain_hub_error",
+    "find_checkpoint",
+    "folder_meant",
+    "local_base",
+    "require_weights",
+]
 
 CONFIG, ADAPTER_CONFIG = "config.json", "adapter_config.json"
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -146,6 +155,18 @@ def folder_meant(name: str, beside: Path) -> Path | None:
     folder = beside.absolute()
     starts = [folder, *folder.parents][:STARTS]
     return next((start / name for start in starts if (start / name / CONFIG).is_file()), None)
+
+
+def local_base(folder: Path) -> Path | None:
+    """The folder or file on this machine that holds the base model of the adapter in `folder`, if there is one."""
+    try:
+        name = Checkpoint(str(folder), "folder", str(folder), _files_in(folder)).read_json(ADAPTER_CONFIG)
+    except (OSError, ModelLoadError):
+        return None  # loading will say what is wrong with it
+    base = name.get("base_model_name_or_path")
+    if not isinstance(base, str) or not base.strip() or "\0" in base:
+        return None
+    return Path(base) if os.path.exists(base) else folder_meant(base, folder)
 
 
 def require_weights(checkpoint: Checkpoint, config: dict[str, Any]) -> list[str]:

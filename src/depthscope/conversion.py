@@ -4,11 +4,7 @@ Weights are converted in float32 and the result is compared with the source befo
 appears complete or not at all.
 """
 
-import os
-import shutil
-import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,17 +15,20 @@ from transformers import PreTrainedModel
 from depthscope.devices import find_dtype
 from depthscope.errors import ConversionError, SettingsError
 from depthscope.loading import load_model
-from depthscope.messages import one_line
 from depthscope.models.assemble import largest_logit_difference
 from depthscope.models.native import to_depthlm, to_native
 from depthscope.models.native_forms import FORMS
 from depthscope.models.reshape import deepen, to_gqa, upcycle
+from depthscope.new_folder import new_folder
+from depthscope.numeric import require_whole
 from depthscope.quiet import quiet
+from depthscope.report import MAX_LAYERS as MOST_LAYERS
 
 __all__ = ["Shape", "convert", "convert_checkpoint"]
 
 # Rounding in float32; the logits of a trained model are of the order of 10.
 TOLERANCE = 1e-5
+MOST_EXPERTS = 65_536  # or heads; each is a matrix at least
 
 
 @dataclass(frozen=True)
@@ -43,6 +42,9 @@ class Shape:
     preserve_function: bool = False
 
     def __post_init__(self) -> None:
+        for name in ("kv_heads", "experts", "top_k", "layers"):
+            if (value := getattr(self, name)) is not None:
+                require_whole(name, value, 1, most=MOST_LAYERS if name == "layers" else MOST_EXPERTS)
         if (self.experts is None) != (self.top_k is None):
             raise SettingsError("experts and top_k belong together: give both or neither.")
         if self.preserve_function and self.layers is None:
@@ -134,7 +136,7 @@ def convert_checkpoint(
     lines = [*loaded.notes, f"{type(source).__name__} -> {type(result).__name__}", _compare(source, result, shape)]
     lines += _cast(result, wanted, loaded.stored_dtype or torch.float32)
     stage("Writing")
-    with _new_folder(out) as folder, quiet():
+    with new_folder(out, ConversionError) as folder, quiet():
         result.save_pretrained(folder)
         if loaded.tokenizer is not None:
             loaded.tokenizer.save_pretrained(folder)
@@ -198,26 +200,3 @@ def _require_new(out: Path) -> None:
         raise ConversionError(f"{out} exists already; give the name of a folder that does not.")
     if not out.absolute().parent.is_dir():
         raise ConversionError(f"The folder {out.absolute().parent} does not exist; create it, or write elsewhere.")
-
-
-@contextmanager
-def _new_folder(out: Path) -> Iterator[Path]:
-    """A folder to fill that becomes `out` in the end, or vanishes if anything goes wrong."""
-    try:
-        temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.absolute().parent))
-    except OSError as error:
-        raise ConversionError(f"Cannot write beside {out}: {one_line(error)}") from error
-    try:
-        yield temporary
-        temporary.chmod(0o777 & ~_umask())  # mkdtemp's are private to the user
-        temporary.rename(out)
-    except OSError as error:
-        raise ConversionError(f"Cannot write {out}: {one_line(error)}") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _umask() -> int:
-    current = os.umask(0)
-    os.umask(current)
-    return current

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from depthscope.documents import Document
 from depthscope.errors import CorpusError, SettingsError
+from depthscope.numeric import require_whole
 from depthscope.quiet import quiet
-from depthscope.settings import bos_choice
+from depthscope.settings import bos_choice, require_tokens
 from depthscope.sources import find_source
 from depthscope.special_tokens import SpecialTokens, encode
 
@@ -28,6 +29,8 @@ __all__ = ["Blocks", "load_blocks"]
 # A document of up to this many characters is tokenized whole; of a longer one, only as much as is needed.
 WHOLE_CHARACTERS = 50_000
 CHARACTERS_PER_TOKEN = 6  # a first guess on the high side; English and code have 3 to 5
+BLANKS = "{name} holds nothing but blanks in the tokens that were asked for. Give a text of words."
+PIECE_TOKENS = 512  # that are looked at together for anything but blanks
 MARGIN_TOKENS = 64  # tokens this close to a cut are not trusted
 
 
@@ -59,6 +62,8 @@ class Blocks:
         Raises:
             CorpusError: not a matrix of non-negative integers, no block, or a block of fewer than 2 tokens.
         """
+        if ids is None:
+            raise CorpusError("Token ids are a matrix [blocks, tokens], but None was given.")
         input_ids = _matrix(ids, "Token ids")
         if input_ids.dtype == torch.bool or input_ids.is_floating_point() or input_ids.is_complex():
             raise CorpusError(
@@ -236,9 +241,10 @@ def load_blocks(
                 f"Blocks of {block_size} tokens begin with {len(start)} special ones and hold {max(own, 0)} of the "
                 f"text; at least 2 are needed. Raise block_size to {len(start) + 2} or more."
             )
-        ids = _first_ids(chain([first] if first else [], documents), tokenizer, special, num_blocks * own)
+        ids = _first_ids(name, chain([first] if first else [], documents), tokenizer, special, num_blocks * own)
     if len(ids) < num_blocks * own:
         raise CorpusError(_too_short(name, len(ids), num_blocks, block_size, own))
+    _refuse_blanks(name, ids, tokenizer)
     text = torch.tensor(ids, dtype=torch.int64).view(num_blocks, own)
     before = torch.tensor(start, dtype=torch.int64).expand(num_blocks, -1)
     blocks = Blocks.from_ids(torch.cat([before, text], dim=1), name=name, special_ids=special.ids | set(start))
@@ -248,12 +254,20 @@ def load_blocks(
 
 
 def _check_sizes(num_blocks: int, block_size: int) -> None:
-    if num_blocks < 1:
-        raise SettingsError(f"At least 1 block is needed, but {num_blocks} were asked for.")
-    if block_size < 2:
-        raise SettingsError(
-            f"A block needs at least 2 tokens (one to predict another), but {block_size} was asked for."
-        )
+    require_whole("num_blocks", num_blocks, 1, "blocks of text")
+    require_whole("block_size", block_size, 2, "tokens in a block, one to predict another")
+    require_tokens(num_blocks, block_size)
+
+
+def _refuse_blanks(name: str, ids: list[int], tokenizer: Any) -> None:
+    """Refuse a text of spaces and line ends alone: what is measured on them says nothing about the model."""
+    decode = getattr(tokenizer, "decode", None)
+    if decode is None:
+        return
+    for start in range(0, len(ids), PIECE_TOKENS):
+        if decode(ids[start : start + PIECE_TOKENS]).strip():
+            return
+    raise CorpusError(BLANKS.format(name=name))
 
 
 def _too_short(name: str, have: int, num_blocks: int, block_size: int, own: int) -> str:
@@ -269,16 +283,27 @@ def _too_short(name: str, have: int, num_blocks: int, block_size: int, own: int)
     )
 
 
-def _first_ids(documents: Iterable[Document], tokenizer: Any, special: SpecialTokens, needed: int) -> list[int]:
+def _first_ids(
+    name: str, documents: Iterable[Document], tokenizer: Any, special: SpecialTokens, needed: int
+) -> list[int]:
     ids: list[int] = []
+    has_words = False
     for document in documents:
+        has_words = has_words or document.tokens is not None or bool(document.read(_limit(needed - len(ids))).strip())
         if document.tokens is None:
             ids += _text_ids(document, tokenizer, needed - len(ids))
         else:
             ids += special.without_start(document.tokens(tokenizer))[: needed - len(ids)]
         if len(ids) >= needed:
             break
+    if ids and not has_words:
+        raise CorpusError(BLANKS.format(name=name))
     return ids
+
+
+def _limit(needed: int) -> int:
+    """Characters of a document that are enough for so many tokens, as a first guess."""
+    return max(WHOLE_CHARACTERS, CHARACTERS_PER_TOKEN * needed)
 
 
 def _text_ids(document: Document, tokenizer: Any, needed: int) -> list[int]:
@@ -289,7 +314,7 @@ def _text_ids(document: Document, tokenizer: Any, needed: int) -> list[int]:
     this is verified with a prefix half as long again, and where the two differ, or the prefix was too short, more is
     taken.
     """
-    limit = max(WHOLE_CHARACTERS, CHARACTERS_PER_TOKEN * needed)
+    limit = _limit(needed)
     while True:
         text = document.read(limit)
         if len(text) < limit:

@@ -8,6 +8,7 @@ import errno
 import os
 import secrets
 import stat
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from depthscope.errors import ReportError
@@ -17,7 +18,7 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["read_text", "remove_leftovers", "write_atomically"]
+__all__ = ["read_text", "reason", "remove_leftovers", "write_atomically", "write_together"]
 
 REMEDIES = {
     errno.ENOSPC: "no space is left on the device; free some, or choose a path on another one",
@@ -59,8 +60,40 @@ def write_atomically(path: str | os.PathLike[str], content: str | bytes) -> Path
         else:
             _replace(target, data)
     except (OSError, ValueError) as error:
-        raise ReportError(f"cannot write {os.fspath(path)!r}: {_reason(error)}.") from error
+        raise ReportError(f"cannot write {os.fspath(path)!r}: {reason(error)}.") from error
     return Path(path)
+
+
+def write_together(folder: Path, contents: Mapping[str, str | bytes]) -> list[Path]:
+    """Write several files of a folder, which is made if need be: all of them, or none where there is no room for all.
+
+    Returns:
+        Their paths, in the order of `contents`.
+
+    Raises:
+        ReportError: the folder or a file cannot be written; what was there before is still there.
+    """
+    made = not folder.exists()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ReportError(f"cannot make the folder {str(folder)!r}: {reason(error)}.") from error
+    try:
+        with contextlib.ExitStack() as stack:
+            places = {}
+            for name, content in contents.items():
+                target = Path(os.path.realpath(folder / name))
+                data = content.encode("utf-8") if isinstance(content, str) else content
+                places[target] = stack.enter_context(_beside(target, data))
+            for target, temporary in places.items():
+                os.replace(temporary, target)
+    except OSError as error:
+        if made:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+        raise ReportError(f"cannot write {str(folder)!r}: {reason(error)}.") from error
+    _flush_folder(folder)
+    return [folder / name for name in contents]
 
 
 def read_text(path: str | os.PathLike[str], max_bytes: int) -> str:
@@ -76,7 +109,7 @@ def read_text(path: str | os.PathLike[str], max_bytes: int) -> str:
     except FileNotFoundError as error:
         raise ReportError(f"there is no file {name}; give the path of a report, as written by --out.") from error
     except (OSError, ValueError) as error:
-        raise ReportError(f"cannot read {name}: {_reason(error)}.") from error
+        raise ReportError(f"cannot read {name}: {reason(error)}.") from error
     if len(data) > max_bytes:
         raise ReportError(f"{name} is larger than {max_bytes / 2**20:g} MiB, the most that a report may take.")
     try:
@@ -101,6 +134,17 @@ def remove_leftovers(folder: str | os.PathLike[str]) -> None:
 
 def _replace(target: Path, data: bytes) -> None:
     """Write `data` beside `target`, flush it to the disk, and rename it to `target`."""
+    with _beside(target, data) as temporary:
+        os.replace(temporary, target)
+    _flush_folder(target.parent)
+
+
+@contextlib.contextmanager
+def _beside(target: Path, data: bytes) -> Iterator[Path]:
+    """A temporary file beside `target` with `data`, flushed to the disk, and the permissions of `target`.
+
+    It is to be renamed inside; where something fails there, it is removed.
+    """
     descriptor, temporary = _new_file(target.parent)
     held = None if fcntl is None else os.dup(descriptor)  # the lock, until the file has its name
     try:
@@ -110,14 +154,13 @@ def _replace(target: Path, data: bytes) -> None:
             os.fsync(file.fileno())
         if target.exists():
             temporary.chmod(stat.S_IMODE(target.stat().st_mode))
-        os.replace(temporary, target)
+        yield temporary
     except BaseException:  # Ctrl-C too must leave no stray file; everything is raised again.
         temporary.unlink(missing_ok=True)
         raise
     finally:
         if held is not None:
             os.close(held)
-    _flush_folder(target.parent)
 
 
 def _new_file(folder: Path) -> tuple[int, Path]:
@@ -144,7 +187,7 @@ def _flush_folder(folder: Path) -> None:
             os.close(descriptor)
 
 
-def _reason(error: OSError | ValueError) -> str:
+def reason(error: OSError | ValueError) -> str:
     """Say why a path cannot be read or written, and what to do, without Python's error number."""
     if not isinstance(error, OSError):  # a path with a null byte
         return str(error)

@@ -12,7 +12,7 @@ from depthscope.errors import ModelLoadError
 from depthscope.gguf_header import GgufHeader, read_header
 from depthscope.messages import listed
 
-__all__ = ["cut_into_pieces", "read_gguf"]
+__all__ = ["cut_into_pieces", "parts_beside", "read_gguf"]
 
 PART = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})(?P<end>\.gguf)", re.IGNORECASE)
 # model.gguf.part1, model.gguf.part1of2, model.gguf-split-a: pieces that `split` or a script made, without headers.
@@ -38,13 +38,20 @@ def read_gguf(path: Path, name: str) -> GgufHeader:
             f"{what}, and its name does not say so, so that the others cannot be found. Name the parts as llama.cpp "
             f"does (NAME-{number:05}-of-{count:05}.gguf), in one folder, {_or_merge('NAME', '.gguf', count)}."
         )
-    names = [f"{match['stem']}-{index:05}-of-{match['count']}{match['end']}" for index in range(1, count + 1)]
+    names = _part_names(match)
     if absent := [part for part in names if not path.with_name(part).is_file()]:
         raise ModelLoadError(
             f"{what}, and not all parts are beside it; absent: {listed(absent)}. Put all parts into one folder, "
             f"{_or_merge(match['stem'], match['end'], count)}."
         )
     return _together([header if part == path.name else read_header(path.with_name(part)) for part in names], name)
+
+
+def parts_beside(path: Path) -> list[Path]:
+    """The other parts of a GGUF file that was split, as far as they are there, by its name."""
+    match = PART.fullmatch(path.name)
+    parts = [path.with_name(name) for name in _part_names(match)] if match else []
+    return [part for part in parts if part.name != path.name and part.is_file()]
 
 
 def cut_into_pieces(name: str) -> str | None:
@@ -56,6 +63,13 @@ def cut_into_pieces(name: str) -> str | None:
         f"{name!r} is a piece of a GGUF file that was cut up. Join all pieces in their order first, such as: "
         f"cat {match['whole']}?* > {match['whole']}"
     )
+
+
+def _part_names(match: re.Match[str]) -> list[str]:
+    """The names of all parts, by the name of one."""
+    return [
+        f"{match['stem']}-{index:05}-of-{match['count']}{match['end']}" for index in range(1, int(match["count"]) + 1)
+    ]
 
 
 def _together(parts: list[GgufHeader], name: str) -> GgufHeader:

@@ -43,7 +43,7 @@ from depthscope.messages import one_line
 from depthscope.quiet import quiet
 from depthscope.stored import FLOATS, StoredTensors
 
-__all__ = ["LoadedModel", "load_model", "model_facts"]
+__all__ = ["LoadedModel", "load_model", "model_facts", "require_for_loading"]
 
 TOKENIZER_FILES = frozenset(
     (
@@ -125,7 +125,8 @@ def load_model(
 
     Raises:
         ModelLoadError: the model cannot be loaded; the message says why and what to do.
-        SettingsError: no such dtype or implementation of attention, or a base model for what is no adapter.
+        SettingsError: no such dtype or implementation of attention, a base model for what is no adapter, or a revision
+            of what is not on the Hub.
     """
     place = find_device(device)
     chosen = find_dtype(dtype, place)
@@ -133,6 +134,11 @@ def load_model(
     options = _Options(chosen, place, trust_remote_code, token, attn_implementation)
     with quiet():
         checkpoint = find_checkpoint(str(name), revision=revision, token=token)
+        if revision is not None and checkpoint.source != "hub":
+            raise SettingsError(
+                f"{checkpoint.name!r} is on this machine, and only a repository on the Hub has revisions: leave out "
+                f"revision ({revision!r}), or give the id of the repository."
+            )
         if checkpoint.is_adapter:
             return _load_adapter(checkpoint, options, base_model)
         if base_model is not None:
@@ -141,6 +147,20 @@ def load_model(
                 "model to be put on; leave out base_model."
             )
         return _load_checkpoint(checkpoint, options)
+
+
+def require_for_loading(revision: Any, base_model: Any, attn_implementation: Any) -> None:
+    """Refuse what says how to load a model where the model is loaded already.
+
+    Raises:
+        SettingsError: one of them is given.
+    """
+    given = {"revision": revision, "base_model": base_model, "attn_implementation": attn_implementation}
+    if named := [name for name, value in given.items() if value is not None]:
+        raise SettingsError(
+            f"The model was given as an object, which is loaded already: leave out {' and '.join(named)}, or give its "
+            "name."
+        )
 
 
 def _load_checkpoint(checkpoint: Checkpoint, options: _Options) -> LoadedModel:

@@ -138,11 +138,11 @@ def _baseline(stack: LayerStack, blocks: Blocks, rows: Array, sublayers: bool) -
 
 
 def _not_finite(capture: Capture) -> str:
-    places = [("the embeddings", capture.inputs.get(0))]
-    places += [(f"the output of layer {layer}", hidden) for layer, hidden in sorted(capture.outputs.items())]
-    where = next((name for name, hidden in places if not _finite(hidden)), "the logits")
+    places = [("the embeddings are", capture.inputs.get(0))]
+    places += [(f"the output of layer {layer} is", hidden) for layer, hidden in sorted(capture.outputs.items())]
+    where = next((name for name, hidden in places if not _finite(hidden)), "the logits are")
     return (
-        f"The model cannot be scored: {where} are not finite (NaN or infinity). Check its weights, or use a wider "
+        f"The model cannot be scored: {where} not finite (NaN or infinity). Check its weights, or use a wider "
         "dtype: float32 or bfloat16."
     )
 

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from rich.console import Console
 from rich.progress import (
     BarColumn,
     TaskProgressColumn,
@@ -15,6 +14,8 @@ from rich.progress import (
     Progress as Bar,
 )
 from rich.text import Text
+
+from depthscope.terminal import terminal
 
 # Is told what is being done, and the share of all the work that is done, from 0 to 1.
 Listener = Callable[[str, float], None]
@@ -56,7 +57,7 @@ class Progress:
 @contextmanager
 def showing_status(doing: str, *, visible: bool) -> Iterator[None]:
     """Say on a terminal what is being done, for work whose length is not known."""
-    console = Console(stderr=True)
+    console = terminal(stderr=True)
     if not visible or not console.is_terminal:
         yield
         return
@@ -73,7 +74,7 @@ def showing_progress(total: float, *, visible: bool, listener: Listener | None =
     if listener is not None:
         yield Progress(total, None, listener)
         return
-    console = Console(stderr=True)
+    console = terminal(stderr=True)
     if not visible or not (console.is_terminal or console.is_jupyter):
         yield Progress(total, None)
         return

@@ -30,6 +30,7 @@ from depthscope.glossary import (
 )
 from depthscope.report import LayerReport
 from depthscope.summary import summarize
+from depthscope.terminal import terminal
 
 if TYPE_CHECKING:
     from depthscope.scores import Explanation
@@ -149,7 +150,7 @@ def scores_table(report: LayerReport, width: int | None = None) -> Table:
 
 def print_report(report: LayerReport, console: Console | None = None) -> None:
     """Print a report: what it shows in words, its global scores, its layers, and what a reader must know."""
-    console = console or Console()
+    console = console or terminal()
     parts: list[RenderableType] = [
         _headline(report),
         Text(),
@@ -170,7 +171,7 @@ def _downstream(accuracies: Sequence[Accuracy]) -> list[RenderableType]:
 
 def print_comparison(comparison: Comparison, console: Console | None = None) -> None:
     """Print reports side by side: what is not comparable, the global scores, and the layers by relative depth."""
-    console = console or Console()
+    console = console or terminal()
     names = _short_labels(comparison)
     parts: list[RenderableType] = [
         Text("Comparison", style=HEADLINE_STYLE),
@@ -192,7 +193,7 @@ def _table() -> Table:
 
 def print_explanations(explanations: Iterable["Explanation"], console: Console | None = None) -> None:
     """Print what every score says, its formula, unit and source."""
-    console = console or Console()
+    console = console or terminal()
     parts: list[RenderableType] = []
     for explanation in explanations:
         title = Text(explanation.title, style=HEADLINE_STYLE).append(f"  {explanation.name}", style=NEAR_STYLE)

@@ -42,6 +42,7 @@ MAX_BYTES = 256 * 2**20
 MAX_TEXT = 20_000  # characters of one string
 MAX_DEPTH = 8  # levels of lists and mappings inside each other
 MAX_LAYERS = 10_000
+MAX_MAPPED_LAYERS = 1600  # with four matrices of as many rows and columns, each number of 25 bytes, within MAX_BYTES
 MAX_INTEGER = 2**63 - 1
 MAX_FLOAT = 1e100  # beyond any measurement, and far enough from overflow to compute with
 

@@ -20,6 +20,7 @@ from rich.text import Text
 from depthscope.callbacks.history import read_history
 from depthscope.errors import ReportError
 from depthscope.glossary import LAYER_SCORES, Term, format_number
+from depthscope.terminal import terminal
 
 __all__ = ["RunHistory", "print_run", "run_figures"]
 
@@ -113,7 +114,7 @@ def term(metric: str) -> Term:
 
 def print_run(run: RunHistory, console: Console | None = None) -> None:
     """Print the last values by layer, with the course of the variance, as many columns as there is room for."""
-    console = console or Console()
+    console = console or terminal()
     steps = [row["step"] for row in run.rows]
     parts: list[RenderableType] = [
         Text(f"{run.name}: steps {min(steps)} to {max(steps)}, {len(run.metrics)} metrics by layer", style="bold")

@@ -1,9 +1,11 @@
 """The settings of an analysis: what is measured, on how much text, and how exactly."""
 
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from depthscope.errors import SettingsError
+from depthscope.numeric import LARGEST_SEED, MOST, require_number, require_whole
 
 SCORE_NAMES = (
     "variance",
@@ -65,23 +67,26 @@ class Settings:
     def __post_init__(self) -> None:
         object.__setattr__(self, "scores", _checked_scores(self.scores))
         needs_fit = "usefulness" in self.scores and not self.fits_in_sample
-        _whole("fit_blocks", self.fit_blocks, 1 if needs_fit else 0, "blocks to fit the linear maps on")
-        _whole("eval_blocks", self.eval_blocks, 1, "blocks to measure on")
-        _whole("block_size", self.block_size, 2, "tokens in a block")
+        self._whole("fit_blocks", 1 if needs_fit else 0, "blocks to fit the linear maps on")
+        self._whole("eval_blocks", 1, "blocks to measure on")
+        self._whole("block_size", 2, "tokens in a block")
+        require_tokens(self.fit_blocks + self.eval_blocks, self.block_size)
         object.__setattr__(self, "bos", bos_choice(self.bos))
         if self.batch_size is not None:
-            _whole("batch_size", self.batch_size, 1, "blocks in a forward pass")
+            self._whole("batch_size", 1, "blocks in a forward pass")
         if self.probes != "exact":
-            _whole("probes", self.probes, 1, 'random probes, or "exact"')
-        _whole("seed", self.seed, 0, "a seed")
-        if not self.threshold > 0:
-            raise SettingsError(f"threshold is {self.threshold!r}; give a loss ratio above 0, such as the paper's 1.1.")
-        if not 0 <= self.ridge < 1:
-            raise SettingsError(f"ridge is {self.ridge!r}; give a number from 0 up to 1, such as 0 or 1e-6.")
+            self._whole("probes", 1, 'random probes, or "exact"')
+        self._whole("seed", 0, "a seed", LARGEST_SEED)
+        require_number("threshold", self.threshold, "a loss ratio above 0, such as the paper's 1.1", above=0)
+        require_number("ridge", self.ridge, "a number from 0 up to 1, such as 0 or 1e-6", least=0, below=1)
         if self.pairs not in ("all", "adjacent") and not (isinstance(self.pairs, float) and 0 < self.pairs < 1):
             raise SettingsError(
                 f'pairs is {self.pairs!r}; give "all", "adjacent", or the share to sample as a number between 0 and 1.'
             )
+
+    def _whole(self, name: str, least: int, what: str, most: int = MOST) -> None:
+        """Check a whole number, and keep it as Python's own."""
+        object.__setattr__(self, name, require_whole(name, getattr(self, name), least, what, most))
 
     @property
     def fits_in_sample(self) -> bool:
@@ -114,9 +119,13 @@ def bos_choice(bos: Any) -> str:
 
 
 def _checked_scores(scores: Any) -> tuple[str, ...]:
+    if not isinstance(scores, (str, Iterable)):
+        raise SettingsError(f"scores is {scores!r}; give names of scores, separated by commas or as a list.")
     names = scores.split(",") if isinstance(scores, str) else list(scores)
     chosen = [name.strip() if isinstance(name, str) else name for name in names]
     # The effective depths are derived from two scores and have no measurement of their own.
+    if words := [item for item in chosen if not isinstance(item, str)]:
+        raise SettingsError(f"a score is {words[0]!r}; give its name.")
     wanted = {name for item in chosen for name in (("skip", "usefulness") if item == "effective_depth" else (item,))}
     if "all" in wanted:
         wanted = wanted - {"all"} | set(SCORE_NAMES)
@@ -128,6 +137,14 @@ def _checked_scores(scores: Any) -> tuple[str, ...]:
     return tuple(name for name in known if name in wanted)
 
 
-def _whole(name: str, value: Any, least: int, what: str) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise SettingsError(f"{name} is {value!r}; give a whole number of at least {least} ({what}).")
+def require_tokens(num_blocks: int, block_size: int) -> None:
+    """Refuse more tokens than any memory holds, before a text is read in vain.
+
+    Raises:
+        SettingsError: so many blocks of so many tokens are too many.
+    """
+    if num_blocks * block_size > MOST:
+        raise SettingsError(
+            f"{num_blocks:,} blocks of {block_size:,} tokens are {num_blocks * block_size:,} tokens; give at most "
+            f"{MOST:,} together: lower the number of blocks or block_size."
+        )

@@ -51,6 +51,8 @@ def find_source(source: Any, dataset: Any = None, column: str | None = None, spl
                 f"Both a text ({_brief(source)}) and the dataset {dataset!r} were given; give one of them."
             )
         if isinstance(dataset, (str, os.PathLike)):
+            if not os.fspath(dataset).strip():
+                raise CorpusError("The name of the dataset is empty. Give name, name:config, or a file.")
             path = Path(dataset)
             return _paths([path], column) if path.is_file() else named_dataset(os.fspath(dataset), column, split)
         source = dataset
@@ -85,6 +87,10 @@ def _as_paths(source: Any) -> list[Path]:
             f"The text is {source!r}; give the path of a text file, or leave it out for the embedded text."
         )
     if isinstance(source, (str, os.PathLike)):
+        if not os.fspath(source).strip():
+            raise CorpusError(
+                "The path of the text is empty. Give a file or a folder, or the text itself as a list: [text]."
+            )
         return [Path(source).expanduser()]
     if isinstance(source, (list, tuple)) and source and all(map(_looks_like_path, source)):
         return [Path(item).expanduser() for item in source]

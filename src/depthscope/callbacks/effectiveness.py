@@ -30,7 +30,7 @@ from depthscope.callbacks.base import LOGGED, Measured, flat_names, is_over, num
 from depthscope.callbacks.history import History
 from depthscope.callbacks.placing import announce, place, places_before, saved_attributes
 from depthscope.corpus import Blocks
-from depthscope.errors import AnalysisError, OutOfMemoryError, ReportError, SettingsError
+from depthscope.errors import AnalysisError, CorpusError, OutOfMemoryError, ReportError, SettingsError
 from depthscope.facts import model_facts
 from depthscope.measurement import total_work
 from depthscope.modes import evaluating
@@ -93,8 +93,8 @@ class EffectivenessCallback(TrainerCallback, ExportableState):
         if log not in LOGGED:
             raise SettingsError(f"log is {log!r}; choose one of {', '.join(LOGGED)}.")
         if isinstance(blocks, Mapping):
-            blocks = Blocks.from_ids(**blocks)
-        self.blocks = blocks if isinstance(blocks, Blocks) else Blocks.from_ids(torch.as_tensor(blocks))
+            blocks = _from_dict(blocks)
+        self.blocks = Blocks.given(blocks)
         self._as_ids = not isinstance(blocks, Blocks)  # then the tokenizer says which of them are special
         self.settings = _settings(self.blocks, scores, fit_blocks, options)
         self.every = every
@@ -255,6 +255,16 @@ class EffectivenessCallback(TrainerCallback, ExportableState):
             if not self._unsaved:
                 logger.warning("The report of step %d is not saved: %s", step, error)
             self._unsaved.append(step)
+
+
+def _from_dict(content: Mapping[str, Any]) -> Blocks:
+    try:
+        return Blocks.from_ids(**content)
+    except TypeError as error:
+        raise CorpusError(
+            "Blocks as a mapping are what Blocks.to_dict gives, with ids at least; these have the keys "
+            f"{', '.join(map(repr, content)) or 'none'}."
+        ) from error
 
 
 def _tokenizer(processing_class: Any) -> PreTrainedTokenizerBase | None:

@@ -4,12 +4,17 @@ torch and transformers are imported inside the commands, so that `--help` answer
 message and exit code 2, Ctrl-C with 130.
 """
 
+import os
+
 from depthscope.cli import analysis, evaluate, models, push, recipe, space, sparsity, sweep
 from depthscope.cli.shared import app
+from depthscope.terminal import readable_width
 
 __all__ = ["analysis", "app", "evaluate", "main", "models", "push", "recipe", "space", "sparsity", "sweep"]
 
 
 def main() -> None:
     """Run the command line."""
+    if "COLUMNS" in os.environ:
+        os.environ["COLUMNS"] = str(readable_width())  # for the pages of help, which are not ours to print
     app()

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 
 from depthscope.cli.options import (
     HOW,
@@ -27,8 +26,11 @@ from depthscope.cli.options import (
     Text,
     TrustRemoteCode,
 )
+from depthscope.cli.paths import READS, WRITES
 from depthscope.cli.shared import app, errors_for_people, say
 from depthscope.errors import ReportError, SettingsError
+from depthscope.files import reason
+from depthscope.terminal import terminal
 
 if TYPE_CHECKING:
     from depthscope.report import LayerReport
@@ -92,7 +94,7 @@ def analyze(
     base_model: BaseModel = None,
     out: ReportOut = None,
     html: Annotated[
-        Path | None, typer.Option(help="Write a page with interactive plots.", rich_help_panel=OUTPUT)
+        Path | None, typer.Option(help="Write a page with interactive plots.", rich_help_panel=OUTPUT), WRITES
     ] = None,
     quiet: Quiet = False,
 ) -> None:
@@ -150,8 +152,9 @@ def show(
             help="A report written by analyze --out, or the output folder of a training with a depthscope callback.",
             metavar="REPORT|RUN",
         ),
+        READS,
     ],
-    html: Annotated[Path | None, typer.Option(help="Write a page with interactive plots.")] = None,
+    html: Annotated[Path | None, typer.Option(help="Write a page with interactive plots."), WRITES] = None,
 ) -> None:
     """Show a report that was saved earlier, or what the layers did in a training run."""
     with errors_for_people():
@@ -161,7 +164,7 @@ def show(
             return
         from depthscope.report import LayerReport
 
-        deliver(LayerReport.load(report), None, html, quiet=False)
+        deliver(LayerReport.load(report), None, html, quiet=False, saved=report)
 
 
 def _show_run(run: Path, html: Path | None) -> None:
@@ -169,7 +172,7 @@ def _show_run(run: Path, html: Path | None) -> None:
     from depthscope.run_view import RunHistory, print_run
 
     history = RunHistory.load(run)
-    print_run(history, Console())
+    print_run(history, terminal())
     if html is not None:
         write_run_page(html, history)
         say(f"Page: {html}")
@@ -177,8 +180,8 @@ def _show_run(run: Path, html: Path | None) -> None:
 
 @app.command()
 def compare(
-    reports: Annotated[list[Path], typer.Argument(help="Two or more reports.", metavar="REPORT...")],
-    html: Annotated[Path | None, typer.Option(help="Write a page that lays the layers side by side.")] = None,
+    reports: Annotated[list[Path], typer.Argument(help="Two or more reports.", metavar="REPORT..."), READS],
+    html: Annotated[Path | None, typer.Option(help="Write a page that lays the layers side by side."), WRITES] = None,
 ) -> None:
     """Hold reports side by side: what differs, and whether by more than the noise."""
     with errors_for_people():
@@ -191,7 +194,7 @@ def compare(
             raise SettingsError(f"{len(reports)} report was given; compare needs at least two.")
         require_places(html)
         loaded = [LayerReport.load(path) for path in reports]
-        print_comparison(hold(loaded), Console())
+        print_comparison(hold(loaded), terminal())
         if html is not None:
             write_page(html, loaded)
             say(f"Page: {html}")
@@ -204,36 +207,59 @@ def scores() -> None:
         from depthscope.render import print_explanations
         from depthscope.scores import EXPLANATIONS
 
-        print_explanations(EXPLANATIONS.values(), Console())
+        print_explanations(EXPLANATIONS.values(), terminal())
 
 
-def deliver(report: "LayerReport", out: Path | None, html: Path | None, quiet: bool) -> None:
-    """Print a report, and write what was asked for; the measurements survive a disk that is full."""
+def deliver(report: "LayerReport", out: Path | None, html: Path | None, quiet: bool, saved: Path | None = None) -> None:
+    """Write what was asked for, then print; the measurements survive a disk or an output that takes nothing.
+
+    Args:
+        report: what was measured.
+        out: where to save it.
+        html: where to write its page.
+        quiet: whether to print nothing.
+        saved: where the report lies already, if it does.
+    """
     from depthscope.page import write_page
     from depthscope.render import print_report
 
-    if not quiet:
-        print_report(report, Console())
+    failure: ReportError | None = None
+    written = []
     try:
         if out is not None:
-            report.save(out)
-            say(f"Report: {out}")
+            saved = report.save(out)
+            written.append(f"Report: {out}")
         if html is not None:
             write_page(html, report)
-            say(f"Page:   {html}")
+            written.append(f"Page:   {html}")
     except ReportError as error:
-        raise ReportError(f"{error}{_rescued(report)}") from error
-
-
-def _rescued(report: "LayerReport") -> str:
-    """Save a report where there may still be room, and say where."""
-    folder = Path(tempfile.mkdtemp(prefix="depthscope-"))
+        failure = ReportError(f"{error}{_safe(report, saved)}")
     try:
-        report.save(folder / "report.json")
-    except ReportError:
-        folder.rmdir()
-        return ""
-    return f" The measurements are safe in {folder / 'report.json'}."
+        if not quiet:
+            print_report(report, terminal())
+        for line in written:
+            say(line)
+    except BrokenPipeError:  # whoever reads has seen enough
+        raise
+    except OSError as error:
+        failure = failure or ReportError(f"cannot write the standard output: {reason(error)}.{_safe(report, saved)}")
+    if failure is not None:
+        raise failure
+
+
+def _safe(report: "LayerReport", saved: Path | None) -> str:
+    """Say where a report is that could not be delivered, once it is saved where there may still be room."""
+    if saved is None:
+        try:
+            folder = Path(tempfile.mkdtemp(prefix="depthscope-"))
+        except OSError:
+            return ""
+        try:
+            saved = report.save(folder / "report.json")
+        except ReportError:
+            folder.rmdir()
+            return ""
+    return f" The measurements are safe in {saved}."
 
 
 def require_places(*places: Path | None) -> None:
@@ -255,4 +281,7 @@ def _share_or_word(pairs: str) -> "float | str":
 
 
 def _count_or_word(probes: str) -> "int | str":
-    return int(probes) if probes.lstrip("-").isdigit() else probes
+    try:
+        return int(probes)
+    except ValueError:
+        return probes

@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 
 from depthscope.cli.analysis import require_places
 from depthscope.cli.options import (
@@ -19,10 +18,14 @@ from depthscope.cli.options import (
     Revision,
     TrustRemoteCode,
 )
+from depthscope.cli.paths import ADDS_TO, READS, WRITES
 from depthscope.cli.shared import app, errors_for_people, say
+from depthscope.errors import DepthscopeError
+from depthscope.terminal import terminal
 
 if TYPE_CHECKING:
     from depthscope.downstream.record import Downstream
+    from depthscope.report import LayerReport
 
 TASKS = "Tasks"  # a panel of the help
 
@@ -39,6 +42,7 @@ def evaluate(
         typer.Option(
             help="A folder with the documents as TASK.jsonl; nothing is downloaded then.", rich_help_panel=TASKS
         ),
+        READS,
     ] = None,
     limit: Annotated[
         int | None, typer.Option(help="The first documents of each task only.", rich_help_panel=TASKS)
@@ -54,10 +58,13 @@ def evaluate(
     trust_remote_code: TrustRemoteCode = False,
     attn_implementation: AttnImplementation = None,
     base_model: BaseModel = None,
-    out: Annotated[Path | None, typer.Option(help="Write the accuracies as JSON.", rich_help_panel=OUTPUT)] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Write the accuracies as JSON.", rich_help_panel=OUTPUT), WRITES
+    ] = None,
     report: Annotated[
         Path | None,
         typer.Option(help="A report of analyze, to add the accuracies to.", rich_help_panel=OUTPUT),
+        ADDS_TO,
     ] = None,
     quiet: Quiet = False,
 ) -> None:
@@ -83,20 +90,36 @@ def evaluate(
             base_model=base_model,
             progress=not quiet,
         )
-        if not quiet:
-            _show(found)
+        _deliver(found, described, out, report, quiet)
+
+
+def _deliver(
+    found: "Downstream", described: "LayerReport | None", out: Path | None, report: Path | None, quiet: bool
+) -> None:
+    """Write what was asked for, then print it: a disk that is full costs no accuracy, which may be hours of work."""
+    failure: DepthscopeError | None = None
+    written = []
+    try:
         if out is not None:
             found.save(out)
-            say(f"Accuracies: {out}")
+            written.append(f"Accuracies: {out}")
         if report is not None and described is not None:
             found.added_to(described).save(report)
-            say(f"Report: {report}")
+            written.append(f"Report: {report}")
+    except DepthscopeError as error:
+        failure = error
+    if not quiet or failure is not None:
+        _show(found)
+    for line in written:
+        say(line)
+    if failure is not None:
+        raise failure
 
 
 def _show(found: "Downstream") -> None:
     from depthscope.downstream.table import accuracy_table
 
-    console = Console()
+    console = terminal()
     console.print(accuracy_table(found.accuracies))
     for note in found.notes:
         say(f"Note: {note}")

@@ -4,10 +4,11 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from depthscope.cli.options import HOW, AttnImplementation, BaseModel, Model, Revision, TrustRemoteCode
+from depthscope.cli.paths import FILLS
 from depthscope.cli.shared import app, errors_for_people, say
+from depthscope.terminal import terminal
 
 SHAPE = "Another shape"  # a panel of the help
 
@@ -15,7 +16,7 @@ SHAPE = "Another shape"  # a panel of the help
 @app.command()
 def convert(
     model: Model,
-    out: Annotated[Path, typer.Argument(help="The folder to write; it must not exist yet.", metavar="OUT")],
+    out: Annotated[Path, typer.Argument(help="The folder to write; it must not exist yet.", metavar="OUT"), FILLS],
     to: Annotated[
         str,
         typer.Option(help="depthlm; native (the architecture that expresses it); or one by name: llama, olmoe, ..."),
@@ -58,7 +59,7 @@ def convert(
         from depthscope.conversion import Shape, convert_checkpoint
 
         shape = Shape(kv_heads, experts, top_k, layers, preserve_function)
-        with Console(stderr=True).status("Starting") as status:
+        with terminal(stderr=True).status("Starting") as status:
             lines = convert_checkpoint(
                 model,
                 out,
@@ -86,4 +87,4 @@ def presets(
         if markdown:
             typer.echo(preset_markdown())
         else:
-            Console().print(preset_table())
+            terminal().print(preset_table())

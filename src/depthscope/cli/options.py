@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from depthscope.cli.paths import READS, READS_TREE, WRITES
+
 __all__ = [
     "HOW",
     "OUTPUT",
@@ -30,7 +32,9 @@ __all__ = [
 TEXT, HOW, OUTPUT = "Text", "Model and device", "Output"
 
 Model = Annotated[
-    str, typer.Argument(help="A Hub id, a folder, a [bold].gguf[/] file or a PEFT adapter folder.", metavar="MODEL")
+    str,
+    typer.Argument(help="A Hub id, a folder, a [bold].gguf[/] file or a PEFT adapter folder.", metavar="MODEL"),
+    READS,
 ]
 
 
@@ -48,9 +52,12 @@ Text = Annotated[
         help="Text file or directory; may be given several times. Default: Python's own library source.",
         rich_help_panel=TEXT,
     ),
+    READS_TREE,
 ]
 Dataset = Annotated[
-    str | None, typer.Option(help="A datasets name, or name:config, instead of --text.", rich_help_panel=TEXT)
+    str | None,
+    typer.Option(help="A datasets name, or name:config, instead of --text.", rich_help_panel=TEXT),
+    READS_TREE,
 ]
 Column = Annotated[str | None, typer.Option(help="The column that holds the text.", rich_help_panel=TEXT)]
 Split = Annotated[str | None, typer.Option(help="The split of the dataset.", rich_help_panel=TEXT)]
@@ -85,7 +92,8 @@ AttnImplementation = Annotated[
 BaseModel = Annotated[
     str | None,
     typer.Option(help="The base model of an adapter, where it is not where the adapter says.", rich_help_panel=HOW),
+    READS,
 ]
 
-ReportOut = Annotated[Path | None, typer.Option(help="Write the report as JSON.", rich_help_panel=OUTPUT)]
+ReportOut = Annotated[Path | None, typer.Option(help="Write the report as JSON.", rich_help_panel=OUTPUT), WRITES]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No table, no progress.", rich_help_panel=OUTPUT)]

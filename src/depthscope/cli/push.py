@@ -4,11 +4,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 from rich.filesize import decimal
 from rich.table import Table
 
+from depthscope.cli.paths import FILLS, READS
 from depthscope.cli.shared import app, errors_for_people, say
+from depthscope.terminal import terminal
 
 if TYPE_CHECKING:
     from depthscope.hub.push import Publication
@@ -19,7 +20,9 @@ CARD, COLLECTION, WHAT = "On the cards", "Collection", "What is pushed"
 @app.command()
 def push(
     source: Annotated[
-        Path, typer.Argument(help="A sweep, one of its points, a Trainer's run, or a saved model.", metavar="DIR")
+        Path,
+        typer.Argument(help="A sweep, one of its points, a Trainer's run, or a saved model.", metavar="DIR"),
+        READS,
     ],
     to: Annotated[
         str, typer.Option(help="A user or an organisation on the Hub; for a single run also NAMESPACE/NAME.")
@@ -28,7 +31,7 @@ def push(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Push nothing: write what would be pushed to --out, and list it.")
     ] = False,
-    out: Annotated[Path | None, typer.Option(help="For --dry-run; DIR-push by default.")] = None,
+    out: Annotated[Path | None, typer.Option(help="For --dry-run; DIR-push by default."), FILLS] = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace files on the Hub that somebody else made or changed.")
     ] = False,
@@ -119,7 +122,7 @@ def _list_revisions(publication: "Publication") -> None:
         repository = one.repo_id if one.kind == "model" else f"{one.kind}s/{one.repo_id}"
         changed = f"{one.written} written" + (f", {one.removed} removed" if one.removed else "")
         table.add_row(repository, one.revision, one.commit[:7], changed if one.is_changed else "as they were")
-    Console().print(table)
+    terminal().print(table)
     if publication.collection:
         say(f"Collection: {publication.collection}")
 

@@ -4,9 +4,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
+from depthscope.cli.paths import FILLS
 from depthscope.cli.shared import app, errors_for_people, say
+from depthscope.terminal import terminal
 
 BUDGET, LIMITS, MODEL = "Budget (one of the first three)", "Limits", "The model"
 
@@ -46,6 +47,7 @@ def recipe(
     out: Annotated[
         Path | None,
         typer.Option(help="A folder for config.json, training_arguments.json, sweep.yaml and recipe.md."),
+        FILLS,
     ] = None,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print a Markdown table.")] = False,
 ) -> None:
@@ -81,7 +83,7 @@ def recipe(
         if markdown:
             typer.echo(made.to_markdown(), nl=False)
         else:
-            print_recipe(made, Console())
+            print_recipe(made, terminal())
         if written and not markdown:
             say(f"Written to {out}: {', '.join(path.name for path in written)}.")
 

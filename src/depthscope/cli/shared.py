@@ -1,17 +1,47 @@
-"""What every command shares: the program itself, and how it ends when something is wrong."""
+"""What every command shares: the program itself, which checks paths first, and how it ends when something is wrong."""
 
+import errno
+import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Annotated
+from functools import wraps
+from typing import Annotated, Any, NoReturn
 
 import typer
-from rich.console import Console
 from rich.text import Text
 
+from depthscope.cli.paths import refuse_empty_paths, refuse_overwriting
 from depthscope.errors import DepthscopeError
+from depthscope.files import reason
+from depthscope.terminal import terminal
 
-app = typer.Typer(
+
+class Program(typer.Typer):
+    """Commands none of which begins where one of its outputs would overwrite what another of its arguments names."""
+
+    def command(  # type: ignore[override]
+        self, name: str | None = None, **options: Any
+    ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+        """Register a command; a path that does not say what is done with it is refused right here."""
+        register = super().command(name, **options)
+
+        def declare(function: Callable[..., Any]) -> Callable[..., Any]:
+            refuse_empty_paths(function)
+
+            @wraps(function)
+            def checked(**given: Any) -> Any:
+                with errors_for_people():
+                    refuse_overwriting(function, given)
+                return function(**given)
+
+            register(checked)
+            return function
+
+        return declare
+
+
+app = Program(
     name="depthscope",
     help="Show how much every layer of a language model contributes.",
     no_args_is_help=True,
@@ -21,6 +51,7 @@ app = typer.Typer(
 
 INTERRUPTED = 130
 BAD_INPUT = 2
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 
 
 def _print_version(wanted: bool) -> None:
@@ -42,7 +73,7 @@ def _root(
 
 def say(line: str) -> None:
     """Print one line as it is, without reading it as markup."""
-    Console().print(Text(line))
+    terminal().print(Text(line))
 
 
 @contextmanager
@@ -51,12 +82,28 @@ def errors_for_people(after_interrupt: str = "Nothing was written.") -> Iterator
     try:
         yield
     except DepthscopeError as error:
-        Console(stderr=True).print(Text("Error: ", style="bold red") + Text(str(error)), soft_wrap=True)
-        raise typer.Exit(BAD_INPUT) from None
+        _end_badly(str(error))
     except KeyboardInterrupt as interrupt:
         said = str(interrupt) or "Interrupted."
-        Console(stderr=True).print(Text(f"{said} {after_interrupt}"), soft_wrap=True)
+        terminal(stderr=True).print(Text(f"{said} {after_interrupt}"), soft_wrap=True)
         raise typer.Exit(INTERRUPTED) from None
     except BrokenPipeError:
         sys.stderr.close()
         raise typer.Exit(1) from None
+    except OSError as error:
+        if error.errno not in NO_ROOM:
+            raise
+        where = "the standard output" if error.filename is None else repr(os.fsdecode(error.filename))
+        _end_badly(f"cannot write {where}: {reason(error)}.")
+
+
+def _end_badly(message: str) -> NoReturn:
+    """Say what is wrong, and let go of what cannot be written, which Python would try once more when it ends."""
+    terminal(stderr=True).print(Text("Error: ", style="bold red") + Text(message), soft_wrap=True)
+    try:
+        sys.stdout.flush()
+    except OSError:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
+    raise typer.Exit(BAD_INPUT)

@@ -1,7 +1,6 @@
 """`depthscope space` and `push-space`."""
 
 import os
-import shutil
 import sys
 from enum import Enum
 from importlib.util import find_spec
@@ -10,8 +9,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from depthscope.cli.paths import FILLS
 from depthscope.cli.shared import app, errors_for_people, say
 from depthscope.errors import DepthscopeError, HubError, SettingsError
+from depthscope.new_folder import new_folder
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -38,7 +39,9 @@ def space(
     share: Annotated[
         YesOrNo, typer.Option(help="A public link for three days, through a server of Gradio's makers.")
     ] = YesOrNo.no,
-    port: Annotated[int | None, typer.Option(help="Where to listen; a free port from 7860 on by default.")] = None,
+    port: Annotated[
+        int | None, typer.Option(min=1, max=65535, help="Where to listen; a free port from 7860 on by default.")
+    ] = None,
     host: Annotated[str, typer.Option(help="0.0.0.0 lets other machines in.")] = "127.0.0.1",
 ) -> None:
     """Serve the page that analyses models in a browser, on this machine."""
@@ -65,7 +68,7 @@ def push_space(
         ),
     ] = None,
     dry_run: Annotated[
-        Path | None, typer.Option(help="Push nothing: write what would be pushed to this folder.")
+        Path | None, typer.Option(help="Push nothing: write what would be pushed to this folder."), FILLS
     ] = None,
 ) -> None:
     """Put the page on the Hugging Face Hub as a Space, in one commit.
@@ -123,14 +126,11 @@ def _is_private(part: str) -> bool:
 def _write(files: dict[str, bytes], folder: Path) -> None:
     if folder.exists():
         raise SettingsError(f"{folder} exists already; name a folder that does not.")
-    try:
+    with new_folder(folder, SettingsError) as temporary:
         for name, content in files.items():
-            path = folder / name
+            path = temporary / name
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(content)
-    except OSError as error:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise SettingsError(f"{folder} cannot be written: {error.strerror}. Choose another folder.") from error
 
 
 def _push(files: dict[str, bytes], to: str, private: bool) -> str:

@@ -25,6 +25,7 @@ from depthscope.cli.options import (
     Text,
     TrustRemoteCode,
 )
+from depthscope.cli.paths import WRITES
 from depthscope.cli.shared import app, errors_for_people
 from depthscope.errors import SettingsError
 
@@ -47,7 +48,9 @@ def sparsity(
     attn_implementation: AttnImplementation = None,
     base_model: BaseModel = None,
     out: ReportOut = None,
-    html: Annotated[Path | None, typer.Option(help="Write a page of the report.", rich_help_panel=OUTPUT)] = None,
+    html: Annotated[
+        Path | None, typer.Option(help="Write a page of the report.", rich_help_panel=OUTPUT), WRITES
+    ] = None,
     quiet: Quiet = False,
 ) -> None:
     """Measure the sparsity at work in MODEL: small weights, unattended positions, experts at rest, by layer."""

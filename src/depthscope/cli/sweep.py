@@ -4,16 +4,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from depthscope.cli.shared import app, errors_for_people, say
+from depthscope.cli.paths import FILLS, READS
+from depthscope.cli.shared import Program, app, errors_for_people, say
+from depthscope.terminal import terminal
 
 if TYPE_CHECKING:
     from depthscope.sweep.results import SweepResults
 
-sweep_app = typer.Typer(
+sweep_app = Program(
     help="Train a grid of models, measure every one, and see what holds.", no_args_is_help=True, rich_markup_mode="rich"
 )
 app.add_typer(sweep_app, name="sweep")
@@ -23,15 +24,16 @@ File = Annotated[
     typer.Argument(
         help="A sweep file (YAML), or a preset: [bold]depthscope sweep presets[/] lists them.", metavar="FILE"
     ),
+    READS,
 ]
-Folder = Annotated[Path, typer.Argument(help="The folder of a sweep.", metavar="DIR")]
+Folder = Annotated[Path, typer.Argument(help="The folder of a sweep.", metavar="DIR"), READS]
 AMISS = 1  # a point failed, or something of one is damaged; the report is made all the same
 
 
 @sweep_app.command()
 def run(
     file: File,
-    out: Annotated[Path | None, typer.Option(help="The sweep's folder; sweeps/NAME by default.")] = None,
+    out: Annotated[Path | None, typer.Option(help="The sweep's folder; sweeps/NAME by default."), FILLS] = None,
     only: Annotated[
         list[str] | None,
         typer.Option(
@@ -102,7 +104,7 @@ def plan(
         if markdown:
             typer.echo(made.to_markdown())
         else:
-            print_plan(made, Console())
+            print_plan(made, terminal())
 
 
 @sweep_app.command()
@@ -121,7 +123,7 @@ def presets() -> None:
             points = expand(sweep).points
             tokens = max(point.training.tokens for point in points)
             table.add_row(name, str(len(points)), f"{tokens:,}", sweep.specification.description)
-        Console().print(table)
+        terminal().print(table)
 
 
 def _report(folder: Path) -> "SweepResults":
@@ -130,10 +132,10 @@ def _report(folder: Path) -> "SweepResults":
     from depthscope.sweep.tables import print_results
 
     written, results = write_report(folder), load_results(folder)
-    print_results(results, Console())
+    print_results(results, terminal())
     page = next(path for path in written if path.suffix == ".html")
     # Not wrapped, since an address in two lines cannot be followed.
-    Console().print(
+    terminal().print(
         Text(f"Tables and page: {page.parent}\nOpen {page.resolve().as_uri()} in a browser."), soft_wrap=True
     )
     return results
@@ -148,7 +150,7 @@ def _list_points(points: list) -> None:
         config, training = point.config(vocab_size=512), point.training
         numbers = (config.num_hidden_layers, config.hidden_size, training.sequence_length, training.steps)
         table.add_row(point.name, *map(str, numbers), f"{training.steps * training.batch_tokens:,}")
-    Console().print(table)
+    terminal().print(table)
     say(f"{len(points)} points; nothing was trained.")
 
 

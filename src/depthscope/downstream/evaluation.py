@@ -18,9 +18,10 @@ from depthscope.downstream.record import Accuracy, Downstream
 from depthscope.downstream.tasks import Selection, load_tasks, require_lm_eval, select
 from depthscope.errors import AnalysisError, OutOfMemoryError, SettingsError
 from depthscope.facts import model_facts, text_only_notes
-from depthscope.loading import LoadedModel, load_model
+from depthscope.loading import LoadedModel, load_model, require_for_loading
 from depthscope.messages import one_line
 from depthscope.modes import evaluating
+from depthscope.numeric import require_whole
 from depthscope.out_of_memory import is_out_of_memory
 from depthscope.processes import Processes
 from depthscope.progress import showing_status
@@ -82,6 +83,7 @@ def evaluate(
     with showing_status("Reading the tasks", visible=progress), _silent(), _random_state_kept():
         loaded_tasks = load_tasks(selection)
     if isinstance(model, nn.Module):
+        require_for_loading(revision, base_model, attn_implementation)
         loaded = LoadedModel(model, tokenizer, model_facts(model), text_only_notes(model))
     else:
         with showing_status(f"Loading {model}", visible=progress):
@@ -191,8 +193,8 @@ def _set_shots(tasks: Mapping[str, Any], shots: int | None) -> None:
 
 def _require_counts(limit: int | None, shots: int | None, batch_size: int) -> None:
     for name, value, least in (("limit", limit, 1), ("shots", shots, 0), ("batch_size", batch_size, 1)):
-        if value is not None and value < least:
-            raise SettingsError(f"{name} is {value}; it must be at least {least}.")
+        if value is not None or name == "batch_size":
+            require_whole(name, value, least)
     if Processes.here().count > 1:
         raise SettingsError(
             "Downstream tasks are evaluated in one process; start depthscope evaluate without torchrun."

@@ -24,7 +24,7 @@ from depthscope.hub.collection import publish_collection
 from depthscope.hub.commit import PushedRevision, push_trees
 from depthscope.hub.plan import Options, Plan, check_names, make_plan
 from depthscope.hub.retry import LOG_IN, Patience, Stopped
-from depthscope.hub.tree import Tree, write_trees
+from depthscope.hub.tree import Tree, require_room, write_trees
 from depthscope.progress import Progress, showing_progress, showing_status
 
 __all__ = ["Publication", "client", "publish", "push"]
@@ -99,6 +99,8 @@ def push(
         ReportError: a file of the run is damaged.
     """
     check_names(to, space)
+    if dry_run is not None:
+        require_room(Path(os.fspath(dry_run)))  # before cards are written
     options = Options(native, steps, license, language, datasets, base_model, only, space, collection)
     with tempfile.TemporaryDirectory(prefix="depthscope-push-") as work:
         api = None

@@ -14,9 +14,10 @@ from typing import Any, Literal
 from huggingface_hub.utils.sha import git_hash, sha_fileobj
 
 from depthscope.errors import ReportError, SettingsError
+from depthscope.new_folder import new_folder
 from depthscope.strict_json import encode, parse
 
-__all__ = ["MAIN", "MANIFEST", "Digest", "Kind", "Tree", "read_manifest", "write_trees"]
+__all__ = ["MAIN", "MANIFEST", "Digest", "Kind", "Tree", "read_manifest", "require_room", "write_trees"]
 
 MAIN = "main"
 MANIFEST = ".depthscope.json"
@@ -110,14 +111,21 @@ def write_trees(trees: list[Tree], folder: Path) -> None:
     Raises:
         SettingsError: the folder is not empty, or cannot be written.
     """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise SettingsError(f"{str(folder)!r} is there and not empty: give a new folder, or empty it.")
-    try:
+    require_room(folder)
+    with new_folder(folder, SettingsError) as temporary:
         for tree in trees:
-            root = tree.folder(folder)
+            root = tree.folder(temporary)
             for path, file in tree.files.items():
                 (root / path).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(file, root / path)
             (root / MANIFEST).write_bytes(tree.manifest)
-    except OSError as error:
-        raise SettingsError(f"{str(folder)!r} cannot be written: {error.strerror}. Give another folder.") from error
+
+
+def require_room(folder: Path) -> None:
+    """Refuse a folder that holds something already.
+
+    Raises:
+        SettingsError: it is there and not empty, or a file.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise SettingsError(f"{str(folder)!r} is there and not empty: give a new folder, or empty it.")

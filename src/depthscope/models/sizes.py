@@ -1,11 +1,19 @@
-"""How large a model is and what it costs to train, counted from the model itself (built on `meta`: no memory)."""
+"""How large a model is and what it costs to train, counted from the model itself (built on `meta`: no memory).
 
+Of a DepthLM, whose layers are of two kinds at the most, one layer of each kind is built and counted as often as there
+are such layers: the count of a thousand layers takes no longer than that of two.
+"""
+
+from copy import copy
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
-__all__ = ["ModelSize", "model_size"]
+from depthscope.models.configuration_depthlm import DepthLMConfig
+
+__all__ = ["LayerSizes", "ModelSize", "layer_sizes", "model_size"]
 
 _EXPERT_WEIGHTS = ("experts.gate_up_proj", "experts.down_proj")
 
@@ -37,20 +45,80 @@ def model_size(config: PreTrainedConfig, sequence_length: int | None = None) -> 
         sequence_length: tokens in a training sequence; `max_position_embeddings` by default.
     """
     length = sequence_length or config.max_position_embeddings
+    if isinstance(config, DepthLMConfig):
+        sizes = layer_sizes(config)
+        count = sizes.rest + sizes.dense * sizes.dense_layers + sizes.moe * sizes.moe_layers
+    else:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+        count = sum(_counts(model, config).values(), _Count())
+    flops = round(6 * count.multiplied + _attention_flops(config, length))
+    return ModelSize(count.total, count.active, flops, length)
+
+
+@dataclass(frozen=True)
+class _Count:
+    """Parameters: all of them, those that a token meets, and those of these that are in products of matrices."""
+
+    total: int = 0
+    active: int = 0
+    multiplied: int = 0
+
+    def __add__(self, other: "_Count") -> "_Count":
+        return _Count(self.total + other.total, self.active + other.active, self.multiplied + other.multiplied)
+
+    def __mul__(self, times: int) -> "_Count":
+        return _Count(self.total * times, self.active * times, self.multiplied * times)
+
+
+@dataclass(frozen=True)
+class LayerSizes:
+    """The parameters of a DepthLM: of a dense layer, of one with experts, of all the rest, and how many layers each.
+
+    The sizes of a kind of which there is no layer are 0.
+    """
+
+    dense: _Count
+    dense_layers: int
+    moe: _Count
+    moe_layers: int
+    rest: _Count
+
+
+def layer_sizes(config: DepthLMConfig) -> LayerSizes:
+    """Count the parameters of the layers of each kind, and of what is not in a layer."""
+    moe_layers = len(config.moe_layer_indices)
+    dense_layers = config.num_hidden_layers - moe_layers
+    kinds = [name for name, layers in (("moe", moe_layers), ("dense", dense_layers)) if layers]
+    small = copy(config)
+    small.num_hidden_layers = len(kinds)
+    small.layer_types = ["full_attention"] * len(kinds)
+    if moe_layers:
+        small.moe_layers = [0]
+    if config.norm_placement == "mix":  # as many norms before or after
+        small.norm_placement, small.mix_post_layers = "pre", None
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    total = active = multiplied = 0
-    embedding = model.get_input_embeddings().weight
+        model = AutoModelForCausalLM.from_config(small)
+    counts = _counts(model, config)
+    found = {name: counts.pop(str(layer)) for layer, name in enumerate(kinds)}
+    rest = sum(counts.values(), _Count())
+    return LayerSizes(found.get("dense", _Count()), dense_layers, found.get("moe", _Count()), moe_layers, rest)
+
+
+def _counts(model: nn.Module, config: PreTrainedConfig) -> dict[str, _Count]:
+    """The parameters of each layer of `model.layers`, by its number, and of everything else, by ""."""
+    counts: dict[str, _Count] = {}
+    embedding = model.get_input_embeddings().weight  # type: ignore[operator]
     for name, parameter in model.named_parameters():
         used = parameter.numel()
         if name.endswith(_EXPERT_WEIGHTS):
             used = used * config.num_experts_per_tok // parameter.shape[0]
-        total += parameter.numel()
-        active += used
         # A tied embedding is multiplied once, as the head.
-        if parameter.dim() > 1 and (parameter is not embedding or config.tie_word_embeddings):
-            multiplied += used
-    return ModelSize(total, active, round(6 * multiplied + _attention_flops(config, length)), length)
+        is_multiplied = parameter.dim() > 1 and (parameter is not embedding or config.tie_word_embeddings)
+        layer = name.split(".")[2] if name.startswith("model.layers.") else ""
+        count = _Count(parameter.numel(), used, used if is_multiplied else 0)
+        counts[layer] = counts.get(layer, _Count()) + count
+    return counts
 
 
 def _attention_flops(config: PreTrainedConfig, length: int) -> float:

@@ -4,10 +4,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 
+from depthscope.errors import SettingsError
 from depthscope.glossary import format_count
 from depthscope.models import DepthLMConfig, ModelSize, model_size
 from depthscope.recipes.evidence import PAPER, SMALL_MODELS, Evidence
-from depthscope.recipes.request import GB, Request
+from depthscope.recipes.request import BUDGETS, GB, Request
 from depthscope.recipes.schedule import (
     PAPER_TOKENS,
     choose_batch,
@@ -36,6 +37,7 @@ from depthscope.sweep.specification import Training
 
 __all__ = ["Draft", "draft"]
 
+MOST_TOKENS = 2**63 - 1  # as a sweep file holds them
 COMPUTE_OPTIMAL = 20  # tokens a parameter, for dense models (Hoffmann et al. 2022, arXiv 2203.15556)
 
 
@@ -68,6 +70,12 @@ def draft(request: Request, experts: Chosen[int | None]) -> Draft:
 
     length = choose_length(request, tokens_at)
     tokens = int(tokens_at(length.value))
+    if tokens > MOST_TOKENS:
+        name = next(name for name in BUDGETS if getattr(request, name) is not None)
+        raise SettingsError(
+            f"{name} is {getattr(request, name):g}, which pays for {tokens:.3g} tokens; give a budget of at most "
+            f"{MOST_TOKENS:.3g} tokens."
+        )
     config = build_config(request, shape, length.value)
     size = model_size(config, length.value)
     batch = choose_batch(request, tokens, length.value)

@@ -1,19 +1,32 @@
 """What a recipe is asked for: depth, width, a budget, and what may not be."""
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 from depthscope.errors import SettingsError
 from depthscope.models.configuration_depthlm import NORM_SCALINGS
+from depthscope.numeric import require_number, require_whole
 from depthscope.sweep.gpus import Gpu, find_gpu
 from depthscope.sweep.plan import HOUR, launcher
 
 __all__ = ["BUDGETS", "GB", "Request", "power_of_two"]
 
 BUDGETS = ("tokens", "flops", "gpu_hours")
+MOST = 1e40  # of a budget or of memory: all computers together do not come near it
 SHORTEST = 16  # tokens in a sequence
 NARROWEST = 16
 GB = 1e9
+# The least and the most of whole numbers; a report and a sweep hold as many layers.
+WHOLE = {
+    "layers": (1, 10_000),
+    "width": (NARROWEST, 2**20),
+    "gpus": (1, 10**6),
+    "heads": (1, 2**20),
+    "head_multiple": (1, 2**20),
+    "max_length": (SHORTEST, 2**31 - 1),
+    "vocab_size": (257, 2**31 - 1),
+}
+OPTIONAL = ("heads", "max_length")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,19 +98,14 @@ class Request:
         return HOUR * self.kind.peak * self.utilisation
 
     def _check_ranges(self) -> None:
-        least: dict[str, float] = {"width": NARROWEST, "vocab_size": 257, "max_length": SHORTEST}
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, bool) or not isinstance(value, int | float):
-                continue
-            minimum = least.get(field.name, 1 if isinstance(value, int) and field.name not in BUDGETS else 0)
-            if not math.isfinite(value):
-                raise SettingsError(f"{field.name} is {value}; give a finite number.")
-            if value < minimum or value == 0:
-                more = f"at least {minimum}" if minimum else "more than 0"
-                raise SettingsError(f"{field.name} is {value}; it must be {more}.")
-        if self.utilisation > 1:
-            raise SettingsError(f"utilisation is {self.utilisation}; it is a share of the peak, at most 1.")
+        for name, (least, most) in WHOLE.items():
+            if (value := getattr(self, name)) is not None or name not in OPTIONAL:
+                require_whole(name, value, least, most=most)
+        for name in (*BUDGETS, "memory"):
+            if (value := getattr(self, name)) is not None:
+                require_number(name, value, f"a finite number more than 0, at most {MOST:g}", above=0, below=2 * MOST)
+        share = "a share of the peak, more than 0, at most 1"
+        require_number("utilisation", self.utilisation, share, above=0, below=math.nextafter(1, 2))
 
     def _divisors(self) -> str:
         """The numbers of heads that divide the width into an even number of features each, at most 16 of them."""

@@ -2,8 +2,7 @@
 
 from pathlib import Path
 
-from depthscope.errors import ReportError
-from depthscope.files import write_atomically
+from depthscope.files import write_together
 from depthscope.recipes.rule import Recipe
 
 __all__ = ["write_recipe"]
@@ -16,16 +15,12 @@ def write_recipe(recipe: Recipe, folder: Path) -> list[Path]:
         What was written: config.json, training_arguments.json, sweep.yaml and recipe.md.
 
     Raises:
-        ReportError: the folder cannot be made or written to.
+        ReportError: the folder cannot be made or written to; then none of them is written.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ReportError(f"cannot make the folder {str(folder)!r}: {error.strerror}; choose another path.") from error
     contents = {
         "config.json": recipe.config.to_json_string(),
         "training_arguments.json": recipe.training_json(),
         "sweep.yaml": recipe.sweep_yaml(),
         "recipe.md": recipe.to_markdown(),
     }
-    return [write_atomically(folder / name, content) for name, content in contents.items()]
+    return write_together(folder, contents)

@@ -43,7 +43,7 @@ def find_gpu(name: str) -> Gpu:
     Raises:
         SettingsError: it is not known; the message lists those that are.
     """
-    key = "".join(char for char in name.casefold() if char.isalnum())
+    key = "".join(char for char in str(name).casefold() if char.isalnum())
     if key not in GPUS:
         raise SettingsError(f"gpu is {name!r}; give one of {', '.join(GPUS)}.")
     return GPUS[key]

@@ -19,9 +19,8 @@ log-probabilities, their gradient, and that of the logits.
 
 from dataclasses import dataclass
 
-import torch
-
-from depthscope.models import DepthLMConfig, DepthLMForCausalLM
+from depthscope.models import DepthLMConfig
+from depthscope.models.sizes import layer_sizes
 from depthscope.sweep.specification import Training
 
 __all__ = ["Memory", "activation_bytes", "needed_memory"]
@@ -56,12 +55,14 @@ class Memory:
 
 def needed_memory(config: DepthLMConfig, training: Training, gpus: int, sequences: int) -> Memory:
     """Memory on each of `gpus` GPUs, for micro-batches of so many sequences."""
-    layers, rest = _parameters(config)
-    total = rest + sum(layers)
+    sizes = layer_sizes(config)
+    kinds = ((sizes.dense.total, sizes.dense_layers), (sizes.moe.total, sizes.moe_layers))
+    rest = sizes.rest.total
+    total = rest + sum(each * layers for each, layers in kinds)
     share = total / gpus if training.fsdp else float(total)
     size = _product_bytes(training)
     if training.fsdp:
-        copies = size * (2 * rest + 3 * max(layers))
+        copies = size * (2 * rest + 3 * max(each for each, _ in kinds))
     elif size == FLOAT32:
         copies = 0
     else:
@@ -78,11 +79,15 @@ def needed_memory(config: DepthLMConfig, training: Training, gpus: int, sequence
 
 def activation_bytes(config: DepthLMConfig, training: Training) -> float:
     """Bytes that all layers and the last norm keep for each token of a micro-batch."""
-    moe = set(config.moe_layer_indices)
-    layers = [_layer_bytes(config, training, layer in moe) for layer in range(config.num_hidden_layers)]
+    moe = len(config.moe_layer_indices)
+    counts = ((False, config.num_hidden_layers - moe), (True, moe))
+    kinds = [(_layer_bytes(config, training, has_experts), layers) for has_experts, layers in counts if layers]
     width, size = config.hidden_size, _product_bytes(training)
     stream = FLOAT32 if not training.fsdp else size
-    kept = len(layers) * stream * width + max(layers) if training.gradient_checkpointing else sum(layers)
+    if training.gradient_checkpointing:
+        kept = config.num_hidden_layers * stream * width + max(each for each, _ in kinds)
+    else:
+        kept = sum(each * layers for each, layers in kinds)
     return kept + (8 + size) * width
 
 
@@ -113,14 +118,6 @@ def _layer_bytes(config: DepthLMConfig, training: Training, has_experts: bool) -
 def _product_bytes(training: Training) -> int:
     """Of a number in matrix products; "auto" is bfloat16 on every GPU that is known here."""
     return FLOAT32 if training.precision == "float32" else BFLOAT16
-
-
-def _parameters(config: DepthLMConfig) -> tuple[list[int], int]:
-    """Parameters of each layer, and all the others."""
-    with torch.device("meta"):
-        model = DepthLMForCausalLM(config)
-    layers = [sum(weight.numel() for weight in layer.parameters()) for layer in model.model.layers]
-    return layers, sum(weight.numel() for weight in model.parameters()) - sum(layers)
 
 
 def _expert_parameters(config: DepthLMConfig) -> int:

@@ -50,6 +50,7 @@ from depthscope.sweep.specification import Specification, Sweep
 __all__ = ["FAILED", "Outcome", "default_folder", "describe", "run_point", "run_sweep", "select"]
 
 SCHEMA_VERSION = 1
+RECORD = "sweep.yaml"
 POLL = 0.5  # seconds
 
 
@@ -123,6 +124,7 @@ def run_sweep(
     out = default_folder(sweep) if out is None else out
     processes = Processes.here()
     _require_even_shares(chosen, processes.count)
+    _keep_source(sweep, out)
     lock = FileLock(out / ".lock")
     if processes.is_main:
         require_what_is_needed(sweep, grid, out)
@@ -336,7 +338,7 @@ def _measure_anew(otherwise: dict[str, str], out: Path, said: Callable[[str], No
 
 def _write_index(sweep: Sweep, grid: Grid, out: Path, corpus: Corpus) -> None:
     """Write down the settings and the points."""
-    write_atomically(out / "sweep.yaml", yaml.safe_dump(sweep.specification.model_dump(mode="json"), sort_keys=False))
+    write_atomically(out / RECORD, _record(sweep))
     content = {
         "schema_version": SCHEMA_VERSION,
         "name": sweep.specification.name,
@@ -361,6 +363,21 @@ def _write_index(sweep: Sweep, grid: Grid, out: Path, corpus: Corpus) -> None:
         ],
     }
     write_atomically(out / "sweep.json", json.dumps(content, indent=1) + "\n")
+
+
+def _record(sweep: Sweep) -> str:
+    return yaml.safe_dump(sweep.specification.model_dump(mode="json"), sort_keys=False)
+
+
+def _keep_source(sweep: Sweep, out: Path) -> None:
+    """Refuse to write the record of a sweep over the file that it is read from, unless that is the record already."""
+    record = out / RECORD
+    is_source = record.is_file() and os.path.exists(sweep.source) and os.path.samefile(record, sweep.source)
+    if is_source and record.read_text(encoding="utf-8") != _record(sweep):
+        raise SweepError(
+            f"the record of the sweep in {out} would overwrite {sweep.source}, the file that it is read from. Move "
+            "that file out of the folder, or choose another --out."
+        )
 
 
 def describe(outcome: Outcome) -> str:

@@ -18,6 +18,7 @@ from rich.progress import (
 from rich.text import Text
 
 from depthscope.sweep.point import Told
+from depthscope.terminal import terminal
 
 __all__ = ["Shown", "showing_points"]
 
@@ -94,7 +95,7 @@ class Shown:
 def showing_points(points: int, *, visible: bool) -> Iterator[Shown]:
     """Show the progress of a sweep on standard error while it runs inside."""
     # Named, since a Console looks up sys.stderr at every line, and while the Trainer is kept quiet that is nowhere.
-    console = Console(file=sys.stderr, stderr=True)
+    console = terminal(stderr=True, file=sys.stderr)
     if not visible:
         yield Shown(points, None, None)
     elif not console.is_terminal:

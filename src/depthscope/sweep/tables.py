@@ -26,6 +26,7 @@ from depthscope.sweep.derived import COLUMNS, SCORES
 from depthscope.sweep.families import Cell, as_number, axis_label, cell, lay_out, shown_value
 from depthscope.sweep.results import Family, PointResult, SweepResults
 from depthscope.sweep.words import family_words, noise_words, standing, titled
+from depthscope.terminal import terminal
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -305,7 +306,7 @@ def _safe(text: str) -> str:
 
 def print_results(results: SweepResults, console: Console | None = None) -> None:
     """Print each family as a table with as many columns as there is room for, and what moves in it."""
-    console = console or Console()
+    console = console or terminal()
     parts: list[RenderableType] = []
     for family in results.families:
         layout = lay_out(results, family)

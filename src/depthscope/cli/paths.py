@@ -1,0 +1,265 @@
+"""Which arguments of a command name paths, and what it does there, so that no output overwrites an input.
+
+Each argument that may be a path says in its annotation what the command does with it:
+
+    model: Annotated[str, typer.Argument(...), READS]
+    out: Annotated[Path | None, typer.Option(...), WRITES] = None
+
+Before a command begins, `refuse_overwriting` holds all its paths against each other. A `Path` without such a mark is a
+mistake in the program, and `paths_of` raises.
+"""
+
+import inspect
+import os
+import stat
+import unicodedata
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any, get_args, get_origin
+
+import typer
+from typer.models import ArgumentInfo, OptionInfo
+
+from depthscope.errors import SettingsError
+
+__all__ = [
+    "ADDS_TO",
+    "FILLS",
+    "READS",
+    "READS_TREE",
+    "WRITES",
+    "Use",
+    "paths_of",
+    "refuse_empty_paths",
+    "refuse_overwriting",
+]
+
+
+class Use(Enum):
+    """What a command does with a path."""
+
+    READS = "a file, or what lies in a folder; the name of something else where there is no such path"
+    READS_TREE = "a file, or all that lies below a folder"
+    WRITES = "a file"
+    ADDS_TO = "a file that is read, and written again with more in it"
+    FILLS = "a folder that files are written into"
+
+
+READS, READS_TREE, WRITES, ADDS_TO, FILLS = Use
+
+# How what we write begins: a report or a record of accuracies, or a page. Written again, none of them is lost.
+JSON_HEAD = b'{\n  "schema_version"'
+PAGE_HEAD, PAGE_MARK, HEAD_BYTES = b"<!doctype html>", b"depthscope", 8192
+
+
+@dataclass(frozen=True)
+class _Named:
+    """One path: what the option or argument is called, what is done with the path, and the path."""
+
+    option: str
+    use: Use
+    path: Path
+
+    @property
+    def is_written(self) -> bool:
+        return self.use in (WRITES, ADDS_TO, FILLS)
+
+
+def paths_of(command: Callable[..., Any]) -> dict[str, tuple[str, Use]]:
+    """The parameters of a command that name paths: what a person calls each, and what is done with it.
+
+    Raises:
+        TypeError: a parameter is a `Path` and does not say what is done with it.
+    """
+    found = {}
+    for name, parameter in inspect.signature(command).parameters.items():
+        kind, *marks = get_args(parameter.annotation) if get_origin(parameter.annotation) is Annotated else [None]
+        use = next((mark for mark in marks if isinstance(mark, Use)), None)
+        if use is not None:
+            found[name] = (_called(name, marks), use)
+        elif Path in (kind, parameter.annotation, *_inside(kind), *_inside(parameter.annotation)):
+            raise TypeError(
+                f"{command.__name__}: {name} is a path; say in its annotation whether it is read or written"
+            )
+    return found
+
+
+def refuse_empty_paths(command: Callable[..., Any]) -> None:
+    """Let a command refuse an empty path, as of a shell's variable that is not set; Python takes the current folder.
+
+    Raises:
+        TypeError: as by `paths_of`.
+    """
+    declared = paths_of(command)
+    for name, parameter in inspect.signature(command).parameters.items():
+        kind, *marks = get_args(parameter.annotation) if name in declared else [None]
+        info = next((mark for mark in marks if isinstance(mark, (ArgumentInfo, OptionInfo))), None)
+        if info is not None and Path in (kind, *_inside(kind)):
+            info.parser = _path
+            info.metavar = info.metavar or "PATH"
+
+
+def _path(text: str | Path) -> Path:
+    if not str(text).strip():
+        raise typer.BadParameter("the path is empty; give a file or a folder, such as . for the current folder.")
+    return Path(text)
+
+
+def refuse_overwriting(command: Callable[..., Any], given: Mapping[str, Any]) -> None:
+    """Refuse paths of one command of which one would overwrite another.
+
+    Args:
+        command: the command.
+        given: its arguments by name.
+
+    Raises:
+        SettingsError: two outputs are one file, or an output is a file that is read; the message names both options.
+    """
+    named = list(_given(command, given))
+    for index, one in enumerate(named):
+        for other in named[index + 1 :]:
+            if one.is_written and other.is_written:
+                _refuse_outputs(one, other)
+            elif one.is_written or other.is_written:
+                _refuse_input(*((one, other) if one.is_written else (other, one)))
+
+
+def _inside(kind: Any) -> Iterator[Any]:
+    """The types in a union or a list, at any depth."""
+    for part in get_args(kind):
+        yield part
+        yield from _inside(part)
+
+
+def _called(name: str, marks: list[Any]) -> str:
+    """What the help calls a parameter: MODEL, or --out."""
+    info = next((mark for mark in marks if isinstance(mark, (ArgumentInfo, OptionInfo))), None)
+    if isinstance(info, ArgumentInfo):
+        return info.metavar or name.upper()
+    return f"--{name.replace('_', '-')}"
+
+
+def _given(command: Callable[..., Any], given: Mapping[str, Any]) -> Iterator[_Named]:
+    for name, (called, use) in paths_of(command).items():
+        value = given.get(name)
+        for item in value if isinstance(value, (list, tuple)) else [value]:
+            if item is None or not os.fspath(item) or "\0" in os.fspath(item):
+                continue
+            path = Path(item)
+            if use not in (READS, READS_TREE):
+                yield _Named(called, use, path)
+                continue
+            yield from (_Named(called, use, place) for place in _read_with(_meant(path)))
+
+
+def _meant(path: Path) -> Path:
+    """The path on this machine that a name means: ~ is the home, and a data set may have a configuration after it."""
+    path = path.expanduser() if str(path).startswith("~") else path
+    before = Path(str(path).partition(":")[0])
+    return before if ":" in str(path) and not os.path.lexists(path) and os.path.lexists(before) else path
+
+
+def _read_with(path: Path) -> Iterator[Path]:
+    """A path, and what is read with it: the other parts of a GGUF file, the base model of an adapter."""
+    yield path
+    if path.suffix.lower() == ".gguf":
+        from depthscope.gguf_split import parts_beside
+
+        yield from parts_beside(path)
+    elif (path / "adapter_config.json").is_file():
+        from depthscope.checkpoints import local_base
+
+        yield from filter(None, [local_base(path)])
+
+
+def _refuse_outputs(one: _Named, other: _Named) -> None:
+    if not _is_special(one.path) and _are_one(one.path, other.path, fold=True):
+        differing = "" if one.path.name == other.path.name else ", which some file systems take for one name"
+        raise SettingsError(
+            f"{one.option} ({one.path}) and {other.option} ({other.path}) would overwrite each other{differing}. Give "
+            "each a name of its own."
+        )
+
+
+def _refuse_input(output: _Named, source: _Named) -> None:
+    if _is_special(output.path) or not os.path.lexists(source.path):
+        return
+    if _are_one(output.path, source.path, fold=False):
+        overwritten = str(source.path)
+    elif output.use is not FILLS and source.path.is_dir() and (inside := _file_in(source, output)):
+        overwritten = f"{inside}, a file that is read there"
+    else:
+        return
+    raise SettingsError(
+        f"{output.option} ({output.path}) would overwrite what {source.option} names ({overwritten}). Give "
+        f"{output.option} another path."
+    )
+
+
+def _is_special(path: Path) -> bool:
+    """Whether a path is a device or a pipe, which nothing is lost in."""
+    try:
+        kind = os.stat(path).st_mode
+    except OSError:
+        return False
+    return not (stat.S_ISREG(kind) or stat.S_ISDIR(kind))
+
+
+def _are_one(one: Path, other: Path, *, fold: bool) -> bool:
+    """Whether two paths are one file or folder, through links too.
+
+    Of files that are there, the file system says so itself, whatever it makes of upper and lower case. It cannot of
+    two that are not there yet: with `fold`, names in one folder that differ by case or by how an accent is written are
+    one, on every file system, so that a command does not work here and lose a file elsewhere.
+    """
+    try:
+        if os.path.samefile(one, other):
+            return True
+    except OSError:
+        pass
+    first, second = Path(os.path.realpath(one)), Path(os.path.realpath(other))
+    if first == second:
+        return True
+    return fold and _folded(first.name) == _folded(second.name) and _are_one(first.parent, second.parent, fold=False)
+
+
+def _folded(name: str) -> str:
+    return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
+
+
+def _file_in(source: _Named, output: _Named) -> Path | None:
+    """The file of a folder that is read which an output would overwrite, by whatever name or link.
+
+    A report or page that lies in a model's or a run's folder is no part of the model or the run: it may be written
+    again. In a folder of texts everything may be text.
+    """
+    try:
+        wanted = os.stat(output.path)
+    except OSError:
+        return None  # nothing is there yet
+    if source.use is READS and _is_ours(output.path):
+        return None
+    for folder, folders, files in os.walk(source.path):
+        if source.use is READS:
+            folders.clear()
+        for name in files:
+            path = Path(folder, name)
+            try:
+                found = os.stat(path)
+            except OSError:
+                continue
+            if os.path.samestat(found, wanted):
+                return path
+    return None
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether a file begins as the reports, accuracies and pages do that we write."""
+    try:
+        with open(path, "rb") as file:
+            head = file.read(HEAD_BYTES)
+    except OSError:
+        return False
+    return head.startswith(JSON_HEAD) or (head.lstrip().startswith(PAGE_HEAD) and PAGE_MARK in head)

@@ -94,7 +94,7 @@ def analyze(
         where = str(processes.device) if device is None and processes.count > 1 else device
         with showing_status(f"Loading {model}", visible=progress is True and processes.is_main):
             loaded = load_model(
-                str(model),
+                model,
                 revision=revision,
                 dtype=dtype,
                 device=where,

@@ -103,12 +103,28 @@ class Comparison:
         return pd.concat(frames, ignore_index=True)
 
 
+def require_reports(reports: Any) -> None:
+    """Refuse what is no list of reports.
+
+    Raises:
+        SettingsError: it is no list, or something in it is no report.
+    """
+    if not isinstance(reports, Sequence):
+        raise SettingsError(f"reports are a list of LayerReport, but {type(reports).__name__} was given.")
+    for index, report in enumerate(reports):
+        if not isinstance(report, LayerReport):
+            raise SettingsError(
+                f"reports[{index}] is {type(report).__name__}, not a LayerReport; LayerReport.load reads one."
+            )
+
+
 def compare(reports: Sequence[LayerReport]) -> Comparison:
     """Set two or more reports side by side; the first is what the others are held against.
 
     Raises:
         SettingsError: fewer than two reports are given.
     """
+    require_reports(reports)
     if len(reports) < 2:
         raise SettingsError(f"a comparison takes two or more reports, {len(reports)} given; add another report.")
     names = in_order({name for report in reports for name in report.global_scores}, GLOBAL_SCORES)

@@ -10,6 +10,7 @@ import secrets
 import stat
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from depthscope.errors import ReportError
 
@@ -18,7 +19,7 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["read_text", "reason", "remove_leftovers", "write_atomically", "write_together"]
+__all__ = ["read_text", "reason", "remove_leftovers", "require_path", "write_atomically", "write_together"]
 
 REMEDIES = {
     errno.ENOSPC: "no space is left on the device; free some, or choose a path on another one",
@@ -50,6 +51,7 @@ def write_atomically(path: str | os.PathLike[str], content: str | bytes) -> Path
     Raises:
         ReportError: it cannot be written; the message says why and what to do. No temporary file stays behind.
     """
+    require_path(path)
     data = content.encode("utf-8") if isinstance(content, str) else content
     try:
         target = Path(os.path.realpath(path))
@@ -96,12 +98,23 @@ def write_together(folder: Path, contents: Mapping[str, str | bytes]) -> list[Pa
     return [folder / name for name in contents]
 
 
+def require_path(path: Any) -> None:
+    """Refuse what is no path.
+
+    Raises:
+        ReportError: it is not a string or a path, or an empty one.
+    """
+    if not isinstance(path, (str, os.PathLike)) or not os.fspath(path):
+        raise ReportError(f"{path!r} is not the path of a file; give one as a string or a Path.")
+
+
 def read_text(path: str | os.PathLike[str], max_bytes: int) -> str:
     """Read a UTF-8 text file of at most `max_bytes` bytes.
 
     Raises:
         ReportError: the file is missing, too large, unreadable or not UTF-8 text.
     """
+    require_path(path)
     name = repr(os.fspath(path))
     try:
         with open(path, "rb") as file:

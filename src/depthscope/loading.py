@@ -8,6 +8,7 @@ being completed with random weights.
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +99,7 @@ class _Options:
 
 
 def load_model(
-    name: str,
+    name: str | PathLike[str],
     *,
     revision: str | None = None,
     dtype: str | torch.dtype = "auto",
@@ -128,6 +129,10 @@ def load_model(
         SettingsError: no such dtype or implementation of attention, a base model for what is no adapter, or a revision
             of what is not on the Hub.
     """
+    if not isinstance(name, (str, PathLike)):
+        raise ModelLoadError(
+            f"{type(name).__name__} is not the name of a model; give an id of the Hub, a folder or a .gguf file."
+        )
     place = find_device(device)
     chosen = find_dtype(dtype, place)
     require_attn_implementation(attn_implementation, place, chosen)

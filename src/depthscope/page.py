@@ -23,7 +23,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
-from depthscope.comparison import Comparison, compare
+from depthscope.comparison import Comparison, compare, require_reports
 from depthscope.files import write_atomically
 from depthscope.glossary import (
     GLOBAL_SCORES,
@@ -87,6 +87,7 @@ def render_page(reports: LayerReport | Sequence[LayerReport]) -> str:
     Raises:
         ReportError: no report is given, or the reports share no score that could be drawn together.
     """
+    require_reports([reports] if isinstance(reports, LayerReport) else reports)
     listed = [reports] if isinstance(reports, LayerReport) else list(reports)
     drawn: dict[str, Any] = {}
     comparison = compare(listed) if len(listed) > 1 else None

@@ -21,6 +21,8 @@ def parse(text: str, source: str, *, not_finite_is_null: bool = False) -> Any:
     Raises:
         ReportError: the text is refused; the message says where and why.
     """
+    if not isinstance(text, str):
+        raise ReportError(f"{source} is {type(text).__name__} and no JSON text; give a string.")
     constant = _null if not_finite_is_null else _refuse_constant
     try:
         return json.loads(text, parse_constant=constant, object_pairs_hook=_without_duplicates)

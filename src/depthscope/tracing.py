@@ -169,6 +169,10 @@ def trace_layers(model: nn.Module, *, head: bool = True) -> Trace:
     Raises:
         NoLayerStackError: the model does not run on plain token ids, is not causal, or has no plain stack.
     """
+    if not isinstance(model, nn.Module):
+        raise NoLayerStackError(
+            f"{type(model).__name__} is not a model; give a torch.nn.Module, such as load_model loads."
+        )
     _refuse_other_models(model, head)
     try:
         return _trace(model, model, head)

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from depthscope.errors import ReportError
-from depthscope.files import write_atomically
+from depthscope.files import require_path, write_atomically
 
 __all__ = ["FILE", "History", "read_history"]
 
@@ -135,6 +135,7 @@ def read_history(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     Raises:
         ReportError: there is no history there.
     """
+    require_path(path)
     file = Path(path, FILE) if Path(path).is_dir() else Path(path)
     if not file.is_file():
         raise ReportError(

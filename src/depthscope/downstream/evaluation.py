@@ -88,7 +88,7 @@ def evaluate(
     else:
         with showing_status(f"Loading {model}", visible=progress):
             loaded = load_model(
-                str(model),
+                model,
                 revision=revision,
                 dtype=dtype,
                 device=device,

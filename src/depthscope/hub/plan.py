@@ -103,6 +103,8 @@ def check_names(to: str, space: str | None = None) -> None:
     Raises:
         SettingsError: the name is not allowed.
     """
+    if not isinstance(to, str):
+        raise SettingsError(f"to is {to!r}; give a user or an organisation on the Hub, or namespace/name.")
     namespace, _, name = to.partition("/")
     _check(f"{namespace}/{name or 'name'}", f"--to {to!r}")
     if space is not None:

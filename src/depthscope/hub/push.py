@@ -19,7 +19,7 @@ from typing import Any
 from huggingface_hub import HfApi, get_token
 from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
-from depthscope.errors import HubError
+from depthscope.errors import HubError, SettingsError
 from depthscope.hub.collection import publish_collection
 from depthscope.hub.commit import PushedRevision, push_trees
 from depthscope.hub.plan import Options, Plan, check_names, make_plan
@@ -98,6 +98,8 @@ def push(
         SettingsError: a value that the Hub would refuse.
         ReportError: a file of the run is damaged.
     """
+    if not isinstance(source, (str, os.PathLike)) or not os.fspath(source).strip():
+        raise SettingsError(f"{source!r} is not the path of a folder; give that of a sweep, a run or a saved model.")
     check_names(to, space)
     if dry_run is not None:
         require_room(Path(os.fspath(dry_run)))  # before cards are written

@@ -49,7 +49,7 @@ def to_depthlm(model: PreTrainedModel) -> DepthLMForCausalLM:
     """
     if isinstance(model, DepthLMForCausalLM):
         return assemble(model.config, model.state_dict(), like=model)
-    model_type = getattr(model.config, "model_type", None)
+    model_type = getattr(getattr(model, "config", None), "model_type", None)
     if model_type not in SOURCES or not type(model).__name__.endswith("ForCausalLM"):
         raise ConversionError(
             f"A {type(model).__name__} ({model_type}) cannot be read as a DepthLM. What can be: the causal language "

@@ -109,6 +109,8 @@ class HubCheckpointCallback(TrainerCallback):
         patience: float = 600.0,
         token: str | None = None,
     ) -> None:
+        if not isinstance(repo_id, str):
+            raise SettingsError(f"repo_id is {repo_id!r}; give the name of a repository, namespace/name.")
         try:
             validate_repo_id(repo_id)
         except HFValidationError as error:

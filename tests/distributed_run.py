@@ -1,4 +1,4 @@
-"""A training in two processes, started by torchrun: `distributed_run.py ddp|fsdp|failing FOLDER`."""
+"""Trainings in two processes, started by torchrun: `distributed_run.py FOLDER`; each writes a folder in it."""
 
 import sys
 from pathlib import Path
@@ -15,6 +15,7 @@ from models import random_blocks, tiny_llama
 from runs import Sentences, arguments, trainer
 
 RHYTHM = {"max_steps": 6, "logging_steps": 3, "learning_rate": 1e-2}
+GLOO: dict[str, Any] = {"ddp_backend": "gloo", "ddp_timeout": 60}
 
 
 def callbacks() -> list[TrainerCallback]:
@@ -27,7 +28,7 @@ def callbacks() -> list[TrainerCallback]:
 
 
 def ddp(folder: Path) -> None:
-    trainer(tiny_llama(), folder, callbacks(), per_device_train_batch_size=2, ddp_backend="gloo", **RHYTHM).train()
+    trainer(tiny_llama(), folder, callbacks(), per_device_train_batch_size=2, **GLOO, **RHYTHM).train()
 
 
 class FailsInOneProcess(TrainerCallback):
@@ -59,8 +60,7 @@ def failing(folder: Path) -> None:
         folder,
         [FailsInOneProcess(model), measuring],
         per_device_train_batch_size=2,
-        ddp_backend="gloo",
-        ddp_timeout=40,
+        **GLOO,
         max_steps=3,
         logging_steps=3,
     ).train()
@@ -68,7 +68,6 @@ def failing(folder: Path) -> None:
 
 def fsdp(folder: Path) -> None:
     """The Trainer does not shard on a CPU, so its loop is written out, with its own callback handler."""
-    dist.init_process_group("gloo")
     model = tiny_llama()
     args, state, control = arguments(folder, **RHYTHM), TrainerState(), TrainerControl()
     state.is_world_process_zero = dist.get_rank() == 0
@@ -101,7 +100,8 @@ def fsdp(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    {"ddp": ddp, "failing": failing, "fsdp": fsdp}[sys.argv[1]](Path(sys.argv[2]))
-    if dist.is_initialized():
-        dist.barrier()  # a process that ends before the others takes their connections with it
-        dist.destroy_process_group()
+    # One after another in the same processes: to start them takes longer than any of these.
+    for training in (ddp, failing, fsdp):
+        training(Path(sys.argv[1], training.__name__))
+    dist.barrier()  # a process that ends before the others takes their connections with it
+    dist.destroy_process_group()

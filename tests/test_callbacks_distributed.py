@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -18,43 +19,49 @@ from runs import Sentences, naive_variances, trainer
 TESTS = Path(__file__).parent
 
 
-def run(kind: str, folder: Path) -> str:
+@dataclass(frozen=True)
+class Trainings:
+    folder: Path
+    said: str
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> Trainings:
+    """What two processes wrote and said."""
+    folder = tmp_path_factory.mktemp("two")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += [str(TESTS / "distributed_run.py"), kind, str(folder)]
+    command += [str(TESTS / "distributed_run.py"), str(folder)]
     paths = os.pathsep.join([str(TESTS), *filter(None, [os.environ.get("PYTHONPATH")])])
     settings = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=settings)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=400, env=settings)
     assert done.returncode == 0, done.stderr[-3000:]
-    return done.stderr
+    return Trainings(folder, done.stderr)
 
 
-def test_ddp_equals_one_process_on_the_same_data(tmp_path: Path) -> None:
-    run("ddp", tmp_path / "two")
-    trainer(tiny_llama(), tmp_path / "one", callbacks(), **RHYTHM).train()
-    one, two = read_history(tmp_path / "one"), read_history(tmp_path / "two")
+def test_ddp_equals_one_process_on_the_same_data(tmp_path: Path, two: Trainings) -> None:
+    trainer(tiny_llama(), tmp_path, callbacks(), **RHYTHM).train()
+    one, both = read_history(tmp_path), read_history(two.folder / "ddp")
     assert [(row["step"], row["kind"], row.get("tokens")) for row in one] == [
-        (row["step"], row["kind"], row.get("tokens")) for row in two
+        (row["step"], row["kind"], row.get("tokens")) for row in both
     ]
     assert len(one) == 6
-    for alone, shared in zip(one, two, strict=True):
+    for alone, shared in zip(one, both, strict=True):
         for metric, column in alone["layers"].items():
             np.testing.assert_allclose(np.array(shared["layers"][metric], float), np.array(column, float), 1e-5, 1e-5)
-    report = LayerReport.load(tmp_path / "two" / "layer_reports" / "step-3.json")
+    report = LayerReport.load(two.folder / "ddp" / "layer_reports" / "step-3.json")
     assert report.data["eval_blocks"] == 3
 
 
-def test_where_an_analysis_fails_in_one_process_all_leave_it_and_go_on_training(tmp_path: Path) -> None:
+def test_where_an_analysis_fails_in_one_process_all_leave_it_and_go_on_training(two: Trainings) -> None:
     """Otherwise one trains on, while the other waits for its part of the analysis."""
-    said = run("failing", tmp_path)
-    assert [row["step"] for row in read_history(tmp_path)] == [3]
+    assert [row["step"] for row in read_history(two.folder / "failing")] == [3]
     for step, rank, reason in ((1, 1, "OutOfMemoryError: The device ran out"), (2, 0, "NonFiniteError: The model")):
-        assert f"Step {step} was not analysed: Process {rank} of 2 failed, so all of them left: {reason}" in said
-        assert f"Step {step} was not analysed: The" in said  # the process that failed
+        assert f"Step {step} was not analysed: Process {rank} of 2 failed, so all of them left: {reason}" in two.said
+        assert f"Step {step} was not analysed: The" in two.said  # the process that failed
 
 
-def test_fsdp_measures_the_shares_of_both_processes(tmp_path: Path) -> None:
-    run("fsdp", tmp_path)
-    rows = read_history(tmp_path)
+def test_fsdp_measures_the_shares_of_both_processes(two: Trainings) -> None:
+    rows = read_history(two.folder / "fsdp")
     assert [(row["step"], row["kind"]) for row in rows] == [
         (3, "effectiveness"),
         (3, "variance"),

@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -198,27 +199,35 @@ def test_layers_that_share_keys_and_values_are_analysed_with_gaps() -> None:
 
 
 SHARED_RUN = """
-import sys, torch
+import json, sys, torch
 sys.path.insert(0, sys.argv[1])
-from models import gemma_with_shared_keys_and_values, random_blocks, tiny_llama
+from models import random_blocks, tiny_llama
 from depthscope import analyze
 from depthscope.processes import Processes
 torch.set_num_threads(1)
-sizes = {"fit_blocks": int(sys.argv[3]), "eval_blocks": int(sys.argv[4])}
-report = analyze(tiny_llama(), blocks=random_blocks(12, 16), **sizes, progress=False)
-if Processes.here().is_main:
-    report.save(sys.argv[2])
+for name, fit, measured in json.loads(sys.argv[2]):
+    sizes = {"fit_blocks": fit, "eval_blocks": measured}
+    report = analyze(tiny_llama(), blocks=random_blocks(12, 16), **sizes, progress=False)
+    if Processes.here().is_main:
+        report.save(name)
 """
 
 
-@pytest.mark.parametrize(("processes", "fit", "measured"), [(2, 5, 7), (3, 5, 7), (3, 2, 2)])
-def test_processes_share_the_work_and_agree_with_one(tmp_path: Path, processes: int, fit: int, measured: int) -> None:
-    script, out = tmp_path / "run.py", tmp_path / "report.json"
+@pytest.mark.parametrize(("processes", "sizes"), [(2, [(5, 7)]), (3, [(5, 7), (2, 2)])])
+def test_processes_share_the_work_and_agree_with_one(
+    tmp_path: Path, processes: int, sizes: list[tuple[int, int]]
+) -> None:
+    script = tmp_path / "run.py"
     script.write_text(SHARED_RUN)
+    files = [tmp_path / f"{fit}-{measured}.json" for fit, measured in sizes]
+    runs = json.dumps([(str(out), *both) for out, both in zip(files, sizes, strict=True)])
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    arguments = [Path(__file__).parent, out, fit, measured]
-    subprocess.run([*launch, str(script), *map(str, arguments)], check=True, timeout=300)
-    shared = json.loads(out.read_text())
+    subprocess.run([*launch, str(script), str(Path(__file__).parent), runs], check=True, timeout=300)
+    for out, (fit, measured) in zip(files, sizes, strict=True):
+        is_that_of_one_process(json.loads(out.read_text()), fit, measured)
+
+
+def is_that_of_one_process(shared: dict[str, Any], fit: int, measured: int) -> None:
     alone = analyze(tiny_llama(), blocks=random_blocks(12, 16), fit_blocks=fit, eval_blocks=measured)
     for name, value in alone.scores.items():
         assert shared["scores"][name] == pytest.approx(value, rel=1e-5, abs=1e-9), name

@@ -16,6 +16,7 @@ import torch
 from transformers import BertConfig, BertModel
 from typer.testing import CliRunner
 
+from commands import depthscope
 from depthscope.cli import app
 from depthscope.errors import CorpusError
 from depthscope.sources import find_source
@@ -38,17 +39,6 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("text") / "text.txt"
     path.write_text("\n".join(SENTENCES * 40))
     return path
-
-
-def depthscope(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "depthscope", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
-        env={**os.environ, "COLUMNS": "100", "NO_COLOR": "1", **environment},
-    )
 
 
 def test_a_model_is_analysed_shown_and_compared(model_folder: Path, text: Path, tmp_path: Path) -> None:

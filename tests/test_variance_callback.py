@@ -196,7 +196,7 @@ def test_gradient_checkpointing_counts_once(reentrant: bool, tmp_path: Path) -> 
 def test_compiled_training(tmp_path: Path) -> None:
     rows = []
     for settings in ({}, {"torch_compile": True, "torch_compile_backend": "aot_eager"}):
-        trainer(tiny_llama(), tmp_path, [VarianceCallback()], max_steps=4, logging_steps=2, **settings).train()
+        trainer(tiny_llama(2), tmp_path, [VarianceCallback()], max_steps=4, logging_steps=2, **settings).train()
         rows.append(read_history(tmp_path))
     for plain, compiled in zip(*rows, strict=True):
         assert plain["tokens"] == compiled["tokens"]

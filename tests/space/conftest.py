@@ -3,6 +3,7 @@
 import signal
 import sys
 import zipfile
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -64,12 +65,25 @@ def short_model(model_folder, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def space(tmp_path_factory):
-    """A served Space whose visitors are said to have left soon."""
+def spaces(tmp_path_factory):
+    """Gives a served Space whose visitors are said to have left soon, and another one when a test has ended it."""
     settings = {
         "DEPTHSCOPE_SPACE_DESERTED_SECONDS": str(LEFT_SECONDS),
         "DEPTHSCOPE_SPACE_MAX_JOB_BYTES": "4e9",
         "DEPTHSCOPE_SPACE_MAX_WAITING": "3",
     }
-    with serving(tmp_path_factory.mktemp("space"), settings, ending=signal.SIGHUP) as served:
-        yield served
+    running = []
+    with ExitStack() as stack:
+
+        def give():
+            if not running or running[-1].process.poll() is not None:
+                folder = tmp_path_factory.mktemp("space")
+                running.append(stack.enter_context(serving(folder, settings, ending=signal.SIGHUP)))
+            return running[-1]
+
+        yield give
+
+
+@pytest.fixture
+def space(spaces):
+    return spaces()

@@ -38,6 +38,13 @@ class Visitor:
         asked.raise_for_status()
         return str(asked.json()["event_id"])
 
+    def join(self, endpoint: str, *data: Any, session: str) -> None:
+        """Ask an endpoint as a page does; the answer comes on `/queue/data`."""
+        config = self.client.get(str(self.client.base_url).replace("gradio_api/", "config")).json()
+        index = next(entry["id"] for entry in config["dependencies"] if entry["api_name"] == endpoint)
+        body = {"data": list(data), "fn_index": index, "session_hash": session}
+        self.client.post("/queue/join", json=body).raise_for_status()
+
     def read(self, endpoint: str, event: str) -> Any:
         """Read the answer to its end; gives the result.
 

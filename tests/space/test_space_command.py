@@ -109,7 +109,7 @@ def test_the_front_matter_and_the_requirements_name_the_versions_that_are_tested
 
 
 def test_every_module_of_the_space_is_imported_by_its_program():
-    code = "import interface, service, worker, measuring; import sys; print(*sys.modules, sep='\\n')"
+    code = "import interface, serving, worker, measuring; import sys; print(*sys.modules, sep='\\n')"
     done = subprocess.run([sys.executable, "-c", code], cwd=space_folder(), capture_output=True, text=True, check=True)
     modules = {path.stem for path in space_folder().glob("*.py")} - {"app"}
     assert modules <= set(done.stdout.split())

@@ -101,6 +101,30 @@ def test_a_visitor_who_leaves_does_not_keep_the_next_one_waiting(space, is_clean
     wait_for(is_clean)
 
 
+def test_a_page_that_only_shows_that_it_is_alive_has_left(space, is_clean, long_model):
+    visitor = Visitor(space.url)
+    visitor.join("analyze_upload", visitor.upload(long_model), *LONG, session="alive")
+    with visitor.client.stream("GET", "/heartbeat/alive") as beats:
+        wait_for(space.jobs)
+        next(beats.iter_lines())
+        wait_for(is_clean)
+
+
+def test_a_closed_tab_has_left(space, is_clean, long_model):
+    visitor = Visitor(space.url)
+    visitor.join("analyze_upload", visitor.upload(long_model), *LONG, session="tab")
+    with (
+        visitor.client.stream("GET", "/heartbeat/tab") as beats,
+        visitor.client.stream("GET", "/queue/data?session_hash=tab") as answers,
+    ):
+        next(beats.iter_lines())
+        next(answers.iter_lines())
+        wait_for(space.jobs)
+        time.sleep(SECONDS + 1)
+        assert space.jobs()
+    wait_for(is_clean)
+
+
 def test_many_who_leave_the_queue_do_not_keep_it_full(space, is_clean, long_model, short_model):
     visitors = [begin(space, long_model)[0]]
     for number in range(3):  # each the same bytes, and settings of their own
@@ -167,12 +191,15 @@ def end(space, number):
         return -space.process.returncode
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-def test_ended_or_killed_it_leaves_its_port_free_and_no_process(number, long_model, tmp_path):
+def test_killed_it_leaves_its_port_free_and_no_process(long_model, tmp_path):
     with serving(tmp_path, {"DEPTHSCOPE_SPACE_MAX_JOB_BYTES": "4e9"}) as space:
-        visitor, event = begin(space, long_model)
-        with visitor.reading("analyze_upload", event):
-            assert end(space, number) == number  # as systemd expects
+        begin(space, long_model)
+        assert end(space, signal.SIGKILL) == signal.SIGKILL
         assert not space.jobs()
-        if number != signal.SIGKILL:
-            assert [path.name for path in space.folder.rglob("*")] == ["gradio"]
+
+
+def test_told_to_end_it_leaves_its_port_free_and_no_process_and_no_file(space, long_model):
+    visitor, event = begin(space, long_model)
+    with visitor.reading("analyze_upload", event):
+        assert end(space, signal.SIGTERM) == signal.SIGTERM  # as systemd expects
+    assert [path.name for path in space.folder.rglob("*")] == ["gradio"]

@@ -103,7 +103,7 @@ def tell_sweep(name: str, folder: Path, limits: Limits, emit: Callable[[dict[str
 
 
 def _download(name: str, file: str, kind: str, folder: Path) -> Path:
-    with hub_problems(name, None, None):
+    with hub_problems(name, None, None, kind, "report"):
         found = HfApi(token=False).get_paths_info(name, [file], repo_type=kind)
         if not found:
             raise Problem("report", f"{name} has no {file}, so it is no dataset of reports that depthscope push wrote.")

@@ -28,7 +28,7 @@ from huggingface_hub.utils import validate_repo_id
 from config_check import read_object
 from limits import Limits
 from model_files import GGUF, TOKENIZER_FILES, is_model_file, is_pickle, is_weights
-from problems import Problem
+from problems import Kind, Problem
 
 __all__ = ["HubModel", "dataset_commit", "fetch", "hub_problems", "look_up"]
 
@@ -175,8 +175,10 @@ def _is_public(name: str) -> bool:
 
 
 @contextmanager
-def hub_problems(name: str, revision: str | None, token: str | None) -> Iterator[None]:
-    """Turn what the Hub's client raises into a `Problem` that names the cause."""
+def hub_problems(
+    name: str, revision: str | None, token: str | None, what: str = "model", absent: Kind = "no_such_model"
+) -> Iterator[None]:
+    """Turn what the Hub's client raises into a `Problem` that names the cause; `absent` is its kind where `what` is."""
     try:
         yield
     except GatedRepoError as error:
@@ -188,17 +190,15 @@ def hub_problems(name: str, revision: str | None, token: str | None) -> Iterator
         ) from error
     except RepositoryNotFoundError as error:
         private = "or your account may not see it" if token else "or it is private"
-        raise Problem(
-            "no_such_model", f"There is no model {name} on the Hub, {private}. Check the spelling."
-        ) from error
+        raise Problem(absent, f"There is no {what} {name} on the Hub, {private}. Check the spelling.") from error
     except RevisionNotFoundError as error:
         raise Problem(
-            "no_such_model", f"{name} has no revision {revision!a}. Give a branch, tag or commit that it has."
+            absent, f"{name} has no revision {revision!a}. Give a branch, tag or commit that it has."
         ) from error
     except LocalEntryNotFoundError as error:
         raise _unreachable(name) from error
     except EntryNotFoundError as error:
-        raise Problem("no_such_model", f"A file of {name} is gone. Try again, or give a revision.") from error
+        raise Problem(absent, f"A file of {name} is gone. Try again, or give a revision.") from error
     except HfHubHTTPError as error:
         status = error.response.status_code
         raise Problem(

@@ -24,6 +24,7 @@ from depthscope import (
     OutOfMemoryError,
     SettingsError,
 )
+from depthscope.errors import NotCausalError
 from limits import Limits
 from problems import Kind, Problem
 from repository import HubModel, fetch
@@ -37,6 +38,7 @@ LOADING, READING = 0.04, 0.08  # shares of the bar, before anything is measured
 KINDS: dict[type[DepthscopeError], Kind] = {
     NonFiniteError: "not_finite",
     OutOfMemoryError: "out_of_memory",
+    NotCausalError: "not_causal",  # before its family
     NoLayerStackError: "unknown_architecture",
     CorpusError: "text",
     SettingsError: "settings",
@@ -77,6 +79,11 @@ def _measure(task: Task, folder: Path, limits: Limits, emit: Emit) -> None:
     if not isinstance(task.model, HubModel):  # nobody has looked into the upload before
         settings = fitted(settings, loaded.facts, limits)
     tell("Reading the text", READING)
+    if loaded.tokenizer is None:
+        missing = (
+            loaded.tokenizer_problem or "There is no tokenizer among the files. Add it, as save_pretrained wrote it."
+        )
+        raise Problem("broken_tokenizer", _without_places(missing, folder, task.name))
     blocks = read_text(task.text, loaded, settings)
     report = ""
     for so_far in measure(loaded, blocks, settings, lambda stage, share: tell(stage, READING + (1 - READING) * share)):

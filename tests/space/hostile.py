@@ -422,7 +422,7 @@ CASES = [
     Case("an encoder-decoder", ("not_causal",), written("config.json", '{"model_type": "t5"}')),
     Case("an encoder", ("not_causal",), written("config.json", '{"model_type": "bert"}')),
     Case("a quantised model", CONFIG, config(quantization_config={"quant_method": "gptq", "bits": 4})),
-    Case("no tokenizer", (*WEIGHTS, *TOKENIZER), without("tokenizer.json", "tokenizer_config.json")),
+    Case("no tokenizer", TOKENIZER, without("tokenizer.json", "tokenizer_config.json")),
     Case("a tokenizer that is no JSON", TOKENIZER, written("tokenizer.json", "{")),
     Case(
         "a tokenizer nested 100,000 deep", TOKENIZER, written("tokenizer.json", '{"a":' * 100_000 + "1" + "}" * 100_000)

@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPTNeoXConfig, Mixtra
 
 import measuring
 import zero_gpu
-from depthscope import DepthLMConfig, LayerReport, ModelLoadError, load_model
+from depthscope import CorpusError, DepthLMConfig, LayerReport, ModelLoadError, NoLayerStackError, load_model
+from depthscope.errors import NotCausalError
 from jobs import Results
 from limits import Limits
 from problems import Problem
@@ -27,6 +28,7 @@ from tasks import SAMPLE, Task, Text, choose_settings
 from tiny_tokenizer import save_tokenizer
 from uploads import check_model
 from visitor import Choices, _pinned
+from worker import _problems
 
 LIMITS = Limits(max_job_bytes=4 * 2**30, max_job_seconds=200)
 SCORES = ["variance", "skip", "usefulness", "expert_load"]
@@ -201,6 +203,29 @@ def test_a_private_model_is_analysed_with_its_owners_token_and_not_shared(hub, t
         "ada/secret", found, found.sha, SAMPLE, choose_settings(SCORES, 64, 32, layers=3, width=8, limits=LIMITS)
     )
     assert not task.is_shareable
+
+
+def test_a_sweep_that_is_not_there_is_no_missing_model(hub, tmp_path):
+    told = []
+    tell_sweep("ada/no-such-sweep", tmp_path, LIMITS, told.append)
+    assert told[-1]["kind"] == "report"
+    assert "There is no dataset ada/no-such-sweep on the Hub" in told[-1]["message"]
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (NotCausalError("looks ahead"), "not_causal"),
+        (NoLayerStackError("no layers"), "unknown_architecture"),
+        (CorpusError("too short"), "text"),
+        (ModelLoadError("cut off"), "broken_weights"),
+    ],
+)
+def test_the_kind_of_a_problem_is_that_of_its_message(error, kind, tmp_path):
+    model = Task("model", (), "", SAMPLE, choose_settings(SCORES, 64, 32, layers=3, width=8, limits=LIMITS))
+    with pytest.raises(Problem) as problem, _problems(tmp_path, model):
+        raise error
+    assert problem.value.kind == kind
 
 
 def test_a_published_sweep_is_read_with_its_controls(hub, tmp_path):

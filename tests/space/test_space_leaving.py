@@ -104,9 +104,10 @@ def test_a_visitor_who_leaves_does_not_keep_the_next_one_waiting(space, is_clean
 def test_a_page_that_only_shows_that_it_is_alive_has_left(space, is_clean, long_model):
     visitor = Visitor(space.url)
     visitor.join("analyze_upload", visitor.upload(long_model), *LONG, session="alive")
-    with visitor.client.stream("GET", "/heartbeat/alive") as beats:
+    with visitor.client.stream("GET", "/heartbeat/alive") as answer:
+        beats = answer.iter_lines()  # kept: without it the connection is closed
         wait_for(space.jobs)
-        next(beats.iter_lines())
+        assert next(beats)
         wait_for(is_clean)
 
 
@@ -114,11 +115,12 @@ def test_a_closed_tab_has_left(space, is_clean, long_model):
     visitor = Visitor(space.url)
     visitor.join("analyze_upload", visitor.upload(long_model), *LONG, session="tab")
     with (
-        visitor.client.stream("GET", "/heartbeat/tab") as beats,
-        visitor.client.stream("GET", "/queue/data?session_hash=tab") as answers,
+        visitor.client.stream("GET", "/heartbeat/tab") as alive,
+        visitor.client.stream("GET", "/queue/data?session_hash=tab") as answer,
     ):
-        next(beats.iter_lines())
-        next(answers.iter_lines())
+        beats, news = alive.iter_lines(), answer.iter_lines()  # kept: without them the connections are closed
+        assert next(beats)
+        assert next(news)
         wait_for(space.jobs)
         time.sleep(SECONDS + 1)
         assert space.jobs()

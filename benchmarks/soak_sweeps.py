@@ -37,7 +37,7 @@ from models import random_blocks, tiny_llama
 from runs import trainer
 from sweeps import reported, write_sweep
 
-__all__ = ["Violation", "sweeps", "trainings"]
+__all__ = ["sweeps", "trainings"]
 
 LONGEST = 300  # seconds that a run may take: a sweep of two points takes a few
 MOST_KILLS = 4
@@ -48,6 +48,16 @@ WORDS = ("damaged", "Unreadable", "cannot be read", "is not what", "Damaged")
 
 class Violation(Exception):
     """Something that must not be: a wrong result, a process or a file left behind, damage that was not named."""
+
+
+@contextlib.contextmanager
+def _faults_counted(counts: Counter[str]) -> Iterator[None]:
+    """Say what should not have happened, count it, and go on."""
+    try:
+        yield
+    except Violation as violation:
+        print(f"fault: {violation}", flush=True)
+        counts["fault: a wrong end"] += 1
 
 
 # ------------------------------------------------------------------------------------------------------------- faults
@@ -142,11 +152,7 @@ def _command(arguments: list[str], said: Path) -> None:
 
 
 def sweeps(seed: int, seconds: float) -> dict[str, int]:
-    """Kill and damage sweeps for so many seconds, and count what was done.
-
-    Raises:
-        Violation: a sweep came to something else, or left something behind.
-    """
+    """Kill and damage sweeps for so many seconds; gives counts, of which those of `fault: ...` should be absent."""
     chance, counts = random.Random(seed), Counter[str]()
     os.environ |= {"OMP_NUM_THREADS": "1", "COLUMNS": "200", "NO_COLOR": "1"}  # for workers as for one process
     with tempfile.TemporaryDirectory(prefix="depthscope-soak-") as place:
@@ -157,8 +163,9 @@ def sweeps(seed: int, seconds: float) -> dict[str, int]:
         length = time.monotonic() - begun
         whole = _came_to(folder / "whole")
         while time.monotonic() - begun < seconds:
-            _one_sweep(sweep, folder / "out", folder / "said", whole, length, chance, counts)
-            shutil.rmtree(folder / "out")
+            with _faults_counted(counts):
+                _one_sweep(sweep, folder / "out", folder / "said", whole, length, chance, counts)
+            shutil.rmtree(folder / "out", ignore_errors=True)
     return dict(counts)
 
 
@@ -250,11 +257,7 @@ def _is_left_over(path: Path) -> bool:
 
 
 def trainings(seed: int, seconds: float) -> dict[str, int]:
-    """Kill trainings with callbacks for so many seconds and go on with them, and count what was done.
-
-    Raises:
-        Violation: one came to another history or to other weights.
-    """
+    """Kill trainings with callbacks and go on with them, for so many seconds; gives counts as `sweeps` does."""
     chance, counts = random.Random(seed), Counter[str]()
     with tempfile.TemporaryDirectory(prefix="depthscope-soak-") as place:
         folder = Path(place)
@@ -264,19 +267,35 @@ def trainings(seed: int, seconds: float) -> dict[str, int]:
         length = time.monotonic() - begun
         whole = _trained(folder / "whole")
         while time.monotonic() - begun < seconds:
-            out, kills = folder / "out", 0
-            while (code := _end(_forked(_train, out, folder / "said"), chance.uniform(0, 1.5 * length))) != 0:
-                if code != -signal.SIGKILL:
-                    raise Violation(f"a training ended with {code}: {(folder / 'said').read_text()}")
-                kills += 1
-            counts["trainings killed"] += kills
-            found = _trained(out)
-            for name, value in whole.items():
-                if found[name] != value:
-                    raise Violation(f"after {kills} kills a training has another {name}")
-            counts["trainings that came to the same"] += 1
-            shutil.rmtree(out)
+            with _faults_counted(counts):
+                _one_training(folder / "out", folder / "said", whole, length, chance, counts)
+            shutil.rmtree(folder / "out", ignore_errors=True)
     return dict(counts)
+
+
+def _one_training(
+    out: Path, said: Path, whole: dict[str, Any], length: float, chance: random.Random, counts: Counter[str]
+) -> None:
+    kills = 0
+    while (code := _end(_forked(_train, out, said), chance.uniform(0, length) if kills < MOST_KILLS else None)) != 0:
+        if code != -signal.SIGKILL:
+            raise Violation(f"a training ended with {code}: {said.read_text()}")
+        kills += 1
+    counts["trainings killed"] += kills
+    found = _trained(out)
+    for name, value in whole.items():
+        if found[name] != value:
+            raise Violation(f"after {kills} kills a training has another {name}: {_different(found[name], value)}")
+    counts["trainings that came to the same"] += 1
+
+
+def _different(found: Any, expected: Any) -> str:
+    """The first items of two lists that differ, or the names in two mappings."""
+    if isinstance(found, dict):
+        return ", ".join(key for key in {**found, **expected} if found.get(key) != expected.get(key))[:500]
+    missing = [each for each in expected if each not in found]
+    more = [each for each in found if each not in expected]
+    return f"without {str(missing)[:800]}, with {str(more)[:800]}"
 
 
 def _train(folder: Path, said: Path) -> None:

@@ -266,6 +266,12 @@ def _post(path: str, content: Any) -> Callable[[Visitor, Soak], Any]:
     return lambda visitor, soak: visitor.client.post(path, content=body, headers=headers)
 
 
+def _nowhere(path: str, content: Any) -> Callable[[Visitor, Soak], Any]:
+    """What there is not, which Gradio answers with 500 and a traceback in the log."""
+    post = _post(path, content)
+    return lambda visitor, soak: post(visitor, soak).status_code
+
+
 def _unasked_upload(visitor: Visitor, soak: Soak) -> None:
     with soak.lock:
         soak.kept.add(visitor.upload(soak.models["cut"])["path"])
@@ -282,8 +288,8 @@ JUNK: list[Callable[[Visitor, Soak], Any]] = [
     _call("analyze_upload", {"path": "x"}, {}, [], "y", 1, " ", 2),
     _post("/call/analyze", b"{not JSON"),
     _post("/call/analyze", []),
-    _post("/call/no_such_endpoint", {"data": []}),
-    _post("/queue/join", {"data": [None] * 20, "fn_index": 10**6, "session_hash": "junk"}),
+    _nowhere("/call/no_such_endpoint", {"data": []}),
+    _nowhere("/queue/join", {"data": [None] * 20, "fn_index": 10**6, "session_hash": "junk"}),
     _post("/queue/join", {"data": "text", "fn_index": "one", "session_hash": 5}),
     _post("/upload", b"--nothing"),
     lambda visitor, soak: visitor.client.get("/queue/data"),

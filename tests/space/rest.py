@@ -3,6 +3,7 @@
 import json
 import socket
 import struct
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,7 +12,7 @@ from urllib.parse import urlsplit
 
 import httpx
 
-PATIENCE = 120.0
+PATIENCE = 60.0
 
 
 class Refused(Exception):
@@ -51,9 +52,10 @@ class Visitor:
         Raises:
             Refused: the Space answers with an error, in these words.
         """
-        kind = ""
+        kind, end = "", time.monotonic() + PATIENCE
         with self.client.stream("GET", f"/call/{endpoint}/{event}") as lines:
             for line in lines.iter_lines():
+                assert time.monotonic() < end, "no answer came"  # signs of life come every 15 seconds
                 if line.startswith("event: "):
                     kind = line.removeprefix("event: ")
                 elif line.startswith("data: ") and kind in ("complete", "error"):

@@ -138,7 +138,7 @@ def test_nan_weights_are_refused(model_folder: Path, text: Path, tmp_path: Path)
         model.model.layers[1].mlp.up_proj.weight[0] = float("nan")
     model.save_pretrained(tmp_path / "nan")
     save_tokenizer(tmp_path / "nan")
-    refused(depthscope("analyze", tmp_path / "nan", "--text", text, *SIZES), "layer 1", "not finite")
+    refused(depthscope("analyze", tmp_path / "nan", "--text", text, *SIZES), "the output of layer 1 is not finite")
 
 
 def test_an_encoder_only_model_is_refused(text: Path, tmp_path: Path) -> None:

@@ -387,7 +387,7 @@ except corpus.CorpusError as error:
     ("content", "says"),
     [
         (b"", "t.txt holds no text"),
-        (b"the", "holds 1 tokens, but 2 blocks of 16 .32 tokens. were asked for. Lower the block size"),
+        (b"the", "holds 1 token, but 2 blocks of 16 .32 tokens. were asked for. Lower the block size"),
         (b"the layer of a model that held tokens " * 2, "Lower the number of blocks to 1 "),
         ("Straße".encode("latin-1") * 99, "not UTF-8"),
         ("the model".encode("utf-16"), "not UTF-8"),

@@ -12,7 +12,7 @@ from torch import nn
 from depthscope.added_tokens import fit_vocabulary
 from depthscope.checkpoints import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Checkpoint, folder_meant
 from depthscope.errors import ModelLoadError
-from depthscope.messages import listed, one_line
+from depthscope.messages import counted, listed, one_line
 
 if TYPE_CHECKING:
     from depthscope.loading import LoadedModel
@@ -194,8 +194,8 @@ def _require_all_weights(checkpoint: Checkpoint, model: Any, base: str) -> list[
             "base_model_name_or_path and target_modules."
         )
     return [
-        f"{len(homeless)} weights of the adapter have no place in its base model {base!r}; they are those of an "
-        "untrained adapter, which adds nothing."
+        f"{counted(len(homeless), 'weight')} of the adapter {'has' if len(homeless) == 1 else 'have'} no place in its "
+        f"base model {base!r}; they are those of an untrained adapter, which adds nothing."
     ]
 
 

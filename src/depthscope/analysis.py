@@ -19,6 +19,7 @@ from depthscope.errors import CorpusError, OutOfMemoryError, SettingsError
 from depthscope.facts import model_facts, text_only_notes
 from depthscope.loading import LoadedModel, load_model, require_for_loading
 from depthscope.measurement import AnalysisInterrupted, measure, require_finite, total_work
+from depthscope.messages import counted
 from depthscope.modes import evaluating
 from depthscope.out_of_memory import is_out_of_memory
 from depthscope.processes import Processes
@@ -163,8 +164,9 @@ def _require_blocks(model: nn.Module, blocks: Blocks, settings: Settings) -> Non
     blocks.check_bos(str(settings.bos))
     needed = settings.fit_blocks + settings.eval_blocks
     if len(blocks) < needed:
+        were = "was" if len(blocks) == 1 else "were"
         raise CorpusError(
-            f"{len(blocks)} blocks were given, but fit_blocks={settings.fit_blocks} and "
+            f"{counted(len(blocks), 'block')} {were} given, but fit_blocks={settings.fit_blocks} and "
             f"eval_blocks={settings.eval_blocks} need {needed}. Give more blocks, or lower one of the two."
         )
     _require_positions(model, settings.block_size)
@@ -186,7 +188,8 @@ def _require_positions(model: nn.Module, block_size: int, virtual: int = 0) -> N
     """Refuse blocks that are longer than the model's positions, with the virtual tokens that stand before them."""
     positions = getattr(text_config(model), "max_position_embeddings", None)
     if isinstance(positions, int) and 0 < positions < block_size + virtual:
-        before = f" and {virtual} virtual tokens stand before the text" if virtual else ""
+        verb = "stands" if virtual == 1 else "stand"
+        before = f" and {counted(virtual, 'virtual token')} {verb} before the text" if virtual else ""
         raise SettingsError(
             f"block_size is {block_size}{before}, but the model has {positions} positions; lower block_size."
         )

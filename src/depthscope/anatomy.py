@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from depthscope.compiled import as_written, class_name, is_compiled
 from depthscope.errors import AnalysisError, NoLayerStackError
+from depthscope.messages import counted
 from depthscope.modes import evaluating
 from depthscope.standins import Feed, Skip, StandIn, StopForward, Stopper, hidden_among, hidden_of
 from depthscope.tracing import MODEL_FAILURES, Trace, input_device, run, text_config, trace_layers
@@ -75,7 +76,7 @@ class LayerStack:
         return len(self.layers)
 
     def __repr__(self) -> str:
-        return f"LayerStack({class_name(self.model)}, {self.path!r}, {self.num_layers} layers)"
+        return f"LayerStack({class_name(self.model)}, {self.path!r}, {counted(self.num_layers, 'layer')})"
 
     @property
     def num_layers(self) -> int:

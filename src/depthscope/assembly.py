@@ -10,6 +10,7 @@ import numpy as np
 
 from depthscope.anatomy import LayerStack
 from depthscope.corpus import Blocks
+from depthscope.messages import counted
 from depthscope.report import SCHEMA_VERSION, DataFacts, LayerReport, ModelFacts
 from depthscope.scores.base import Array, Score, Values
 from depthscope.scores.jackknife import values_with_errors
@@ -113,9 +114,10 @@ def _notes(stack: LayerStack, scores: Mapping[str, Score], blocks: Blocks, setti
             "Later layers of this model read what earlier ones left behind; every experiment ran from the start."
         )
     if stack.virtual_tokens:
+        verbs = ("stands", "it counts") if stack.virtual_tokens == 1 else ("stand", "they count")
         notes.append(
-            f"{stack.virtual_tokens} virtual tokens of the model stand before the text in the stream; they count for "
-            "nothing, nor does the prediction of the first token of the text."
+            f"{counted(stack.virtual_tokens, 'virtual token')} of the model {verbs[0]} before the text in the stream; "
+            f"{verbs[1]} for nothing, nor does the prediction of the first token of the text."
         )
     if stack.batch_effect > VISIBLE:
         notes.append(

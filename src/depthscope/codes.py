@@ -8,7 +8,7 @@ import torch
 import transformers
 
 from depthscope.checkpoints import Checkpoint
-from depthscope.messages import listed
+from depthscope.messages import counted, listed
 from depthscope.placement import Placement
 from depthscope.stored import FLOATS, StoredTensor
 
@@ -73,8 +73,8 @@ def unscaled_note(placed: Placement) -> str | None:
     if not unscaled:
         return None
     return (
-        f"{len(unscaled)} weights are stored as float8 without scales ({listed(_names(unscaled))}) and were taken as "
-        "they are: their values lie far inside the type's range."
+        f"{counted(len(unscaled), 'weight')} {'is' if len(unscaled) == 1 else 'are'} stored as float8 without scales "
+        f"({listed(_names(unscaled))}) and taken as stored: the values lie far inside the type's range."
     )
 
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from depthscope.documents import Document
 from depthscope.errors import CorpusError, SettingsError
+from depthscope.messages import counted
 from depthscope.numeric import require_whole
 from depthscope.quiet import quiet
 from depthscope.settings import bos_choice, require_tokens
@@ -272,14 +273,16 @@ def _refuse_blanks(name: str, ids: list[int], tokenizer: Any) -> None:
 
 def _too_short(name: str, have: int, num_blocks: int, block_size: int, own: int) -> str:
     besides = "" if own == block_size else ", without the special ones"
-    asked = f"{num_blocks:,} block{'s' * (num_blocks > 1)} of {block_size:,} ({num_blocks * own:,} tokens{besides})"
+    asked = f"{counted(num_blocks, 'block')} of {block_size:,} ({num_blocks * own:,} tokens{besides})"
+    were = "was" if num_blocks == 1 else "were"
     if have == 0:
-        return f"{name} holds no text, but {asked} were asked for. Give a text that is not empty."
+        return f"{name} holds no text, but {asked} {were} asked for. Give a text that is not empty."
     return (
-        f"{name} holds {have:,} tokens, but {asked} were asked for. Lower the number of blocks to "
+        f"{name} holds {counted(have, 'token')}, but {asked} {were} asked for. Lower the number of blocks to "
         f"{have // own:,} or the block size, or add more text."
         if have >= own
-        else f"{name} holds {have:,} tokens, but {asked} were asked for. Lower the block size, or add more text."
+        else f"{name} holds {counted(have, 'token')}, but {asked} {were} asked for. Lower the block size, or add more "
+        "text."
     )
 
 
@@ -353,7 +356,7 @@ def _mask(attention_mask: Any, shape: torch.Size) -> Tensor | None:
         raise CorpusError(f"The attention mask is {list(mask.shape)}, but the token ids are {list(shape)}.")
     if (fewest := int(mask.sum(dim=1).min())) < 2:
         raise CorpusError(
-            f"A block holds {fewest} tokens beside padding; at least 2 are needed. Leave such blocks out."
+            f"A block holds {counted(fewest, 'token')} beside padding; at least 2 are needed. Leave such blocks out."
         )
     return None if bool(mask.all()) else mask
 

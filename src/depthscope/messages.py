@@ -1,6 +1,6 @@
 """Wording that error messages share: quoting other errors and lists of names, in a few words."""
 
-__all__ = ["listed", "one_line"]
+__all__ = ["counted", "listed", "one_line"]
 
 LONGEST_QUOTE = 200
 
@@ -11,6 +11,11 @@ def one_line(error: BaseException) -> str:
     if len(text) > LONGEST_QUOTE:
         text = text[:LONGEST_QUOTE].rsplit(" ", 1)[0] + " ..."
     return text if text.endswith((".", "!", "?")) else text + "."
+
+
+def counted(number: int, noun: str) -> str:
+    """So many of something: 1 block, 2,000 blocks."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def listed(names: list[str]) -> str:

@@ -333,7 +333,7 @@ def test_sizes_beyond_the_limits_are_refused(tokens, block):
         ("[" * 100_000, "nested too deep|not JSON"),
         ("{}", "no schema_version"),
         ('{"schema_version": 99}', "newer depthscope"),
-        ("x" * (17 << 20), "larger than 16 MiB"),
+        ("x" * (33 << 20), "larger than 32 MiB"),
     ],
 )
 def test_a_report_that_is_none_is_refused_without_its_place(content, words, tmp_path):
@@ -342,6 +342,16 @@ def test_a_report_that_is_none_is_refused_without_its_place(content, words, tmp_
     with pytest.raises(Problem, match=words) as problem:
         read_report(str(path), LIMITS)
     assert str(tmp_path) not in str(problem.value)
+
+
+def test_a_report_of_as_many_layers_as_are_taken_is_read_with_all_its_maps(tmp_path):
+    content = sample_content(LIMITS.max_layers, scores=("skip",))
+    row = [1.2345678901234567e-05] * LIMITS.max_layers  # as many digits as a number is written with
+    maps = {name: [row] * LIMITS.max_layers for name in ("causal", "causal_se", "permutation", "permutation_se")}
+    path = tmp_path / "report.json"
+    path.write_text(json.dumps({**content, "pairs": maps}, indent=None))
+    assert path.stat().st_size > 23 << 20
+    assert read_report(str(path), LIMITS).pairs == maps
 
 
 def test_a_report_is_shown_as_it_was_saved(tmp_path):

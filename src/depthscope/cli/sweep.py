@@ -9,6 +9,7 @@ from rich.text import Text
 
 from depthscope.cli.paths import FILLS, READS
 from depthscope.cli.shared import Program, app, errors_for_people, say
+from depthscope.messages import counted
 from depthscope.terminal import terminal
 
 if TYPE_CHECKING:
@@ -151,7 +152,7 @@ def _list_points(points: list) -> None:
         numbers = (config.num_hidden_layers, config.hidden_size, training.sequence_length, training.steps)
         table.add_row(point.name, *map(str, numbers), f"{training.steps * training.batch_tokens:,}")
     terminal().print(table)
-    say(f"{len(points)} points; nothing was trained.")
+    say(f"{counted(len(points), 'point')}; nothing was trained.")
 
 
 __all__ = ["plan", "presets", "report", "run"]

@@ -173,7 +173,8 @@ def _definitions(found: Mapping[str, Any]) -> dict[str, Any]:
 
 def _notes(truncated: int, asked: int, limit: int | None) -> Iterator[str]:
     if limit is not None:
-        yield f"Only the first {limit} documents of each task were evaluated; the accuracies are estimates."
+        first = "document of each task was" if limit == 1 else f"{limit} documents of each task were"
+        yield f"Only the first {first} evaluated; the accuracies are estimates."
     if truncated:
         yield (
             f"{truncated} of {asked} questions with an answer are longer than the model's positions and lost their "

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from depthscope.errors import CorpusError, DepthscopeError, SettingsError
-from depthscope.messages import listed, one_line
+from depthscope.messages import counted, listed, one_line
 
 if TYPE_CHECKING:
     from lm_eval.api.task import ConfigurableTask
@@ -82,7 +82,9 @@ def select(names: str | Sequence[str], data: str | Path | None = None) -> Select
             f"{(missing or tasks)[0]}{SUFFIX}, or leave out the folder to read from the Hugging Face Hub."
         )
     left_out = [task for task in tasks if task not in found]
-    note = f"{len(left_out)} tasks have no file in {folder.name}/ and were left out: {', '.join(left_out)}."
+    verbs = ("has", "was") if len(left_out) == 1 else ("have", "were")
+    note = f"{counted(len(left_out), 'task')} {verbs[0]} no file in {folder.name}/ and {verbs[1]} left out: "
+    note += f"{', '.join(left_out)}."
     return Selection(dict(chosen), [note] if left_out else [])
 
 

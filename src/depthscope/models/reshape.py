@@ -10,6 +10,7 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 
 from depthscope.errors import ConversionError
+from depthscope.messages import counted
 from depthscope.models.assemble import assemble, changed
 from depthscope.models.configuration_depthlm import DepthLMConfig
 from depthscope.models.modeling_depthlm import DepthLMForCausalLM
@@ -110,7 +111,7 @@ def deepen(model: DepthLMForCausalLM, num_layers: int, *, preserve_function: boo
     config: Any = model.config
     old = config.num_hidden_layers
     if num_layers <= old:
-        raise ConversionError(f"This model has {old} layers; deepen needs more than that, got {num_layers}.")
+        raise ConversionError(f"This model has {counted(old, 'layer')}; deepen needs more than that, got {num_layers}.")
     if preserve_function and config.norm_placement == "post":
         raise ConversionError(
             "Post-LN layers normalise the stream even where they add nothing to it: none is an identity."

@@ -5,6 +5,7 @@ from typing import Any
 
 import yaml
 
+from depthscope.messages import counted
 from depthscope.recipes.request import Request
 from depthscope.recipes.schedule import PLAIN_DECAY, PLAIN_LENGTH
 from depthscope.recipes.shape import TOP_K, Shape, model_fields
@@ -66,7 +67,9 @@ def ablation_steps(request: Request, shape: Shape, training: Training) -> list[S
         ("experts", {"num_experts": experts, "intermediate_size": shape.mlp}, "experts (paper: 44.1)"),
         ("norms", {"norm_scaling": request.norm_scaling}, "LayerNorm Scaling (not in the paper)"),
     ]
-    steps = [Step("1-plain", settings, f"the plain model with {request.layers} layers (paper, 32 layers: 39.5)")]
+    steps = [
+        Step("1-plain", settings, f"the plain model with {counted(request.layers, 'layer')} (paper, 32 layers: 39.5)")
+    ]
     for name, change, note in changes:
         changed = {**steps[-1].settings, **change}
         if changed != steps[-1].settings:
@@ -85,9 +88,10 @@ def sweep_yaml(request: Request, shape: Shape, training: Training) -> str:
     steps = ablation_steps(request, shape, training)
     varied = set(steps[0].settings)
     plain = _plain(request, shape, training)
+    layers = counted(request.layers, "layer")
     content: dict[str, Any] = {
         "name": f"recipe-L{request.layers}-d{request.width}",
-        "description": f"From the plain model with {request.layers} layers of width {request.width} to the recipe.",
+        "description": f"From the plain model with {layers} of width {request.width} to the recipe.",
         "model": {key: value for key, value in plain["model"].items() if key not in varied},
         "data": _data(training.tokens),
         "tokenizer": {

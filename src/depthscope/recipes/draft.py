@@ -6,6 +6,7 @@ from functools import cache
 
 from depthscope.errors import SettingsError
 from depthscope.glossary import format_count
+from depthscope.messages import counted
 from depthscope.models import DepthLMConfig, ModelSize, model_size
 from depthscope.recipes.evidence import PAPER, SMALL_MODELS, Evidence
 from depthscope.recipes.request import BUDGETS, GB, Request
@@ -156,7 +157,7 @@ def _row(choice: str, value: str, chosen: Chosen) -> Evidence:
 def _depth(request: Request) -> Evidence:
     tested = request.layers in PAPER_DEPTHS
     why = "as asked" if tested else "as asked; the paper trained 12, 16, 24 and 32"
-    return _row("depth", f"{request.layers} layers", Chosen(request.layers, why, tested))
+    return _row("depth", counted(request.layers, "layer"), Chosen(request.layers, why, tested))
 
 
 def _width(request: Request) -> Evidence:

@@ -8,6 +8,7 @@ import torch
 from transformers import TrainingArguments
 
 from depthscope.errors import SettingsError
+from depthscope.messages import counted
 from depthscope.recipes.ablation import Step, ablation_steps, sweep_yaml
 from depthscope.recipes.draft import Draft, draft
 from depthscope.recipes.request import GB, Request
@@ -179,7 +180,7 @@ def _largest_that_fits(request: Request) -> Recipe:
         if made.fits:
             return Recipe(**vars(made))
     raise SettingsError(
-        f"Even a dense model with {request.layers} layers of width {request.width} needs {made.memory / GB:.3g} GB on "
-        f"each of {request.gpus} GPU{'s' * (request.gpus > 1)}, and memory is {request.memory:g} GB: give more gpus "
-        "or memory, or fewer layers or a smaller width."
+        f"Even a dense model with {counted(request.layers, 'layer')} of width {request.width} needs "
+        f"{made.memory / GB:.3g} GB on each of {counted(request.gpus, 'GPU')}, and memory is {request.memory:g} GB: give "
+        "more gpus or memory, or fewer layers or a smaller width."
     )

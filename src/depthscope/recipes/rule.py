@@ -181,6 +181,6 @@ def _largest_that_fits(request: Request) -> Recipe:
             return Recipe(**vars(made))
     raise SettingsError(
         f"Even a dense model with {counted(request.layers, 'layer')} of width {request.width} needs "
-        f"{made.memory / GB:.3g} GB on each of {counted(request.gpus, 'GPU')}, and memory is {request.memory:g} GB: give "
-        "more gpus or memory, or fewer layers or a smaller width."
+        f"{made.memory / GB:.3g} GB on each of {counted(request.gpus, 'GPU')}, and memory is {request.memory:g} GB: "
+        "give more gpus or memory, or fewer layers or a smaller width."
     )

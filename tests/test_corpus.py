@@ -154,7 +154,7 @@ def test_ids_that_are_no_blocks_are_refused(ids: object, says: str) -> None:
         Blocks.from_ids(ids)
 
 
-@pytest.mark.parametrize(("mask", "says"), [([[1, 1, 1]], r"\[1, 3\]"), ([[1, 1], [1, 0]], "1 tokens beside padding")])
+@pytest.mark.parametrize(("mask", "says"), [([[1, 1, 1]], r"\[1, 3\]"), ([[1, 1], [1, 0]], "1 token beside padding")])
 def test_masks_that_do_not_fit_are_refused(mask: object, says: str) -> None:
     with pytest.raises(CorpusError, match=says):
         Blocks.from_ids([[1, 2], [3, 4]], mask)

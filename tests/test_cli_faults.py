@@ -226,7 +226,7 @@ def test_an_empty_path_is_not_the_current_folder(
     line: list[str], report: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(report.parent)
-    refused(list(line), "the path is empty")
+    refused(list(line), "is blank; give a file or a folder")
     assert os.listdir() == ["r.json"]
 
 

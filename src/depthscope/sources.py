@@ -87,10 +87,6 @@ def _as_paths(source: Any) -> list[Path]:
             f"The text is {source!r}; give the path of a text file, or leave it out for the embedded text."
         )
     if isinstance(source, (str, os.PathLike)):
-        if not os.fspath(source).strip():
-            raise CorpusError(
-                "The path of the text is empty. Give a file or a folder, or the text itself as a list: [text]."
-            )
         return [Path(source).expanduser()]
     if isinstance(source, (list, tuple)) and source and all(map(_looks_like_path, source)):
         return [Path(item).expanduser() for item in source]

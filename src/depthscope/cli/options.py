@@ -38,17 +38,9 @@ Model = Annotated[
 ]
 
 
-def _text_path(given: str) -> Path:
-    if not given.strip():  # Path("") would be the current folder
-        raise typer.BadParameter(f"{given!r} is blank; give a file or a folder, or leave it out.")
-    return Path(given)
-
-
 Text = Annotated[
     list[Path] | None,
     typer.Option(
-        parser=_text_path,
-        metavar="PATH",
         help="Text file or directory; may be given several times. Default: Python's own library source.",
         rich_help_panel=TEXT,
     ),

@@ -103,7 +103,7 @@ def refuse_empty_paths(command: Callable[..., Any]) -> None:
 
 def _path(text: str | Path) -> Path:
     if not str(text).strip():
-        raise typer.BadParameter("the path is empty; give a file or a folder, such as . for the current folder.")
+        raise typer.BadParameter(f"{str(text)!r} is blank; give a file or a folder, such as . for the current one.")
     return Path(text)
 
 

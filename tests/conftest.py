@@ -1,6 +1,7 @@
 """What all tests share: one thread a worker, no network, no writes to the user's cache, and the data they may use."""
 
 import os
+import signal
 import tempfile
 from pathlib import Path
 
@@ -19,6 +20,10 @@ from without_depthscope import Elsewhere, make_elsewhere
 pytest_plugins = ["hub_fixture"]
 
 torch.set_num_threads(1)
+
+# A shell starts what runs in its background (`nohup make test &`) with Ctrl-C ignored, which would be inherited.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 DATA = Path(os.environ.get("DEPTHSCOPE_DATA", Path(__file__).parents[2] / "shared" / "data"))
 

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import torch
 from safetensors.torch import load_file
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -154,7 +155,9 @@ def _command(arguments: list[str], said: Path) -> None:
 def sweeps(seed: int, seconds: float) -> dict[str, int]:
     """Kill and damage sweeps for so many seconds; gives counts, of which those of `fault: ...` should be absent."""
     chance, counts = random.Random(seed), Counter[str]()
-    os.environ |= {"OMP_NUM_THREADS": "1", "COLUMNS": "200", "NO_COLOR": "1"}  # for workers as for one process
+    # Workers and this process alike: with another number of threads the last digits are others.
+    os.environ |= {"OMP_NUM_THREADS": "1", "COLUMNS": "200", "NO_COLOR": "1"}
+    torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(prefix="depthscope-soak-") as place:
         folder = Path(place)
         sweep = write_sweep(folder)

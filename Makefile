@@ -59,7 +59,7 @@ sweep-demo: $(RUNNABLE)  ## Train four very small models and see what depth does
 
 test: $(READY)  ## Run the tests
 	@$(MAKE) --no-print-directory $(SMOLLM2_READY) || echo "Tests on SmolLM2-135M will be skipped."
-	@$(BIN)/python tests/generic_suite.py || echo "transformers' generic model tests will be skipped."
+	@$(BIN)/python tests/support/generic_suite.py || echo "transformers' generic model tests will be skipped."
 	$(BIN)/python -m pytest -n 2 --dist worksteal $(TESTS)
 
 # The last versions that this one must still work with; a second environment, so that the first stays as it is.

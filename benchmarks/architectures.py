@@ -34,7 +34,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.models.olmoe.modeling_olmoe import load_balancing_loss_func
 
-from depthscope.models import DepthLMConfig, DepthLMForCausalLM, to_native
+from depthscope.conversion import to_native
+from depthscope.models import DepthLMConfig, DepthLMForCausalLM
 from paired import ratio
 
 SEED = 0

@@ -29,7 +29,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-import depthscope.measurement
+import depthscope.analysis.measure
 import depthscope.scores.base
 import depthscope.scores.permutation
 import released
@@ -204,7 +204,7 @@ def _timing_losses(total: list[float]) -> Iterator[None]:
         finally:
             total[0] += time.perf_counter() - start
 
-    places = (depthscope.scores.base, depthscope.measurement)
+    places = (depthscope.scores.base, depthscope.analysis.measure)
     try:
         for place in places:
             place.block_losses = timed

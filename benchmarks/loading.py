@@ -21,7 +21,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from depthscope import load_model
-from depthscope.quiet import quiet
+from depthscope.console.quiet import quiet
 from paired import ratio
 from smollm2 import gguf_path
 

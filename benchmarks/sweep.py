@@ -9,7 +9,7 @@ data and arguments. A round is some steps of each, checkpoints and saving left o
 drawn anew. A sweep that tracks the variance stands beside them.
 
 Choices: forward, backward and AdamW at hidden 64 with sequences of 128, 256 and 512, in float32 and bfloat16 with eager
-and fused attention; what `depthscope.sweep.hardware` chooses is marked, and how far it is from the fastest.
+and fused attention; what `depthscope.sweep.cost.hardware` chooses is marked, and how far it is from the fastest.
 """
 
 import argparse
@@ -26,11 +26,11 @@ from rich.console import Console
 from rich.table import Table
 from transformers import PrinterCallback, Trainer, TrainingArguments, default_data_collator, set_seed
 
+from depthscope.console.quiet import quiet
 from depthscope.models import DepthLMConfig, DepthLMForCausalLM
-from depthscope.quiet import quiet
+from depthscope.sweep.cost.hardware import choose_attention, choose_precision
 from depthscope.sweep.data import Corpus, Sequences, prepare_corpus
 from depthscope.sweep.grid import expand
-from depthscope.sweep.hardware import choose_attention, choose_precision
 from depthscope.sweep.point import PointRun, _Watch
 from depthscope.sweep.specification import load_sweep
 from paired import ratio, rounds

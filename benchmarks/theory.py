@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
 from depthscope import DepthLMConfig, DepthLMForCausalLM, LayerReport, LayerStack, analyze, load_blocks
-from depthscope.stdlib_text import python_stdlib
+from depthscope.text.stdlib import python_stdlib
 from depthscope.theory import (
     VariancePrediction,
     decayed_std,

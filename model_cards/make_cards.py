@@ -14,17 +14,18 @@ from typing import Annotated
 
 import typer
 
+from depthscope.console.quiet import quiet
+from depthscope.conversion import to_native
 from depthscope.errors import ConversionError, DepthscopeError
-from depthscope.files import write_atomically
-from depthscope.glossary import format_number, format_with_error
-from depthscope.hub.card_data import DepthCardData
-from depthscope.hub.card_sources import MODEL, read_card_data
-from depthscope.hub.cards import render_card
-from depthscope.hub.figures import figure_names, write_figures
+from depthscope.files.atomic import write_atomically
+from depthscope.hub.cards.data import DepthCardData
+from depthscope.hub.cards.figures import figure_names, write_figures
+from depthscope.hub.cards.read import MODEL, read_card_data
+from depthscope.hub.cards.render import render_card
 from depthscope.hub.names import model_repository
-from depthscope.models import DepthLMForCausalLM, to_native
-from depthscope.quiet import quiet
-from depthscope.sweep.results import load_results
+from depthscope.models import DepthLMForCausalLM
+from depthscope.report.terms import format_number, format_with_error
+from depthscope.sweep.report.results import load_results
 
 HERE = Path(__file__).parent
 RECORDS, FIGURES, INDEX = "records", "figures", "README.md"

@@ -7,8 +7,8 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from depthscope import LayerReport
-from depthscope.glossary import GLOBAL_SCORES, format_with_error
-from depthscope.plots import BLUE, DASHES, GRID_GREY, PALETTE, TEXT_GREY, VERMILION, plotly_text
+from depthscope.report.terms import GLOBAL_SCORES, format_with_error
+from depthscope.views.plots.report import BLUE, DASHES, GRID_GREY, PALETTE, TEXT_GREY, VERMILION, plotly_text
 
 __all__ = ["COURSE_EXPLANATION", "EXPLANATION", "Point", "against_depth", "of_reports", "over_training"]
 

@@ -4,8 +4,8 @@ import re
 from html import escape
 
 from depthscope import LayerReport
-from depthscope.glossary import format_number
-from depthscope.summary import of_layers, ranges
+from depthscope.report.summary import of_layers, ranges
+from depthscope.report.terms import format_number
 
 __all__ = ["headline", "tiles"]
 

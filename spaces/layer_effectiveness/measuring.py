@@ -22,7 +22,7 @@ from transformers import (
 
 from config_check import read_object
 from depthscope import Blocks, LayerReport, LoadedModel, Settings, analyze, load_blocks, load_model
-from depthscope.load_failures import LOAD_FAILURES
+from depthscope.loading.failures import LOAD_FAILURES
 from drops import measure_drop
 from estimate import Shape, work
 from limits import Limits

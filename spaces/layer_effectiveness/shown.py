@@ -14,10 +14,10 @@ import plotly.graph_objects as go
 from gradio.components.plot import PlotData
 
 from depthscope import LayerReport, compare, write_page
-from depthscope.csv_cells import csv_of_frame
-from depthscope.glossary import LAYER_SCORES, format_number, format_with_error
-from depthscope.page import reproduce
-from depthscope.plots import EXPLANATIONS, TITLE_HEIGHT, figures
+from depthscope.files.csv_cells import csv_of_frame
+from depthscope.report.terms import LAYER_SCORES, format_number, format_with_error
+from depthscope.views.page import reproduce
+from depthscope.views.plots.report import EXPLANATIONS, TITLE_HEIGHT, figures
 from processes import own_folder, own_folders
 from sparsity_figure import EXPLANATION as SPARSITY_EXPLANATION
 from sparsity_figure import sparsity

@@ -4,8 +4,8 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from depthscope import LayerReport
-from depthscope.glossary import LAYER_SCORES, format_with_error
-from depthscope.plots import FEW_LAYERS, GRID_GREY, PALETTE, TEXT_GREY
+from depthscope.report.terms import LAYER_SCORES, format_with_error
+from depthscope.views.plots.report import FEW_LAYERS, GRID_GREY, PALETTE, TEXT_GREY
 
 __all__ = ["EXPLANATION", "sparsity"]
 

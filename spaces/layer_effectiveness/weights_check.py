@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 from depthscope.errors import ModelLoadError
-from depthscope.gguf_header import read_header
+from depthscope.loading.gguf.header import read_header
 from limits import Limits
 from problems import Problem
 

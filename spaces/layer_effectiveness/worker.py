@@ -123,7 +123,7 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def _is_about_memory(error: BaseException) -> bool:
-    from depthscope.out_of_memory import is_out_of_memory  # torch takes seconds
+    from depthscope.loading.out_of_memory import is_out_of_memory  # torch takes seconds
 
     return isinstance(error, OutOfMemoryError) or is_out_of_memory(error)
 

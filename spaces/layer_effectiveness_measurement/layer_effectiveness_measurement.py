@@ -9,7 +9,7 @@ import evaluate
 
 import depthscope
 from depthscope.settings import bos_choice
-from depthscope.special_tokens import SpecialTokens
+from depthscope.text.special_tokens import SpecialTokens
 
 DESCRIPTION = """
 Measures how much every layer of a causal language model contributes: by what the loss grows when the layer is left out

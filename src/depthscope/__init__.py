@@ -10,13 +10,10 @@ losses are in nats.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from depthscope.registration import register as _register
+from depthscope.models.registration import register as _register
 
 if TYPE_CHECKING:
-    from depthscope.analysis import AnalysisInterrupted, analyze
-    from depthscope.anatomy import Capture, LayerStack
-    from depthscope.comparison import Comparison, compare
-    from depthscope.corpus import Blocks, load_blocks
+    from depthscope.analysis.analyze import AnalysisInterrupted, analyze
     from depthscope.errors import (
         AnalysisError,
         ConversionError,
@@ -32,21 +29,24 @@ if TYPE_CHECKING:
     )
     from depthscope.hub.callback import HubCheckpointCallback
     from depthscope.hub.push import push
-    from depthscope.loading import LoadedModel, load_model
+    from depthscope.layers.stack import Capture, LayerStack
+    from depthscope.layers.stand_ins import AffineMap
+    from depthscope.loading.load import LoadedModel, load_model
     from depthscope.models.configuration_depthlm import DepthLMConfig
     from depthscope.models.modeling_depthlm import DepthLMForCausalLM, DepthLMModel
-    from depthscope.page import write_page
     from depthscope.recipes import Recipe, recipe
-    from depthscope.report import LayerReport
+    from depthscope.report.comparison import Comparison, compare
+    from depthscope.report.report import LayerReport
     from depthscope.settings import Settings
-    from depthscope.standins import AffineMap
+    from depthscope.text.blocks import Blocks, load_blocks
+    from depthscope.views.page import write_page
 
 # Where each public name lives. They are imported when first used: torch and transformers take seconds.
 _PLACES = {
-    "analysis": ("AnalysisInterrupted", "analyze"),
-    "anatomy": ("Capture", "LayerStack"),
-    "comparison": ("Comparison", "compare"),
-    "corpus": ("Blocks", "load_blocks"),
+    "analysis.analyze": ("AnalysisInterrupted", "analyze"),
+    "layers.stack": ("Capture", "LayerStack"),
+    "report.comparison": ("Comparison", "compare"),
+    "text.blocks": ("Blocks", "load_blocks"),
     "errors": (
         "AnalysisError",
         "ConversionError",
@@ -62,13 +62,13 @@ _PLACES = {
     ),
     "hub.callback": ("HubCheckpointCallback",),
     "hub.push": ("push",),
-    "loading": ("LoadedModel", "load_model"),
+    "loading.load": ("LoadedModel", "load_model"),
     "models": ("DepthLMConfig", "DepthLMForCausalLM", "DepthLMModel"),
-    "page": ("write_page",),
+    "views.page": ("write_page",),
     "recipes": ("Recipe", "recipe"),
-    "report": ("LayerReport",),
+    "report.report": ("LayerReport",),
     "settings": ("Settings",),
-    "standins": ("AffineMap",),
+    "layers.stand_ins": ("AffineMap",),
 }
 _HOME = {name: module for module, names in _PLACES.items() for name in names}
 

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from depthscope.errors import SettingsError
-from depthscope.numeric import LARGEST_SEED, MOST, require_number, require_whole
+from depthscope.wording.numeric import LARGEST_SEED, MOST, require_number, require_whole
 
 SCORE_NAMES = (
     "variance",

@@ -24,21 +24,21 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_callback import ExportableState
 
-from depthscope.analysis import analyze_blocks, memory_errors
-from depthscope.anatomy import LayerStack
-from depthscope.callbacks.base import LOGGED, Measured, flat_names, is_over, numbered
-from depthscope.callbacks.history import History
-from depthscope.callbacks.placing import announce, place, places_before, saved_attributes
-from depthscope.corpus import Blocks
+from depthscope.analysis.analyze import analyze_blocks, memory_errors
+from depthscope.analysis.measure import total_work
+from depthscope.callbacks.trainer_access import announce, place, places_before, saved_attributes
+from depthscope.callbacks.window import LOGGED, Measured, flat_names, is_over, numbered
 from depthscope.errors import AnalysisError, CorpusError, OutOfMemoryError, ReportError, SettingsError
-from depthscope.facts import model_facts
-from depthscope.measurement import total_work
-from depthscope.modes import evaluating
+from depthscope.layers.facts import model_facts
+from depthscope.layers.modes import evaluating
+from depthscope.layers.stack import LayerStack
 from depthscope.processes import Processes
-from depthscope.report import LayerReport
+from depthscope.report.report import LayerReport
+from depthscope.runs.history import History
 from depthscope.scores import SCORES
 from depthscope.scores.base import head_work
 from depthscope.settings import Settings
+from depthscope.text.blocks import Blocks
 
 __all__ = ["REPORTS", "EffectivenessCallback"]
 

@@ -1,13 +1,13 @@
 """`SparsityCallback`: the sparsity at work in each layer while a model trains.
 
 Where the model has experts, their load and the routers' confidence, over the real tokens of all training passes since
-the last log (`depthscope.sparsity.experts` says what each metric is); and at the first log after every `every` steps,
+the last log (`depthscope.scores.expert_load` says what each metric is); and at the first log after every `every` steps,
 of the weights as they are then:
 
-    weights_below_<p>pct, weight_hoyer              see `depthscope.sparsity.weights`
-    attention_below_fair, attention_below_tenth,    see `depthscope.sparsity.attention`; on the first `sequences` of the
-    attention_context, attention_context_share,     last batch, in one more pass without gradients; left out of the log
-    attention_first                                 where the attention cannot be read
+    weights_below_<p>pct, weight_hoyer              see `depthscope.scores.weight_sparsity`
+    attention_below_fair, attention_below_tenth,    see `depthscope.scores.attention_sparsity`; on the first `sequences`
+    attention_context, attention_context_share,     of the last batch, in one more pass without gradients; left out of
+    attention_first                                 the log where the attention cannot be read
 
 and the single numbers `kv_sharing` (query heads a key and value head) and, of the losses that the model adds to its own
 where it returns them, `aux_loss` and `z_loss`.
@@ -23,18 +23,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from depthscope.anatomy import LayerStack
-from depthscope.callbacks.base import Measured, WindowCallback, is_over
-from depthscope.callbacks.placing import place, saved_attributes
-from depthscope.callbacks.watching import Watch, argument
+from depthscope.callbacks.hooks import Watch, argument
+from depthscope.callbacks.trainer_access import place, saved_attributes
+from depthscope.callbacks.window import Measured, WindowCallback, is_over
 from depthscope.errors import SettingsError
-from depthscope.modes import evaluating
-from depthscope.sparsity.acting import NoWeightsError
-from depthscope.sparsity.attention import ATTENTION_METRICS, AttentionProbe, probing_attention
-from depthscope.sparsity.experts import EXPERT_METRICS, OTHERS, find_routers, router_sums, router_values
-from depthscope.sparsity.routers import Router
-from depthscope.sparsity.weights import WEIGHT_METRICS, weight_sparsity
-from depthscope.tracing import text_config
+from depthscope.layers.acting_weights import NoWeightsError
+from depthscope.layers.modes import evaluating
+from depthscope.layers.routers import Router
+from depthscope.layers.stack import LayerStack
+from depthscope.layers.tracing import text_config
+from depthscope.scores.attention_sparsity import ATTENTION_METRICS, AttentionProbe, probing_attention
+from depthscope.scores.expert_load import EXPERT_METRICS, OTHERS, find_routers, router_sums, router_values
+from depthscope.scores.weight_sparsity import WEIGHT_METRICS, weight_sparsity
 
 __all__ = ["SparsityCallback"]
 

@@ -31,10 +31,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from depthscope.anatomy import LayerStack
-from depthscope.callbacks.base import Measured, WindowCallback
-from depthscope.callbacks.watching import Watch
+from depthscope.callbacks.hooks import Watch
+from depthscope.callbacks.window import Measured, WindowCallback
 from depthscope.errors import SettingsError
+from depthscope.layers.stack import LayerStack
 
 __all__ = ["VarianceCallback"]
 

@@ -8,7 +8,7 @@ import os
 
 from depthscope.cli import analysis, evaluate, models, push, recipe, space, sparsity, sweep
 from depthscope.cli.shared import app
-from depthscope.terminal import readable_width
+from depthscope.console.terminal import readable_width
 
 __all__ = ["analysis", "app", "evaluate", "main", "models", "push", "recipe", "space", "sparsity", "sweep"]
 

@@ -28,12 +28,12 @@ from depthscope.cli.options import (
 )
 from depthscope.cli.paths import READS, WRITES
 from depthscope.cli.shared import app, errors_for_people, say
+from depthscope.console.terminal import terminal
 from depthscope.errors import ReportError, SettingsError
-from depthscope.files import reason
-from depthscope.terminal import terminal
+from depthscope.files.atomic import reason
 
 if TYPE_CHECKING:
-    from depthscope.report import LayerReport
+    from depthscope.report.report import LayerReport
 
 DEPTH = "What to measure"  # a panel of the help
 
@@ -106,7 +106,7 @@ def analyze(
         if text and dataset:
             raise SettingsError("Both --text and --dataset were given; choose one.")
         require_places(out, html)
-        from depthscope.analysis import analyze as measure
+        from depthscope.analysis.analyze import analyze as measure
         from depthscope.processes import Processes
         from depthscope.settings import Settings
 
@@ -162,14 +162,14 @@ def show(
         if report.is_dir() or report.suffix == ".jsonl":
             _show_run(report, html)
             return
-        from depthscope.report import LayerReport
+        from depthscope.report.report import LayerReport
 
         deliver(LayerReport.load(report), None, html, quiet=False, saved=report)
 
 
 def _show_run(run: Path, html: Path | None) -> None:
-    from depthscope.run_page import write_run_page
-    from depthscope.run_view import RunHistory, print_run
+    from depthscope.views.run_page import write_run_page
+    from depthscope.views.run_terminal import RunHistory, print_run
 
     history = RunHistory.load(run)
     print_run(history, terminal())
@@ -185,10 +185,10 @@ def compare(
 ) -> None:
     """Hold reports side by side: what differs, and whether by more than the noise."""
     with errors_for_people():
-        from depthscope.comparison import compare as hold
-        from depthscope.page import write_page
-        from depthscope.render import print_comparison
-        from depthscope.report import LayerReport
+        from depthscope.report.comparison import compare as hold
+        from depthscope.report.report import LayerReport
+        from depthscope.views.page import write_page
+        from depthscope.views.terminal import print_comparison
 
         if len(reports) < 2:
             raise SettingsError(f"{len(reports)} report was given; compare needs at least two.")
@@ -204,8 +204,8 @@ def compare(
 def scores() -> None:
     """Explain every score in a sentence or two."""
     with errors_for_people():
-        from depthscope.render import print_explanations
         from depthscope.scores import EXPLANATIONS
+        from depthscope.views.terminal import print_explanations
 
         print_explanations(EXPLANATIONS.values(), terminal())
 
@@ -220,8 +220,8 @@ def deliver(report: "LayerReport", out: Path | None, html: Path | None, quiet: b
         quiet: whether to print nothing.
         saved: where the report lies already, if it does.
     """
-    from depthscope.page import write_page
-    from depthscope.render import print_report
+    from depthscope.views.page import write_page
+    from depthscope.views.terminal import print_report
 
     failure: ReportError | None = None
     written = []

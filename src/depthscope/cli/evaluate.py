@@ -20,12 +20,12 @@ from depthscope.cli.options import (
 )
 from depthscope.cli.paths import ADDS_TO, READS, WRITES
 from depthscope.cli.shared import app, errors_for_people, say
+from depthscope.console.terminal import terminal
 from depthscope.errors import DepthscopeError
-from depthscope.terminal import terminal
 
 if TYPE_CHECKING:
-    from depthscope.downstream.record import Downstream
-    from depthscope.report import LayerReport
+    from depthscope.report.accuracy import Downstream
+    from depthscope.report.report import LayerReport
 
 TASKS = "Tasks"  # a panel of the help
 
@@ -72,7 +72,7 @@ def evaluate(
     with errors_for_people():
         require_places(out)
         from depthscope.downstream.evaluation import evaluate as measure
-        from depthscope.report import LayerReport
+        from depthscope.report.report import LayerReport
 
         described = None if report is None else LayerReport.load(report)
         found = measure(

@@ -8,7 +8,7 @@ import typer
 from depthscope.cli.options import HOW, AttnImplementation, BaseModel, Model, Revision, TrustRemoteCode
 from depthscope.cli.paths import FILLS
 from depthscope.cli.shared import app, errors_for_people, say
-from depthscope.terminal import terminal
+from depthscope.console.terminal import terminal
 
 SHAPE = "Another shape"  # a panel of the help
 
@@ -56,7 +56,7 @@ def convert(
     converted exactly is refused with the reason. Pooled heads and stacked layers are meant to be trained on.
     """
     with errors_for_people():
-        from depthscope.conversion import Shape, convert_checkpoint
+        from depthscope.conversion.checkpoint import Shape, convert_checkpoint
 
         shape = Shape(kv_heads, experts, top_k, layers, preserve_function)
         with terminal(stderr=True).status("Starting") as status:

@@ -165,11 +165,11 @@ def _read_with(path: Path) -> Iterator[Path]:
     """A path, and what is read with it: the other parts of a GGUF file, the base model of an adapter."""
     yield path
     if path.suffix.lower() == ".gguf":
-        from depthscope.gguf_split import parts_beside
+        from depthscope.loading.gguf.split import parts_beside
 
         yield from parts_beside(path)
     elif (path / "adapter_config.json").is_file():
-        from depthscope.checkpoints import local_base
+        from depthscope.loading.checkpoint import local_base
 
         yield from filter(None, [local_base(path)])
 

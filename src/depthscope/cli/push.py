@@ -9,7 +9,7 @@ from rich.table import Table
 
 from depthscope.cli.paths import FILLS, READS
 from depthscope.cli.shared import app, errors_for_people, say
-from depthscope.terminal import terminal
+from depthscope.console.terminal import terminal
 
 if TYPE_CHECKING:
     from depthscope.hub.push import Publication

@@ -7,7 +7,7 @@ import typer
 
 from depthscope.cli.paths import FILLS
 from depthscope.cli.shared import app, errors_for_people, say
-from depthscope.terminal import terminal
+from depthscope.console.terminal import terminal
 
 BUDGET, LIMITS, MODEL = "Budget (one of the first three)", "Limits", "The model"
 

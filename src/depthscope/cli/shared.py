@@ -12,9 +12,9 @@ import typer
 from rich.text import Text
 
 from depthscope.cli.paths import refuse_empty_paths, refuse_overwriting
+from depthscope.console.terminal import terminal
 from depthscope.errors import DepthscopeError
-from depthscope.files import reason
-from depthscope.terminal import terminal
+from depthscope.files.atomic import reason
 
 
 class Program(typer.Typer):

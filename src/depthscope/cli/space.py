@@ -12,7 +12,7 @@ import typer
 from depthscope.cli.paths import FILLS
 from depthscope.cli.shared import app, errors_for_people, say
 from depthscope.errors import DepthscopeError, HubError, SettingsError
-from depthscope.new_folder import new_folder
+from depthscope.files.new_folder import new_folder
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi

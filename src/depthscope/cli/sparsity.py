@@ -58,7 +58,7 @@ def sparsity(
         if text and dataset:
             raise SettingsError("Both --text and --dataset were given; choose one.")
         require_places(out, html)
-        from depthscope.analysis import analyze
+        from depthscope.analysis.analyze import analyze
         from depthscope.processes import Processes
         from depthscope.settings import SPARSITY_NAMES, Settings
 

@@ -9,11 +9,11 @@ from rich.text import Text
 
 from depthscope.cli.paths import FILLS, READS
 from depthscope.cli.shared import Program, app, errors_for_people, say
-from depthscope.messages import counted
-from depthscope.terminal import terminal
+from depthscope.console.terminal import terminal
+from depthscope.wording.messages import counted
 
 if TYPE_CHECKING:
-    from depthscope.sweep.results import SweepResults
+    from depthscope.sweep.report.results import SweepResults
 
 sweep_app = Program(
     help="Train a grid of models, measure every one, and see what holds.", no_args_is_help=True, rich_markup_mode="rich"
@@ -52,8 +52,8 @@ def run(
     """
     with errors_for_people("Run the same command again to go on."):
         from depthscope.processes import Processes
+        from depthscope.sweep.cost.requirements import require_what_is_needed
         from depthscope.sweep.grid import expand
-        from depthscope.sweep.needed_here import require_what_is_needed
         from depthscope.sweep.runner import default_folder, describe, run_sweep, select
         from depthscope.sweep.specification import load_sweep
 
@@ -95,9 +95,9 @@ def plan(
 ) -> None:
     """Say what FILE would cost: parameters, FLOPs, GPU hours, memory. Trains nothing."""
     with errors_for_people():
+        from depthscope.sweep.cost.plan import plan as make_plan
+        from depthscope.sweep.cost.plan import print_plan
         from depthscope.sweep.grid import expand
-        from depthscope.sweep.plan import plan as make_plan
-        from depthscope.sweep.plan import print_plan
         from depthscope.sweep.specification import load_sweep
 
         sweep = load_sweep(file)
@@ -128,9 +128,9 @@ def presets() -> None:
 
 
 def _report(folder: Path) -> "SweepResults":
-    from depthscope.sweep.page import write_report
-    from depthscope.sweep.results import load_results
-    from depthscope.sweep.tables import print_results
+    from depthscope.sweep.report.page import write_report
+    from depthscope.sweep.report.results import load_results
+    from depthscope.sweep.report.tables import print_results
 
     written, results = write_report(folder), load_results(folder)
     print_results(results, terminal())

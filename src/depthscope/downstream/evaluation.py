@@ -14,18 +14,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from depthscope.downstream.record import Accuracy, Downstream
+from depthscope.console.progress import showing_status
+from depthscope.console.quiet import quiet
 from depthscope.downstream.tasks import Selection, load_tasks, require_lm_eval, select
 from depthscope.errors import AnalysisError, OutOfMemoryError, SettingsError
-from depthscope.facts import model_facts, text_only_notes
-from depthscope.loading import LoadedModel, load_model, require_for_loading
-from depthscope.messages import one_line
-from depthscope.modes import evaluating
-from depthscope.numeric import require_whole
-from depthscope.out_of_memory import is_out_of_memory
+from depthscope.layers.facts import model_facts, text_only_notes
+from depthscope.layers.modes import evaluating
+from depthscope.loading.load import LoadedModel, load_model, require_for_loading
+from depthscope.loading.out_of_memory import is_out_of_memory
 from depthscope.processes import Processes
-from depthscope.progress import showing_status
-from depthscope.quiet import quiet
+from depthscope.report.accuracy import Accuracy, Downstream
+from depthscope.wording.messages import one_line
+from depthscope.wording.numeric import require_whole
 
 __all__ = ["evaluate"]
 

@@ -8,9 +8,9 @@ from typing import Any, TextIO
 from lm_eval.api.model import CacheHook
 from lm_eval.models.huggingface import HFLM
 
+from depthscope.console.progress import Progress, showing_progress
 from depthscope.errors import SettingsError
-from depthscope.loading import LoadedModel
-from depthscope.progress import Progress, showing_progress
+from depthscope.loading.load import LoadedModel
 
 __all__ = ["HarnessModel"]
 

@@ -6,8 +6,8 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from depthscope.downstream.record import ACC, ACC_NORM, Accuracy, mean_accuracy
-from depthscope.glossary import format_number, format_with_error
+from depthscope.report.accuracy import ACC, ACC_NORM, Accuracy, mean_accuracy
+from depthscope.report.terms import format_number, format_with_error
 
 __all__ = ["accuracy_table"]
 

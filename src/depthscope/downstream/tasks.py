@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from depthscope.errors import CorpusError, DepthscopeError, SettingsError
-from depthscope.messages import counted, listed, one_line
+from depthscope.wording.messages import counted, listed, one_line
 
 if TYPE_CHECKING:
     from lm_eval.api.task import ConfigurableTask

@@ -25,7 +25,7 @@ from depthscope.hub.commit import push_trees
 from depthscope.hub.push import client
 from depthscope.hub.retry import Patience, hide_tokens
 from depthscope.hub.tree import Tree
-from depthscope.messages import one_line
+from depthscope.wording.messages import one_line
 
 __all__ = ["EARLY_STEPS", "HubCheckpointCallback"]
 

@@ -11,7 +11,7 @@ from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_ba
 from depthscope.errors import HubError
 from depthscope.hub.retry import Patience
 from depthscope.hub.tree import MAIN, MANIFEST, Digest, Kind, Tree, read_manifest
-from depthscope.messages import listed
+from depthscope.wording.messages import listed
 
 __all__ = ["Changes", "PushedRevision", "Remote", "changes", "push_trees"]
 

@@ -6,7 +6,7 @@ step, epoch, kind, metric, layer, value        layer is null where the number is
 from pathlib import Path
 from typing import Any
 
-from depthscope.callbacks.history import read_history
+from depthscope.runs.history import read_history
 
 __all__ = ["PARQUET", "write_layer_stats"]
 

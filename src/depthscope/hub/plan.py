@@ -16,21 +16,21 @@ from typing import Any
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from depthscope.callbacks.history import FILE as HISTORY_FILE
 from depthscope.errors import ConversionError, HubError, SettingsError
-from depthscope.files import read_text
-from depthscope.hub.card_data import DepthCardData
-from depthscope.hub.card_sources import MODEL, read_card_data
-from depthscope.hub.cards import render_card
+from depthscope.files.atomic import read_text
+from depthscope.files.strict_json import parse
+from depthscope.hub.cards.data import DepthCardData
+from depthscope.hub.cards.figures import write_figures
+from depthscope.hub.cards.read import MODEL, read_card_data
+from depthscope.hub.cards.render import render_card
 from depthscope.hub.collection import LONGEST_TITLE, PAPER, CollectionPlan, Item
-from depthscope.hub.figures import write_figures
 from depthscope.hub.layer_stats import PARQUET, write_layer_stats
 from depthscope.hub.model_files import find_steps, model_files
 from depthscope.hub.names import model_repository
 from depthscope.hub.reports_dataset import REPORTS, Reported, reports_tree
 from depthscope.hub.tree import MAIN, Tree
-from depthscope.messages import one_line
-from depthscope.strict_json import parse
+from depthscope.runs.history import FILE as HISTORY_FILE
+from depthscope.wording.messages import one_line
 
 __all__ = ["Options", "Plan", "check_names", "make_plan"]
 
@@ -239,7 +239,7 @@ def _card(data: DepthCardData, work: Path) -> dict[str, Path]:
 
 def _export(plan: Plan, model: Path, repo_id: str, out: Path) -> Path | None:
     """The native export of a model, None (with a note) where there is no exact one."""
-    from depthscope.conversion import convert_checkpoint  # torch and transformers take seconds
+    from depthscope.conversion.checkpoint import convert_checkpoint  # torch and transformers take seconds
 
     try:
         convert_checkpoint(str(model), out, to="native")

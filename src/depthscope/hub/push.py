@@ -19,13 +19,13 @@ from typing import Any
 from huggingface_hub import HfApi, get_token
 from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
+from depthscope.console.progress import Progress, showing_progress, showing_status
 from depthscope.errors import HubError, SettingsError
 from depthscope.hub.collection import publish_collection
 from depthscope.hub.commit import PushedRevision, push_trees
 from depthscope.hub.plan import Options, Plan, check_names, make_plan
 from depthscope.hub.retry import LOG_IN, Patience, Stopped
 from depthscope.hub.tree import Tree, require_room, write_trees
-from depthscope.progress import Progress, showing_progress, showing_status
 
 __all__ = ["Publication", "client", "publish", "push"]
 

@@ -16,12 +16,12 @@ from typing import Any
 from huggingface_hub import DatasetCard, DatasetCardData
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from depthscope.console.quiet import quiet
 from depthscope.errors import HubError
-from depthscope.glossary import GLOBAL_SCORES
-from depthscope.hub.markdown import inline
 from depthscope.hub.tree import MAIN, Tree
-from depthscope.quiet import quiet
-from depthscope.report import LayerReport
+from depthscope.report.report import LayerReport
+from depthscope.report.terms import GLOBAL_SCORES
+from depthscope.wording.markdown import inline
 
 __all__ = ["REPORTS", "Reported", "reports_tree"]
 

@@ -14,8 +14,8 @@ from typing import Any, Literal
 from huggingface_hub.utils.sha import git_hash, sha_fileobj
 
 from depthscope.errors import ReportError, SettingsError
-from depthscope.new_folder import new_folder
-from depthscope.strict_json import encode, parse
+from depthscope.files.new_folder import new_folder
+from depthscope.files.strict_json import encode, parse
 
 __all__ = ["MAIN", "MANIFEST", "Digest", "Kind", "Tree", "read_manifest", "require_room", "write_trees"]
 

@@ -1,4 +1,4 @@
-"""DepthLM, its presets and its sizes, and the ways from it to other architectures and back."""
+"""DepthLM, its presets and its sizes."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -6,9 +6,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from depthscope.models.configuration_depthlm import DepthLMConfig
     from depthscope.models.modeling_depthlm import DepthLMForCausalLM, DepthLMModel
-    from depthscope.models.native import to_depthlm, to_native
     from depthscope.models.presets_depthlm import PRESETS
-    from depthscope.models.reshape import deepen, to_gqa, upcycle
     from depthscope.models.sizes import ModelSize, model_size
 
 # Where each name lives, imported when first used: torch and transformers take seconds.
@@ -18,12 +16,7 @@ _HOME = {
     "DepthLMModel": "modeling_depthlm",
     "ModelSize": "sizes",
     "PRESETS": "presets_depthlm",
-    "deepen": "reshape",
     "model_size": "sizes",
-    "to_depthlm": "native",
-    "to_gqa": "reshape",
-    "to_native": "native",
-    "upcycle": "reshape",
 }
 
 __all__ = [
@@ -32,12 +25,7 @@ __all__ = [
     "DepthLMForCausalLM",
     "DepthLMModel",
     "ModelSize",
-    "deepen",
     "model_size",
-    "to_depthlm",
-    "to_gqa",
-    "to_native",
-    "upcycle",
 ]
 
 

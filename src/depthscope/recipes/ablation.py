@@ -5,13 +5,13 @@ from typing import Any
 
 import yaml
 
-from depthscope.messages import counted
 from depthscope.recipes.request import Request
 from depthscope.recipes.schedule import PLAIN_DECAY, PLAIN_LENGTH
 from depthscope.recipes.shape import TOP_K, Shape, model_fields
-from depthscope.sweep.gpus import GPUS
-from depthscope.sweep.plan import launcher
+from depthscope.sweep.cost.gpus import GPUS
+from depthscope.sweep.cost.plan import launcher
 from depthscope.sweep.specification import Training
+from depthscope.wording.messages import counted
 
 __all__ = ["Step", "ablation_steps", "sweep_yaml"]
 

@@ -5,8 +5,6 @@ from dataclasses import dataclass
 from functools import cache
 
 from depthscope.errors import SettingsError
-from depthscope.glossary import format_count
-from depthscope.messages import counted
 from depthscope.models import DepthLMConfig, ModelSize, model_size
 from depthscope.recipes.evidence import PAPER, SMALL_MODELS, Evidence
 from depthscope.recipes.request import BUDGETS, GB, Request
@@ -32,9 +30,11 @@ from depthscope.recipes.shape import (
     choose_mlp,
     choose_norms,
 )
-from depthscope.sweep.memory import needed_memory
-from depthscope.sweep.plan import ROOM
+from depthscope.report.terms import format_count
+from depthscope.sweep.cost.memory import needed_memory
+from depthscope.sweep.cost.plan import ROOM
 from depthscope.sweep.specification import Training
+from depthscope.wording.messages import counted
 
 __all__ = ["Draft", "draft"]
 

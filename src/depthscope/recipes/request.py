@@ -5,9 +5,9 @@ from dataclasses import dataclass
 
 from depthscope.errors import SettingsError
 from depthscope.models.configuration_depthlm import NORM_SCALINGS
-from depthscope.numeric import require_number, require_whole
-from depthscope.sweep.gpus import Gpu, find_gpu
-from depthscope.sweep.plan import HOUR, launcher
+from depthscope.sweep.cost.gpus import Gpu, find_gpu
+from depthscope.sweep.cost.plan import HOUR, launcher
+from depthscope.wording.numeric import require_number, require_whole
 
 __all__ = ["BUDGETS", "GB", "Request", "power_of_two"]
 

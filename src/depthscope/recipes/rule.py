@@ -8,14 +8,14 @@ import torch
 from transformers import TrainingArguments
 
 from depthscope.errors import SettingsError
-from depthscope.messages import counted
 from depthscope.recipes.ablation import Step, ablation_steps, sweep_yaml
 from depthscope.recipes.draft import Draft, draft
 from depthscope.recipes.request import GB, Request
 from depthscope.recipes.shape import possible_experts
-from depthscope.sweep.hardware import choose_precision
-from depthscope.sweep.plan import ROOM
+from depthscope.sweep.cost.hardware import choose_precision
+from depthscope.sweep.cost.plan import ROOM
 from depthscope.sweep.trainer_fields import trainer_fields
+from depthscope.wording.messages import counted
 
 __all__ = ["Recipe", "recipe"]
 

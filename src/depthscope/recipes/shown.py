@@ -6,10 +6,10 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
-from depthscope.glossary import format_count
 from depthscope.recipes.evidence import STUDY, Evidence, Finding
 from depthscope.recipes.request import GB
 from depthscope.recipes.rule import Recipe
+from depthscope.report.terms import format_count
 
 __all__ = ["print_recipe", "recipe_markdown"]
 

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from depthscope.files import write_together
+from depthscope.files.atomic import write_together
 from depthscope.recipes.rule import Recipe
 
 __all__ = ["write_recipe"]

@@ -14,10 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from depthscope.anatomy import LayerStack
-from depthscope.corpus import Blocks
+from depthscope.layers.stack import LayerStack
+from depthscope.layers.tracing import output_embeddings
 from depthscope.settings import Settings
-from depthscope.tracing import output_embeddings
+from depthscope.text.blocks import Blocks
 
 Array = np.ndarray
 Sums = Mapping[str, Array]

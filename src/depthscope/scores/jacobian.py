@@ -27,8 +27,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from depthscope.anatomy import LayerStack
-from depthscope.modes import frozen
+from depthscope.layers.modes import frozen
+from depthscope.layers.stack import LayerStack
 from depthscope.scores.base import Array, Batch, Explanation, Score, Sums, Values, mean, ratio
 from depthscope.scores.jackknife import jackknife
 from depthscope.settings import Settings

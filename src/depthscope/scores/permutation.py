@@ -17,7 +17,7 @@ from itertools import combinations
 import numpy as np
 import torch
 
-from depthscope.anatomy import LayerStack
+from depthscope.layers.stack import LayerStack
 from depthscope.scores.base import (
     Array,
     Batch,

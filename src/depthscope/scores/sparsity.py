@@ -1,19 +1,22 @@
-"""Weight, attention and expert sparsity of each layer as scores of an analysis; `depthscope.sparsity` defines them."""
+"""Weight, attention and expert sparsity of each layer as scores of an analysis.
+
+The functions behind them stand in `weight_sparsity`, `attention_sparsity` and `expert_load`.
+"""
 
 from collections.abc import Callable
 
 import numpy as np
 import torch
 
-from depthscope.anatomy import LayerStack
+from depthscope.layers.acting_weights import NoWeightsError, adapters_in
+from depthscope.layers.routers import Router
+from depthscope.layers.stack import LayerStack
+from depthscope.report.summary import ranges
+from depthscope.scores.attention_sparsity import ATTENTION_METRICS, AttentionProbe, probing_attention
 from depthscope.scores.base import Array, Batch, Explanation, Score, Sums, Values, mean, ratio
+from depthscope.scores.expert_load import EXPERT_METRICS, find_routers, router_sums, router_values
+from depthscope.scores.weight_sparsity import WEIGHT_METRICS, weight_sparsity
 from depthscope.settings import Settings
-from depthscope.sparsity.acting import NoWeightsError, adapters_in
-from depthscope.sparsity.attention import ATTENTION_METRICS, AttentionProbe, probing_attention
-from depthscope.sparsity.experts import EXPERT_METRICS, find_routers, router_sums, router_values
-from depthscope.sparsity.routers import Router
-from depthscope.sparsity.weights import WEIGHT_METRICS, weight_sparsity
-from depthscope.summary import ranges
 
 
 class WeightSparsity(Score):

@@ -17,8 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from depthscope.anatomy import LayerStack
-from depthscope.corpus import Blocks
+from depthscope.layers.least_squares import Fit, LeastSquares
+from depthscope.layers.stack import LayerStack
+from depthscope.layers.stand_ins import AffineMap
 from depthscope.scores.base import (
     Batch,
     Explanation,
@@ -31,8 +32,7 @@ from depthscope.scores.base import (
     mean,
     ratio,
 )
-from depthscope.scores.least_squares import Fit, LeastSquares
-from depthscope.standins import AffineMap
+from depthscope.text.blocks import Blocks
 
 # The sums of a fit take 16 d^2 bytes a layer; more layers than fit in here take another pass.
 ACCUMULATOR_BYTES = 2 << 30

@@ -13,9 +13,9 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
-from depthscope.files import write_atomically
+from depthscope.files.atomic import write_atomically
+from depthscope.files.checksums import checksums, damaged_file, is_whole, sealed
 from depthscope.processes import Processes
-from depthscope.sweep.checksums import checksums, damaged_file, is_whole, sealed
 
 __all__ = ["COMPLETE", "mark_complete", "remove_checkpoints", "unreadable_file", "usable_checkpoint"]
 

@@ -33,19 +33,19 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from depthscope.corpus import Blocks
-from depthscope.documents import Source
+from depthscope.console.quiet import quiet
 from depthscope.errors import CorpusError, SettingsError, SweepError
-from depthscope.files import write_atomically
-from depthscope.messages import one_line
-from depthscope.quiet import quiet
-from depthscope.sources import find_source
-from depthscope.sweep.checksums import checksum, damaged_file, sealed
+from depthscope.files.atomic import write_atomically
+from depthscope.files.checksums import checksum, damaged_file, sealed
 from depthscope.sweep.grid import Grid, digest
 from depthscope.sweep.recorded import Tokens, read_record
 from depthscope.sweep.specification import Sweep, Text
 from depthscope.sweep.token_stream import HELD_OUT, SPLIT, TRAIN, CannotGoOn, TokenStream, begin, left_behind
-from depthscope.sweep.yaml_lines import Path_
+from depthscope.sweep.yaml_source import Path_
+from depthscope.text.blocks import Blocks
+from depthscope.text.documents import Source
+from depthscope.text.sources import find_source
+from depthscope.wording.messages import one_line
 
 __all__ = ["Corpus", "Sequences", "open_corpus", "prepare_corpus", "require_text"]
 

@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from depthscope.errors import SpecificationError
-from depthscope.sweep.yaml_lines import Path_, Where, YamlFile, read_yaml
+from depthscope.sweep.yaml_source import Path_, Where, YamlFile, read_yaml
 
 __all__ = ["LONGEST_SWEEP_NAME", "has_relative_paths", "over", "preset_names", "read_extended"]
 
 REPLACED = frozenset({"grid", "seeds"})
 MOST_EXTENDED = 8
-LONGEST_SWEEP_NAME = 200  # `depthscope.sweep.results` reads no more
+LONGEST_SWEEP_NAME = 200  # `depthscope.sweep.report.results` reads no more
 # The fields of a model that a preset decides, whether it says them or leaves them to their defaults.
 SHAPE = frozenset(
     {

@@ -22,10 +22,10 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from depthscope.messages import one_line
 from depthscope.models import PRESETS, DepthLMConfig, model_size
 from depthscope.sweep.specification import MOST_POINTS, NAME_PATTERN, Sweep, Training
-from depthscope.sweep.yaml_lines import Path_
+from depthscope.sweep.yaml_source import Path_
+from depthscope.wording.messages import one_line
 
 __all__ = ["Family", "Grid", "Point", "expand"]
 
@@ -53,7 +53,7 @@ DECIDED = frozenset({"vocab_size", "max_position_embeddings", "bos_token_id", "e
 NO_SETTING = frozenset({*PreTrainedConfig.__dataclass_fields__, "use_cache", "pretraining_tp", "output_router_logits"})
 OF_MODEL = tuple(name for name in DepthLMConfig.__dataclass_fields__ if name not in NO_SETTING | DECIDED)
 MOST_LAYERS = 10_000
-MOST_FAMILIES = 1000  # `depthscope.sweep.results` reads no more
+MOST_FAMILIES = 1000  # `depthscope.sweep.report.results` reads no more
 
 
 @dataclass(frozen=True)

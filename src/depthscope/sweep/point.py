@@ -9,7 +9,7 @@
     OUT/points/<point>/layer_stats.jsonl      the variance of every layer over training, and what else is tracked
     OUT/points/<point>/layer_report.json      the scores of the trained model on held-out text
     OUT/points/<point>/untrained_report.json  the same before training: the control
-    OUT/points/<point>/checksums.json         of the model, logs and reports (`depthscope.sweep.finished_files`)
+    OUT/points/<point>/checksums.json         of the model, logs and reports (`depthscope.runs.finished_files`)
     OUT/points/<point>/result.json            status and held-out loss; written last
 
 Whatever exists and is whole is finished: a point that was interrupted goes on from its last checkpoint or measurement.
@@ -40,26 +40,26 @@ from transformers import (
     set_seed,
 )
 
-from depthscope.analysis import analyze_blocks
+from depthscope.analysis.analyze import analyze_blocks
 from depthscope.callbacks import EffectivenessCallback, SparsityCallback, VarianceCallback
-from depthscope.callbacks.history import FILE as HISTORY_FILE
+from depthscope.console.quiet import quiet
 from depthscope.errors import NonFiniteError, ReportError, SweepError
-from depthscope.facts import model_facts
-from depthscope.files import write_atomically
+from depthscope.files.atomic import write_atomically
+from depthscope.files.checksums import checksum, checksums, damaged_file, sealed
+from depthscope.layers.facts import model_facts
+from depthscope.layers.modes import evaluating
 from depthscope.models import DepthLMConfig, DepthLMForCausalLM, model_size
-from depthscope.modes import evaluating
 from depthscope.processes import Processes
-from depthscope.quiet import quiet
-from depthscope.report import LayerReport
+from depthscope.report.report import LayerReport
+from depthscope.runs.finished_files import keep_checksums, known_checksums, report_checksum
+from depthscope.runs.history import FILE as HISTORY_FILE
 from depthscope.scores.base import Values, block_losses
 from depthscope.scores.jackknife import values_with_errors
 from depthscope.settings import Settings
 from depthscope.sweep.checkpoints import mark_complete, remove_checkpoints, unreadable_file, usable_checkpoint
-from depthscope.sweep.checksums import checksum, checksums, damaged_file, sealed
+from depthscope.sweep.cost.hardware import choose_attention, choose_precision
 from depthscope.sweep.data import Corpus, Sequences
-from depthscope.sweep.finished_files import keep_checksums, known_checksums, report_checksum
 from depthscope.sweep.grid import Point
-from depthscope.sweep.hardware import choose_attention, choose_precision
 from depthscope.sweep.recorded import read_record, settings_of
 from depthscope.sweep.specification import Specification
 from depthscope.sweep.trainer_fields import trainer_fields

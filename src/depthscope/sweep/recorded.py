@@ -15,9 +15,9 @@ from huggingface_hub.errors import StrictDataclassError
 from pydantic import BaseModel, ConfigDict
 
 from depthscope.errors import ReportError, SweepError
-from depthscope.files import read_text
-from depthscope.strict_json import parse
-from depthscope.sweep.checksums import is_whole
+from depthscope.files.atomic import read_text
+from depthscope.files.checksums import is_whole
+from depthscope.files.strict_json import parse
 from depthscope.sweep.grid import ANY_VOCABULARY, Grid, Point
 from depthscope.sweep.specification import Data, Scoring, Specification, Tokenizer, Training
 

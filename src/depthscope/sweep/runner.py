@@ -4,7 +4,7 @@
     OUT/sweep.json     the points and families, for those who read the results
     OUT/data/          the tokens (`depthscope.sweep.data`)
     OUT/points/        one folder a point (`depthscope.sweep.point`)
-    OUT/report/        tables and the page (`depthscope.sweep.page`)
+    OUT/report/        tables and the page (`depthscope.sweep.report.page`)
 
 Whatever is finished is skipped. A point that fails is recorded and the sweep goes on; it is tried again next time. What
 was measured with other settings is measured anew from the trained model; what was trained with others is refused. What
@@ -26,12 +26,11 @@ import yaml
 from filelock import FileLock, Timeout
 
 from depthscope.errors import SweepError
-from depthscope.files import remove_leftovers, write_atomically
-from depthscope.messages import listed, one_line
+from depthscope.files.atomic import remove_leftovers, write_atomically
 from depthscope.processes import Processes
+from depthscope.sweep.cost.requirements import require_what_is_needed
 from depthscope.sweep.data import Corpus, open_corpus, prepare_corpus
 from depthscope.sweep.grid import Grid, Point, expand
-from depthscope.sweep.needed_here import require_what_is_needed
 from depthscope.sweep.point import (
     DIVERGED,
     FAILED,
@@ -43,9 +42,10 @@ from depthscope.sweep.point import (
     recorded_status,
     status_if_done,
 )
+from depthscope.sweep.progress import Shown, showing_points
 from depthscope.sweep.recorded import Differences, differences, require_readable
-from depthscope.sweep.shown import Shown, showing_points
 from depthscope.sweep.specification import Specification, Sweep
+from depthscope.wording.messages import listed, one_line
 
 __all__ = ["FAILED", "Outcome", "default_folder", "describe", "run_point", "run_sweep", "select"]
 

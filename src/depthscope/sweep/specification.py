@@ -29,7 +29,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationIn
 from depthscope.errors import SettingsError, SpecificationError
 from depthscope.settings import Settings
 from depthscope.sweep.extending import LONGEST_SWEEP_NAME, has_relative_paths, over, read_extended
-from depthscope.sweep.yaml_lines import Path_, YamlFile
+from depthscope.sweep.yaml_source import Path_, YamlFile
 
 __all__ = [
     "Data",
@@ -45,7 +45,7 @@ __all__ = [
 
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 TRAINED_ENTRIES = 2048  # of a tokenizer, where the file does not say
-# What the index of a sweep may hold (`depthscope.sweep.results` reads no more).
+# What the index of a sweep may hold (`depthscope.sweep.report.results` reads no more).
 LONGEST_DESCRIPTION = 20_000
 MOST_POINTS = 10_000
 MOST_TOKENS = 2**63 - 1

@@ -18,8 +18,8 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import BaseModel, ValidationError
 
-from depthscope.files import write_atomically
-from depthscope.sweep.checksums import checksum, checksums, damaged_file, is_whole, sealed
+from depthscope.files.atomic import write_atomically
+from depthscope.files.checksums import checksum, checksums, damaged_file, is_whole, sealed
 
 __all__ = ["HELD_OUT", "SPLIT", "TRAIN", "CannotGoOn", "TokenStream", "begin", "left_behind"]
 

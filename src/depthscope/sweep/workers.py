@@ -19,7 +19,7 @@ from typing import Any
 from depthscope.sweep.data import open_corpus
 from depthscope.sweep.grid import Grid, Point
 from depthscope.sweep.point import FAILED, PointRun, status_if_done
-from depthscope.sweep.shown import Shown
+from depthscope.sweep.progress import Shown
 from depthscope.sweep.specification import Specification
 
 __all__ = ["costliest_first", "run_in_workers"]

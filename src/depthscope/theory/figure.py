@@ -7,10 +7,10 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from depthscope.errors import ReportError, SettingsError
-from depthscope.glossary import format_number
-from depthscope.plots import BLUE, GREEN, GRID_GREY, ORANGE, TEXT_GREY, VERMILION
-from depthscope.report import LayerReport
+from depthscope.report.report import LayerReport
+from depthscope.report.terms import format_number
 from depthscope.theory.recursion import VariancePrediction
+from depthscope.views.plots.report import BLUE, GREEN, GRID_GREY, ORANGE, TEXT_GREY, VERMILION
 
 __all__ = ["EXPLANATION", "variance_theory"]
 

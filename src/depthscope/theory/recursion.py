@@ -20,13 +20,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from depthscope.anatomy import LayerStack
+from depthscope.conversion.native import to_depthlm
+from depthscope.conversion.sources import SOURCES
 from depthscope.errors import SettingsError
+from depthscope.layers.modes import evaluating
+from depthscope.layers.stack import LayerStack
 from depthscope.models.configuration_depthlm import DepthLMConfig
 from depthscope.models.modeling_depthlm import DepthLMForCausalLM
-from depthscope.models.native import to_depthlm
-from depthscope.models.native_sources import SOURCES
-from depthscope.modes import evaluating
 from depthscope.theory.gains import LayerGains, MLPGains, gains_at_initialisation, gains_of_model
 from depthscope.theory.moments import (
     OVERLAPS,

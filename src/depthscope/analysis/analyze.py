@@ -1,0 +1,210 @@
+"""A model and blocks of tokens in, a `LayerReport` out: one pass over batches of blocks serves all the chosen scores.
+
+Under `torchrun` each process takes its share of the blocks; the sums that the scores keep by block are added up at the
+end, so that a report does not depend on the number of processes.
+"""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from depthscope.analysis.assemble import assemble
+from depthscope.analysis.measure import AnalysisInterrupted, measure, require_finite, total_work
+from depthscope.console.progress import Listener, showing_progress, showing_status
+from depthscope.errors import CorpusError, OutOfMemoryError, SettingsError
+from depthscope.layers.facts import model_facts, text_only_notes
+from depthscope.layers.modes import evaluating
+from depthscope.layers.stack import LayerStack
+from depthscope.layers.tracing import input_embeddings, text_config
+from depthscope.loading.load import LoadedModel, load_model, require_for_loading
+from depthscope.loading.out_of_memory import is_out_of_memory
+from depthscope.processes import Processes
+from depthscope.report.report import MAX_MAPPED_LAYERS, LayerReport
+from depthscope.scores import SCORES
+from depthscope.settings import Settings
+from depthscope.text.blocks import Blocks, load_blocks
+from depthscope.wording.messages import counted
+
+__all__ = ["AnalysisInterrupted", "analyze", "analyze_blocks", "memory_errors"]
+
+
+def analyze(
+    model: str | Path | nn.Module,
+    tokenizer: Any = None,
+    *,
+    text: Any = None,
+    dataset: Any = None,
+    column: str | None = None,
+    split: str | None = None,
+    blocks: Blocks | Tensor | None = None,
+    settings: Settings | None = None,
+    revision: str | None = None,
+    dtype: str = "auto",
+    device: str | None = None,
+    trust_remote_code: bool = False,
+    attn_implementation: str | None = None,
+    base_model: str | None = None,
+    progress: bool | Listener = True,
+    **options: Any,
+) -> LayerReport:
+    """Measure how much every layer of a causal language model contributes.
+
+    Args:
+        model: a Hub id, a folder, a `.gguf` file, a PEFT adapter folder, or a loaded model.
+        tokenizer: for a loaded model, the tokenizer that turns text into its ids; with `blocks`, it only says which
+            ids are special, and so do not count at the start of a block.
+        text: a text file, several, or a directory; by default the Python standard library's own source.
+        dataset: a `datasets` name or object instead of `text`.
+        column: the column of the dataset that holds the text; found by itself where that is clear.
+        split: the split of the dataset.
+        blocks: `Blocks`, or token ids [N, T], instead of text: the first `fit_blocks` fit linear maps, the next
+            `eval_blocks` measure. Ids are taken as they are; special tokens at the start of a block do not count.
+        settings: what to measure and how exactly; single `options` (see `Settings`) override it.
+        revision: branch, tag or commit of a Hub id.
+        dtype: "auto" (float32 on a CPU, else the checkpoint's), "float32", "bfloat16" or "float16".
+        device: where to run; None chooses, "auto" splits a large model over all devices.
+        trust_remote_code: run the code in the model's repository. Off unless you trust who wrote it.
+        attn_implementation: the implementation of attention to load a model with; None takes what its config names, or
+            transformers' default where that does not run here.
+        base_model: for an adapter whose base model has moved: its id, folder or .gguf file.
+        progress: show a progress bar on a terminal, or a function that is told instead: what is being done, and the
+            share of the work that is done.
+        **options: fields of `Settings`.
+
+    Returns:
+        The report. Losses are in nats, layers count from 0, standard errors (`..._se`) are over blocks.
+
+    Raises:
+        ModelLoadError: the model cannot be loaded.
+        NoLayerStackError: it has no plain stack of decoder layers.
+        CorpusError: the text is missing or too short.
+        SettingsError: an option has a value that is not allowed.
+        NonFiniteError: activations or losses are NaN or infinite.
+        OutOfMemoryError: the device is too small; the message says what to lower.
+    """
+    chosen = _settings(settings, options)
+    processes = Processes.here()
+    if isinstance(model, nn.Module):
+        require_for_loading(revision, base_model, attn_implementation)
+        loaded = LoadedModel(model, tokenizer, model_facts(model), text_only_notes(model))
+    else:
+        where = str(processes.device) if device is None and processes.count > 1 else device
+        with showing_status(f"Loading {model}", visible=progress is True and processes.is_main):
+            loaded = load_model(
+                model,
+                revision=revision,
+                dtype=dtype,
+                device=where,
+                trust_remote_code=trust_remote_code,
+                attn_implementation=attn_implementation,
+                base_model=base_model,
+            )
+    if blocks is None:
+        needed = chosen.fit_blocks + chosen.eval_blocks
+        blocks = load_blocks(
+            text,
+            tokenizer or loaded.require_tokenizer(),
+            num_blocks=needed,
+            block_size=chosen.block_size,
+            dataset=dataset,
+            column=column,
+            split=split,
+            bos=chosen.bos,
+        )
+    else:
+        blocks = Blocks.given(blocks, tokenizer or loaded.tokenizer)
+    chosen = chosen.with_(block_size=blocks.input_ids.shape[1])
+    report = analyze_blocks(loaded.model, blocks, chosen, facts=loaded.facts, processes=processes, progress=progress)
+    # Through JSON and back: what is returned is, to the order of its keys, what a saved report gives when it is loaded.
+    return LayerReport.from_json(report.model_copy(update={"notes": [*loaded.notes, *report.notes]}).to_json())
+
+
+def analyze_blocks(
+    model: nn.Module,
+    blocks: Blocks,
+    settings: Settings,
+    *,
+    facts: dict[str, Any],
+    processes: Processes | None = None,
+    progress: bool | Listener = True,
+) -> LayerReport:
+    """Measure a loaded model on blocks of tokens; see `analyze`."""
+    processes = processes or Processes.here()
+    with processes.together(), evaluating(model), torch.no_grad(), memory_errors(settings), ExitStack() as compiled:
+        _require_blocks(model, blocks, settings)
+        stack = LayerStack(model)
+        _require_positions(model, settings.block_size, stack.virtual_tokens)
+        _require_maps(stack, settings)
+        compiled.enter_context(stack.as_written())
+        require_finite(stack)
+        scores = {name: SCORES[name](stack, settings, settings.eval_blocks) for name in settings.scores}
+        total = total_work(stack, scores, settings) / processes.count
+        listener = progress if callable(progress) else None
+        with showing_progress(total, visible=bool(progress) and processes.is_main, listener=listener) as shown:
+            baseline = measure(stack, scores, blocks, settings, processes, shown)
+        return assemble(stack, scores, baseline, blocks, settings, facts)
+
+
+def _settings(settings: Settings | None, options: dict[str, Any]) -> Settings:
+    try:
+        return (settings or Settings()).with_(**options)
+    except TypeError as error:
+        known = ", ".join(Settings.__dataclass_fields__)
+        raise SettingsError(
+            f"{', '.join(options)}: not all of these are options of an analysis; they are {known}."
+        ) from error
+
+
+def _require_blocks(model: nn.Module, blocks: Blocks, settings: Settings) -> None:
+    """Refuse blocks that are too few, too long for the model's positions, or hold ids that it does not know."""
+    blocks.check_bos(str(settings.bos))
+    needed = settings.fit_blocks + settings.eval_blocks
+    if len(blocks) < needed:
+        were = "was" if len(blocks) == 1 else "were"
+        raise CorpusError(
+            f"{counted(len(blocks), 'block')} {were} given, but fit_blocks={settings.fit_blocks} and "
+            f"eval_blocks={settings.eval_blocks} need {needed}. Give more blocks, or lower one of the two."
+        )
+    _require_positions(model, settings.block_size)
+    if isinstance(size := getattr(input_embeddings(model), "num_embeddings", None), int):
+        blocks.check_vocabulary(size)
+
+
+def _require_maps(stack: LayerStack, settings: Settings) -> None:
+    """Refuse maps of pairs of layers that no report holds, before they are measured."""
+    maps = [name for name in ("causal", "permutation") if name in settings.scores]
+    if maps and stack.num_layers > MAX_MAPPED_LAYERS:
+        raise SettingsError(
+            f"The model has {stack.num_layers:,} layers, and a report has room for pairs of at most "
+            f"{MAX_MAPPED_LAYERS:,}: leave {' and '.join(maps)} out of the scores."
+        )
+
+
+def _require_positions(model: nn.Module, block_size: int, virtual: int = 0) -> None:
+    """Refuse blocks that are longer than the model's positions, with the virtual tokens that stand before them."""
+    positions = getattr(text_config(model), "max_position_embeddings", None)
+    if isinstance(positions, int) and 0 < positions < block_size + virtual:
+        verb = "stands" if virtual == 1 else "stand"
+        before = f" and {counted(virtual, 'virtual token')} {verb} before the text" if virtual else ""
+        raise SettingsError(
+            f"block_size is {block_size}{before}, but the model has {positions} positions; lower block_size."
+        )
+
+
+@contextmanager
+def memory_errors(settings: Settings) -> Iterator[None]:
+    """Say what to lower when the device runs out of memory."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        lower = [f"batch_size (now {settings.batch_size or 'chosen by itself'})", f"block_size ({settings.block_size})"]
+        raise OutOfMemoryError(
+            f"The device ran out of memory. Lower {' or '.join(lower)}, use a narrower dtype (bfloat16), split the "
+            'model over devices with device="auto", or leave out the jacobian score.'
+        ) from error

@@ -1,0 +1,91 @@
+"""A progress bar with the time left, weighted by the work that is really done."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.progress import (
+    BarColumn,
+    TaskProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.progress import (
+    Progress as Bar,
+)
+from rich.text import Text
+
+from depthscope.console.terminal import terminal
+
+# Is told what is being done, and the share of all the work that is done, from 0 to 1.
+Listener = Callable[[str, float], None]
+
+# The estimate looks back this far, in seconds: experiments on early layers take longer than on late ones.
+ESTIMATE_SECONDS = 120.0
+
+
+class Progress:
+    """Says what is being done and how far it is, on a bar, to a `listener`, or to nobody; it counts all the same."""
+
+    def __init__(self, total: float, bar: Bar | None, listener: Listener | None = None) -> None:
+        self.total = total
+        self.done = 0.0
+        self.stage = "starting"
+        self._bar = bar
+        self._listener = listener
+        self._task = bar.add_task(self.stage, total=total) if bar else None
+
+    def at(self, stage: str) -> None:
+        """Say what comes next."""
+        self.stage = stage
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, description=stage)
+        self._tell()
+
+    def advance(self, work: float) -> None:
+        """Count work done, in forward passes of one layer over one block."""
+        self.done += work
+        if self._bar is not None and self._task is not None:
+            self._bar.advance(self._task, work)
+        self._tell()
+
+    def _tell(self) -> None:
+        if self._listener is not None:
+            self._listener(self.stage, min(1.0, self.done / self.total) if self.total else 1.0)
+
+
+@contextmanager
+def showing_status(doing: str, *, visible: bool) -> Iterator[None]:
+    """Say on a terminal what is being done, for work whose length is not known."""
+    console = terminal(stderr=True)
+    if not visible or not console.is_terminal:
+        yield
+        return
+    with console.status(Text(f"{doing} ...")):
+        yield
+
+
+@contextmanager
+def showing_progress(total: float, *, visible: bool, listener: Listener | None = None) -> Iterator[Progress]:
+    """Show a bar on standard error while the work inside goes on; on a file or a pipe nothing is drawn.
+
+    With a `listener`, tell it instead.
+    """
+    if listener is not None:
+        yield Progress(total, None, listener)
+        return
+    console = terminal(stderr=True)
+    if not visible or not (console.is_terminal or console.is_jupyter):
+        yield Progress(total, None)
+        return
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TimeElapsedColumn(),
+        TextColumn("gone,"),
+        TimeRemainingColumn(),
+        TextColumn("left"),
+    )
+    with Bar(*columns, console=console, transient=True, speed_estimate_period=ESTIMATE_SECONDS) as bar:
+        yield Progress(total, bar)

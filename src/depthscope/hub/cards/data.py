@@ -1,0 +1,358 @@
+"""`DepthCardData`, all that a model card is made from, and its JSON.
+
+    repo_id, license, ...       where the model is published, and what its owner says of it
+    sweep, training             how it came to be
+    config, parameters          what it is
+    report, untrained           the scores of its layers, and those of the same model before training
+    evaluation, accuracies      losses and downstream accuracies, each with what it was measured on
+    losses, variances           the course of its training
+
+Every part but `repo_id` may be missing. Texts come from files of strangers: control characters in them are replaced,
+and what the Hub reads by machine (names of repositories, licence, languages) is checked here. A record holds what a
+card shows, with eight significant digits, so that it is small enough to lie beside the card.
+"""
+
+import math
+import os
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
+
+from depthscope.errors import ReportError, SettingsError
+from depthscope.files.atomic import read_text, write_atomically
+from depthscope.files.strict_json import encode, parse
+from depthscope.report.accuracy import Accuracy
+from depthscope.report.report import MAX_FLOAT, MAX_INTEGER, UNPRINTABLE, LayerReport
+from depthscope.wording.scalars import plain_scalars
+
+__all__ = [
+    "LAYER_COLUMNS",
+    "Course",
+    "DepthCardData",
+    "Evaluation",
+    "LayerCourse",
+    "Relation",
+    "SweepFacts",
+    "TrainingFacts",
+    "rounded",
+]
+
+MAX_BYTES = 32 * 2**20
+MAX_TEXT = 20_000  # characters
+MAX_DEPTH = 12
+DIGITS = 8  # significant, two more than a card shows: rounding twice must not change what it shows
+LICENSE = re.compile(r"[a-z0-9][a-z0-9.+-]{0,95}")
+LANGUAGE = re.compile(r"[a-z]{2,3}|code|multilingual")
+REVISION = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,99}")
+LINK = re.compile(r"https?://[A-Za-z0-9._~:/?#@!$&*+,;=%-]{1,500}|[A-Za-z0-9][A-Za-z0-9._/-]{0,99}")
+COLLECTION = re.compile(r"[\w.-]{1,96}/[\w.-]{1,200}", re.ASCII)
+
+# What a card shows of each layer, in the order of its table; errors and parts of the variance are drawn.
+LAYER_COLUMNS = (
+    "variance",
+    "skip_ratio",
+    "usefulness_ratio",
+    "causal",
+    "permutation",
+    "jacobian",
+    "block_influence",
+)
+
+Relation = Literal["adapter", "finetune", "merge", "quantized"]
+
+
+def _matching(pattern: re.Pattern[str], what: str) -> AfterValidator:
+    def check(value: str) -> str:
+        if not pattern.fullmatch(value):
+            raise ValueError(f"{value!r} is not {what}")
+        return value
+
+    return AfterValidator(check)
+
+
+def _repository(value: str) -> str:
+    try:
+        validate_repo_id(value)
+    except HFValidationError as error:
+        raise ValueError(str(error)) from error
+    return value
+
+
+Repository = Annotated[str, AfterValidator(_repository)]
+License = Annotated[str, _matching(LICENSE, "an identifier of a licence, such as apache-2.0, mit or other")]
+Language = Annotated[str, _matching(LANGUAGE, "a language code of two or three letters, code, or multilingual")]
+Revision = Annotated[str, _matching(REVISION, "the name of a branch")]
+Link = Annotated[str, _matching(LINK, "an address that begins with https://, or a file of the repository")]
+Collection = Annotated[str, _matching(COLLECTION, "the slug of a collection, as in namespace/title-0123456789")]
+Quantity = Annotated[float, Field(ge=-MAX_FLOAT, le=MAX_FLOAT)]
+Count = Annotated[int, Field(ge=0, le=MAX_INTEGER)]
+
+
+class _Part(BaseModel):
+    """Base of the parts of a record: immutable, and nothing unknown in it."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _plain(cls, values: Any) -> Any:
+        return plain_scalars(values)
+
+
+class SweepFacts(_Part):
+    """The sweep that the model is one point of; `varied` are the settings that the point has of its own."""
+
+    name: str
+    description: str = ""
+    point: str
+    varied: dict[str, JsonValue] = Field(default_factory=dict)
+
+
+class TrainingFacts(_Part):
+    """How the model was trained, whatever trained it; None where that is not known.
+
+    Attributes:
+        text: what it was trained on.
+        batch_tokens: tokens in an optimiser step; `batch_sequences`: sequences in one.
+        min_learning_rate: where the schedule ends, as a share of the peak.
+        seconds: that the training took; `processor`, `processes`: on what.
+    """
+
+    text: str | None = None
+    tokens: Count | None = None
+    steps: Count | None = None
+    epochs: Quantity | None = None
+    sequence_length: Count | None = None
+    batch_tokens: Count | None = None
+    batch_sequences: Count | None = None
+    optimizer: str | None = None
+    learning_rate: Quantity | None = None
+    schedule: str | None = None
+    warmup_steps: Count | None = None
+    min_learning_rate: Quantity | None = None
+    weight_decay: Quantity | None = None
+    adam_beta1: Quantity | None = None
+    adam_beta2: Quantity | None = None
+    adam_epsilon: Quantity | None = None
+    max_grad_norm: Quantity | None = None
+    precision: str | None = None
+    attention: str | None = None
+    gradient_checkpointing: bool | None = None
+    seed: int | None = None
+    processor: str | None = None
+    processes: Count | None = None
+    seconds: Quantity | None = None
+    flops: Quantity | None = None
+
+
+class Evaluation(_Part):
+    """A mean next-token loss in nats, and the text that it was measured on; `split` as the Hub knows it."""
+
+    loss: Quantity
+    standard_error: Quantity | None = None
+    text: str
+    split: str | None = None
+    tokens: Count | None = None
+    untrained_loss: Quantity | None = None
+
+
+class Course(_Part):
+    """Training losses [nats a token] at numbers of tokens or optimiser steps; null where not finite."""
+
+    unit: Literal["tokens", "steps"]
+    at: list[Count]
+    values: list[Quantity | None]
+
+
+class LayerCourse(_Part):
+    """The variance of every layer at numbers of tokens or optimiser steps: values[i][layer]."""
+
+    unit: Literal["tokens", "steps"]
+    at: list[Count]
+    values: list[list[Quantity | None]]
+
+
+class DepthCardData(_Part):
+    """All that the card of one model is made from; see the module's docstring.
+
+    Attributes:
+        name: what people call the model; the last part of `repo_id` where it is empty.
+        license: an identifier of the Hub; `license_name` and `license_link` go with "other".
+        datasets: data sets of the Hub that it was trained on.
+        base_model: what it derives from, and `base_model_relation` how.
+        native_repo: the repository of the same model in an architecture that transformers brings.
+        revisions: branches with checkpoints of the training.
+        reports_dataset: the data set with the reports of the whole sweep; `collection`: what holds all of it together.
+        config: the model's config.json.
+        adapter: whether the repository holds a PEFT adapter and not a whole model.
+        tokenizer: whether it holds a tokenizer.
+        parameters: of the whole model; `active_parameters`: those that one token meets.
+        versions: of the packages that trained it.
+    """
+
+    repo_id: Repository
+    name: str = ""
+    license: License | None = None
+    license_name: str | None = None
+    license_link: Link | None = None
+    language: list[Language] = Field(default_factory=list)
+    datasets: list[Repository] = Field(default_factory=list)
+    base_model: Repository | None = None
+    base_model_relation: Relation | None = None
+    native_repo: Repository | None = None
+    revisions: list[Revision] = Field(default_factory=list)
+    reports_dataset: Repository | None = None
+    collection: Collection | None = None
+    sweep: SweepFacts | None = None
+    training: TrainingFacts = TrainingFacts()
+    config: dict[str, JsonValue] = Field(default_factory=dict)
+    adapter: bool = False
+    tokenizer: bool = False
+    parameters: Count | None = None
+    active_parameters: Count | None = None
+    report: LayerReport | None = None
+    untrained: LayerReport | None = None
+    evaluation: Evaluation | None = None
+    accuracies: list[Accuracy] = Field(default_factory=list)
+    losses: Course | None = None
+    variances: LayerCourse | None = None
+    versions: dict[str, str] = Field(default_factory=dict)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _clean(cls, values: Any) -> Any:
+        return _cleaned(plain_scalars(values))
+
+    @model_validator(mode="after")
+    def _relation_has_a_base(self) -> "DepthCardData":
+        if self.base_model_relation is not None and self.base_model is None:
+            raise ValueError("base_model_relation says how the model derives from base_model, which is not given")
+        return self
+
+    @property
+    def title(self) -> str:
+        """What people call the model."""
+        return self.name if self.name.strip() else self.repo_id.rpartition("/")[2]
+
+    def fact(self, name: str) -> Any:
+        """One fact of the architecture: of the config, else of the report; None where neither has it."""
+        found = self.config.get(name)
+        return self.report.model.get(name) if found is None and self.report is not None else found
+
+    def whole(self, name: str) -> int | None:
+        """A fact that is a whole number above 0, None where it is none."""
+        found = self.fact(name)
+        return found if isinstance(found, int) and not isinstance(found, bool) and found > 0 else None
+
+    @property
+    def architecture(self) -> str | None:
+        """The name of the model's class."""
+        named = self.config.get("architectures")
+        first = named[0] if isinstance(named, list) and named else self.fact("architecture")
+        return first if isinstance(first, str) else None
+
+    @property
+    def num_layers(self) -> int | None:
+        """The number of layers."""
+        return self.whole("num_hidden_layers") or (len(self.report.layers) if self.report else None)
+
+    @property
+    def num_experts(self) -> int | None:
+        """The number of experts, None for a dense model."""
+        return self.whole("num_experts") or self.whole("num_local_experts")
+
+    @property
+    def grouped_queries(self) -> bool:
+        """Whether several query heads share one head of keys and values."""
+        heads, shared = self.whole("num_attention_heads"), self.whole("num_key_value_heads")
+        return heads is not None and shared is not None and shared < heads
+
+    @property
+    def is_depthlm(self) -> bool:
+        """Whether it is a DepthLM."""
+        return self.config.get("model_type") == "depthlm"
+
+    @property
+    def has_code(self) -> bool:
+        """Whether its repository carries the code of the model."""
+        return bool(self.config.get("auto_map"))
+
+    def to_json(self) -> str:
+        """The record as JSON: the same content gives the same bytes."""
+        content = self.model_dump(mode="json", exclude_defaults=True)
+        return encode(content) + "\n"
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write the record to a JSON file, whole or not at all.
+
+        Raises:
+            ReportError: the file cannot be written.
+        """
+        return write_atomically(path, self.to_json())
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> "DepthCardData":
+        """Read a record from a JSON file.
+
+        Raises:
+            ReportError: the file is missing, too large, not JSON or not a record; the message names the field.
+        """
+        content = parse(read_text(path, MAX_BYTES), repr(os.fspath(path)))
+        if not isinstance(content, dict):
+            raise ReportError(f"{os.fspath(path)!r} is not the record of a model card: it is no JSON object.")
+        try:
+            return cls.model_validate(content)
+        except ValidationError as error:
+            raise ReportError(f"{os.fspath(path)!r} is not the record of a model card: {_problem(error)}.") from error
+
+    @classmethod
+    def checked(cls, **values: Any) -> "DepthCardData":
+        """Make a record of values that people give.
+
+        Raises:
+            SettingsError: one of them is not allowed; the message names it.
+        """
+        try:
+            return cls(**values)
+        except ValidationError as error:
+            raise SettingsError(f"The model card cannot be made: {_problem(error)}.") from error
+
+
+def rounded(value: Any) -> Any:
+    """A JSON-like value with its numbers at eight significant digits, null for what is not finite."""
+    value = plain_scalars(value)
+    if isinstance(value, float):
+        return float(f"{value:.{DIGITS}g}") if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: rounded(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [rounded(item) for item in value]
+    return value
+
+
+def _cleaned(value: Any, depth: int = 0) -> Any:
+    """A copy of a JSON-like value with unprintable characters replaced; what is too deep or too long is refused."""
+    if depth > MAX_DEPTH:
+        raise ValueError(f"something is nested deeper than {MAX_DEPTH} levels")
+    if isinstance(value, str):
+        if len(value) > MAX_TEXT:
+            raise ValueError(f"a text has {len(value):,} characters, at most {MAX_TEXT:,} are allowed")
+        return UNPRINTABLE.sub("\ufffd", value)
+    if isinstance(value, dict):
+        return {_cleaned(key, depth + 1): _cleaned(item, depth + 1) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_cleaned(item, depth + 1) for item in value]
+    if isinstance(value, (_Part, Accuracy)):
+        return _cleaned(value.model_dump(), depth)
+    return value
+
+
+def _problem(error: ValidationError) -> str:
+    first = error.errors(include_url=False, include_context=False)[0]
+    where = ".".join(map(str, first["loc"]))
+    message = UNPRINTABLE.sub("\ufffd", first["msg"].removeprefix("Value error, "))[:400].rstrip(".")
+    return f"{where}: {message}" if where else message

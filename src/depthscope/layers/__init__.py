@@ -1,0 +1,1 @@
+"""The layers of any language model: found, watched, and stood in for."""

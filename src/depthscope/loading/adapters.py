@@ -1,0 +1,244 @@
+"""PEFT adapters: the base model that an adapter names, with the adapter on it."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from depthscope.errors import ModelLoadError
+from depthscope.loading.added_tokens import fit_vocabulary
+from depthscope.loading.checkpoint import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Checkpoint, folder_meant
+from depthscope.wording.messages import counted, listed, one_line
+
+if TYPE_CHECKING:
+    from depthscope.loading.load import LoadedModel
+
+__all__ = ["apply_adapter", "apply_adapter_beside", "require_adapter_weights"]
+
+# What PEFT raises for a config or weights that it cannot put on a model.
+ADAPTER_FAILURES = (
+    OSError,
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    RuntimeError,
+    ImportError,
+    AssertionError,
+)
+GIVE_IT = "Give it with --base-model (in Python: base_model=)"
+# These load further adapters, from wherever their config says.
+NESTED_KINDS = ("XLORA",)
+
+
+def apply_adapter(
+    checkpoint: Checkpoint, load_base: Callable[[str, str | None], "LoadedModel"], base_model: str | None = None
+) -> tuple[nn.Module, "LoadedModel", list[str]]:
+    """Load the base model that the adapter names and put the adapter on it.
+
+    Args:
+        checkpoint: the adapter's files.
+        load_base: loads a model, given its name and revision.
+        base_model: the base model, instead of the one that the adapter names.
+
+    Returns:
+        The model with the adapter, in evaluation mode; the base model as it was loaded; and notes for the report.
+
+    Raises:
+        ModelLoadError: PEFT, the base model or the adapter's weights are missing, or do not fit one another.
+    """
+    config = _adapter_config(checkpoint)
+    more: list[str] = []
+    if base_model is not None:
+        base = load_base(base_model, None)
+    else:
+        base, more = _named_base(checkpoint, load_base)
+    model = _put_on(checkpoint, config, base.model, base.facts["name"])
+    more += [*_unknown_settings(checkpoint, config), *_require_all_weights(checkpoint, model, base.facts["name"])]
+    return model, base, more
+
+
+def _named_base(
+    checkpoint: Checkpoint, load_base: Callable[[str, str | None], "LoadedModel"]
+) -> tuple["LoadedModel", list[str]]:
+    """The base model that an adapter names, and a note where its path counts from the adapter's folder."""
+    settings = checkpoint.read_json(ADAPTER_CONFIG)
+    name, revision = settings.get("base_model_name_or_path"), settings.get("revision")
+    if not isinstance(name, str) or not name:
+        raise ModelLoadError(
+            f"The adapter {checkpoint.name!r} does not name its base model. {GIVE_IT}, or set base_model_name_or_path "
+            f"in its {ADAPTER_CONFIG}."
+        )
+    try:
+        return load_base(name, revision if isinstance(revision, str) else None), []
+    except ModelLoadError as error:
+        meant = folder_meant(name, Path(checkpoint.location)) if checkpoint.is_local else None
+        if meant is None or Path(name).is_dir():
+            raise ModelLoadError(
+                f"The base model of the adapter {checkpoint.name!r} cannot be loaded: {error} (It is named by "
+                f"base_model_name_or_path in {ADAPTER_CONFIG}. {GIVE_IT} where it is elsewhere now.)"
+            ) from error
+    return load_base(str(meant), None), [
+        f"The base model {name!r} of the adapter is not there from the current folder; it was found from the adapter's."
+    ]
+
+
+def apply_adapter_beside(checkpoint: Checkpoint, model: nn.Module) -> tuple[nn.Module, list[str]]:
+    """Put an adapter on the model whose files it lies beside; gives the model in evaluation mode, and notes.
+
+    Raises:
+        ModelLoadError: as for [`apply_adapter`].
+    """
+    config = _adapter_config(checkpoint)
+    model = _put_on(checkpoint, config, model, checkpoint.name)
+    return model, [*_unknown_settings(checkpoint, config), *_require_all_weights(checkpoint, model, checkpoint.name)]
+
+
+def _adapter_config(checkpoint: Checkpoint) -> Any:
+    require_adapter_weights(checkpoint)
+    with _adapter_errors(checkpoint, f"{ADAPTER_CONFIG} is not valid"):
+        from peft import PeftConfig
+
+        return PeftConfig.from_pretrained(**_where(checkpoint))
+
+
+def require_adapter_weights(checkpoint: Checkpoint) -> None:
+    """Refuse an adapter without PEFT, of a kind that loads others, or whose weights are absent, pickled or damaged."""
+    try:
+        import peft  # noqa: F401
+    except ImportError as error:
+        raise ModelLoadError(
+            f"{checkpoint.name!r} is an adapter, which needs the package `peft`: pip install peft."
+        ) from error
+    if str(checkpoint.read_json(ADAPTER_CONFIG).get("peft_type")).upper() in NESTED_KINDS:
+        raise ModelLoadError(
+            f"{checkpoint.name!r} is an adapter made of other adapters (X-LoRA); give one that is not."
+        )
+    if ADAPTER_WEIGHTS in checkpoint.files:
+        _stored_keys(checkpoint)
+        return
+    if "adapter_model.bin" in checkpoint.files:
+        raise ModelLoadError(
+            f"The adapter {checkpoint.name!r} holds its weights as a pickle only (adapter_model.bin), and loading a "
+            f"pickle can run code that is hidden in it; {ADAPTER_WEIGHTS} is needed. If you trust where it comes "
+            "from, load it with PEFT once and save it again with save_pretrained."
+        )
+    raise ModelLoadError(
+        f"The adapter {checkpoint.name!r} has no weights: {ADAPTER_WEIGHTS} was expected. Fetch it again."
+    )
+
+
+def _stored_keys(checkpoint: Checkpoint) -> set[str]:
+    path = checkpoint.fetch(ADAPTER_WEIGHTS)
+    try:
+        with safe_open(path, framework="pt") as file:
+            return set(file.keys())
+    except (SafetensorError, OSError) as error:
+        raise ModelLoadError(
+            f"{ADAPTER_WEIGHTS} of {checkpoint.name!r} is damaged ({one_line(error)}) Fetch the file again."
+        ) from error
+
+
+def _stored_shapes(checkpoint: Checkpoint) -> dict[str, list[int]]:
+    with safe_open(checkpoint.fetch(ADAPTER_WEIGHTS), framework="pt") as file:
+        return {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118 (it is no dictionary)
+
+
+def _unknown_settings(checkpoint: Checkpoint, config: Any) -> list[str]:
+    """Name the settings that do something and that PEFT, which is older than the adapter, leaves out in silence."""
+    given = checkpoint.read_json(ADAPTER_CONFIG)
+    unknown = sorted(name for name, value in given.items() if value and not hasattr(config, name))
+    if not unknown:
+        return []
+    return [
+        f"{ADAPTER_CONFIG} of {checkpoint.name!r} has settings that the PEFT here does not know and left out: "
+        f"{listed(unknown)}. If they change what the adapter does, update PEFT (pip install --upgrade peft)."
+    ]
+
+
+def _put_on(checkpoint: Checkpoint, config: Any, base: nn.Module, name: str) -> nn.Module:
+    from peft import PeftModel
+
+    with _adapter_errors(checkpoint, f"it does not fit its base model {name!r}"):
+        fit_vocabulary(checkpoint.name, config, _stored_shapes(checkpoint), base)
+        model = PeftModel.from_pretrained(base, checkpoint.location, config=config, **_hub_arguments(checkpoint))
+    return model.eval()
+
+
+def _require_all_weights(checkpoint: Checkpoint, model: Any, base: str) -> list[str]:
+    """Refuse an adapter that lacks weights, which PEFT would run with fresh ones, or that has some without a place."""
+    from peft import get_peft_model_state_dict
+
+    stored, expected = _stored_keys(checkpoint), set(get_peft_model_state_dict(model, save_embedding_layers=False))
+    homeless = stored - expected - set(model.state_dict())  # whole embeddings may be stored too
+    if not expected <= stored:
+        # PEFT renames the weights of older adapters, so its own word counts.
+        result = model.load_adapter(checkpoint.location, model.active_adapter, **_hub_arguments(checkpoint))
+        if missing := result.missing_keys:
+            raise ModelLoadError(
+                f"The adapter {checkpoint.name!r} does not fit its base model {base!r}: {len(missing)} of its weights "
+                f"are missing ({listed(missing)}). Check base_model_name_or_path, or fetch the adapter again."
+            )
+        homeless = set(result.unexpected_keys)
+    homeless = homeless - _repeated(checkpoint, homeless, stored - homeless)
+    if not homeless:
+        return []
+    if not _add_nothing(checkpoint, homeless):
+        raise ModelLoadError(
+            f"The adapter {checkpoint.name!r} does not fit its base model {base!r}: {len(homeless)} of its weights "
+            f"have no place there ({listed(sorted(homeless))}), and without them it is another adapter. Check "
+            "base_model_name_or_path and target_modules."
+        )
+    return [
+        f"{counted(len(homeless), 'weight')} of the adapter {'has' if len(homeless) == 1 else 'have'} no place in its "
+        f"base model {base!r}; they are those of an untrained adapter, which adds nothing."
+    ]
+
+
+def _repeated(checkpoint: Checkpoint, names: set[str], others: set[str]) -> set[str]:
+    """Those weights that are stored once more under another name: PEFT writes embeddings twice, and tied heads."""
+    names = {name for name in names if "lora_" not in name}
+    if not names:
+        return set()
+    with safe_open(checkpoint.fetch(ADAPTER_WEIGHTS), framework="pt") as file:
+        shapes = {name: file.get_slice(name).get_shape() for name in names | others}
+        return {
+            name
+            for name in names
+            for other in others
+            if shapes[name] == shapes[other]
+            and name.rpartition(".")[2] == other.rpartition(".")[2]
+            and torch.equal(file.get_tensor(name), file.get_tensor(other))
+        }
+
+
+def _add_nothing(checkpoint: Checkpoint, names: set[str]) -> bool:
+    """Whether weights without a place are of LoRA pairs whose second matrix is zero, as it is before training."""
+    last = [name for name in names if "lora_B" in name or "lora_embedding_B" in name]
+    if not last or not all("lora_" in name for name in names) or not names <= _stored_keys(checkpoint):
+        return False
+    with safe_open(checkpoint.fetch(ADAPTER_WEIGHTS), framework="pt") as file:
+        return not any(file.get_tensor(name).any() for name in last)
+
+
+def _where(checkpoint: Checkpoint) -> dict[str, Any]:
+    return {"pretrained_model_name_or_path": checkpoint.location, **_hub_arguments(checkpoint)}
+
+
+def _hub_arguments(checkpoint: Checkpoint) -> dict[str, Any]:
+    return {} if checkpoint.is_local else {"revision": checkpoint.revision, "token": checkpoint.token}
+
+
+@contextmanager
+def _adapter_errors(checkpoint: Checkpoint, what: str) -> Iterator[None]:
+    try:
+        yield
+    except ADAPTER_FAILURES as error:
+        raise ModelLoadError(
+            f"The adapter {checkpoint.name!r} cannot be loaded: {what} ({type(error).__name__}: {one_line(error)}) "
+            "Check that adapter and base model belong together."
+        ) from error

@@ -1,0 +1,1 @@
+"""Whether a loaded model is all that its file says."""

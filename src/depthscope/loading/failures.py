@@ -1,0 +1,109 @@
+"""Why transformers could not load a model: its exceptions turned into one message for each cause.
+
+Causes are told apart by exception classes, and by looking at the files again after a failure; the wording of others'
+messages changes from version to version and decides nothing here, but for memory (`depthscope.loading.out_of_memory`).
+"""
+
+import struct
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import transformers
+from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalEntryNotFoundError, StrictDataclassError
+from safetensors import SafetensorError
+
+from depthscope.errors import ModelLoadError
+from depthscope.loading.checkpoint import CONFIG, Checkpoint, damaged_file, explain_hub_error
+from depthscope.loading.gguf.header import read_header
+from depthscope.loading.out_of_memory import is_out_of_memory
+from depthscope.wording.messages import listed, one_line
+
+__all__ = ["LOAD_FAILURES", "load_errors"]
+
+# What transformers raises for a config, weights or a tokenizer that it cannot make anything of.
+LOAD_FAILURES = (
+    OSError,
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    RuntimeError,
+    ArithmeticError,
+    AssertionError,
+    ImportError,
+    EOFError,
+    struct.error,
+    StrictDataclassError,
+    SafetensorError,
+)
+HUB_FAILURES = (HfHubHTTPError, HTTPError, LocalEntryNotFoundError, ConnectionError, TimeoutError)
+
+
+@contextmanager
+def load_errors(checkpoint: Checkpoint, part: str) -> Iterator[None]:
+    """Turn what transformers raises while it loads a `part` ("config" or "weights") into a `ModelLoadError`."""
+    try:
+        yield
+    except (MemoryError, *LOAD_FAILURES) as error:
+        if is_out_of_memory(error):
+            raise ModelLoadError(
+                f"{checkpoint.name!r} does not fit in memory. Load it as bfloat16, or split it over devices with "
+                "device auto."
+            ) from error
+        raise ModelLoadError(_explain(checkpoint, part, error)) from error
+
+
+def _explain(checkpoint: Checkpoint, part: str, error: BaseException) -> str:
+    for cause in _causes(error):
+        if isinstance(cause, HUB_FAILURES):
+            return explain_hub_error(cause, checkpoint.name, checkpoint.revision)
+    what = _unmade_weights(error) or f"{type(error).__name__}: {one_line(error)}"
+    if checkpoint.gguf_file:
+        return _explain_gguf(checkpoint, what)
+    if damaged := damaged_file(checkpoint):
+        return f"{damaged[0]} of {checkpoint.name!r} is damaged ({damaged[1]}) Fetch the file again."
+    quantization = checkpoint.read_json(CONFIG).get("quantization_config")
+    if part == "weights" and isinstance(quantization, dict):
+        return (
+            f"{checkpoint.name!r} is quantised with {quantization.get('quant_method')!r}, which cannot be loaded here "
+            f"({what}) Install what it needs, or give the model that it was made from."
+        )
+    if isinstance(error, ImportError):
+        return f"{checkpoint.name!r} needs a package that is not here ({what}) Install it and try again."
+    if part == "config":
+        return f"config.json of {checkpoint.name!r} is not valid ({what}) Mend the file, or fetch it again."
+    return f"{checkpoint.name!r} cannot be loaded ({what}) Check its config.json, and that the weights belong to it."
+
+
+def _unmade_weights(error: BaseException) -> str:
+    """Which weights could not be put together from the stored ones; transformers logs that, and raises without it."""
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        for value in frame.f_locals.values():
+            if type(value).__name__ == "LoadStateDictInfo" and (found := getattr(value, "conversion_errors", None)):
+                names = sorted(found)
+                # A traceback, its error once more, and which step it was in.
+                lines = [line.strip() for line in str(found[names[0]]).splitlines() if line.strip()]
+                reason = one_line(ValueError(lines[-2] if len(lines) > 1 else "".join(lines)))
+                which = f"{len(names)} weight{'s' * (len(names) > 1)}"
+                return f"{which} cannot be put together from what is stored: {listed(names)}. {reason}"
+    return ""
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _explain_gguf(checkpoint: Checkpoint, what: str) -> str:
+    architecture = read_header(Path(checkpoint.gguf_file or ""), checkpoint.name).architecture
+    if architecture is None:
+        return (
+            f"{checkpoint.name!r} names no architecture (general.architecture in its header). Convert the model again."
+        )
+    return (
+        f"{checkpoint.name!r} is a GGUF file of the architecture {architecture!r}, which transformers "
+        f"{transformers.__version__} cannot load ({what}) Give the original model instead."
+    )

@@ -1,0 +1,128 @@
+"""What a report shows, in a few sentences: only from the scores that are present."""
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from depthscope.report.terms import format_number, format_with_error
+
+if TYPE_CHECKING:
+    from depthscope.report.report import LayerReport
+
+__all__ = ["beginning", "effective_depth", "of_layers", "ranges", "summarize"]
+
+
+def summarize(report: "LayerReport") -> str:
+    """Say in a few lines what was measured, what is near the identity, and what is cheap or costly to drop."""
+    lines = [
+        _subject(report),
+        effective_depth(report),
+        _near_the_identity(report),
+        _cost_of_skipping(report),
+        _usefulness(report),
+        _variance(report),
+    ]
+    return "\n".join(line for line in lines if line)
+
+
+def effective_depth(report: "LayerReport") -> str:
+    """Say the effective depth as "x of L layers", by each way it was measured; empty when it was not."""
+    ways = (
+        ("effective_depth_skip", "skip_ratio", "by skipping"),
+        ("effective_depth_linear", "usefulness_ratio", "by linearising"),
+    )
+    parts: list[str] = []
+    said = ""
+    for name, score, way in ways:
+        value, error = report.scores.get(name), report.scores.get(f"{name}_se")
+        if value is not None:
+            shown = format_with_error(value, error) if error else format_number(value, 3)
+            whole = of_layers(report, score)
+            parts.append(f"{shown} {way}" if whole == said else f"{shown} {whole} {way}")
+            said = whole
+    return f"Effective depth: {', '.join(parts)}." if parts else ""
+
+
+def of_layers(report: "LayerReport", score: str) -> str:
+    """Say of how many layers a number is that was counted over those which have `score`."""
+    layers, scored = report.model["num_layers"], len(report.ranked(score))
+    if scored in (0, layers):  # 0: the report holds the number only
+        return f"of {_count(layers, 'layer')}"
+    return f"of the {_count(scored, 'layer')} with a score ({layers} in all)"
+
+
+def beginning(data: Mapping[str, Any]) -> str:
+    """Say with which special tokens every block of a text begins; empty where there are none, or it is not known."""
+    ids = data.get("bos") or []
+    shown = ", ".join(map(str, ids[:3])) + (", ..." if len(ids) > 3 else "")
+    return f"each beginning with BOS (token {shown}), which counts for nothing" if ids else ""
+
+
+def ranges(numbers: Sequence[int]) -> str:
+    """Write ascending numbers with their runs shortened, as in `3, 5-8, 12`."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 2 else ", ".join(map(str, run)) for run in runs)
+
+
+def _subject(report: "LayerReport") -> str:
+    data, size = report.data, ""
+    if "eval_blocks" in data and "block_size" in data:
+        size = f", {_count(data['eval_blocks'], 'block')} of {_count(data['block_size'], 'token')}"
+        size += f", {words}" if (words := beginning(data)) else ""
+    layers = _count(report.model["num_layers"], "layer")
+    return f"{report.model['name']}: {layers}, measured on {data['name']}{size}."
+
+
+def _near_the_identity(report: "LayerReport") -> str:
+    near = report.near_identity()
+    if near is None:
+        return ""
+    which = f": {ranges(near.layers)}" if near.layers else ""
+    return f"Near the identity ({near.criterion}): {len(near.layers)} {of_layers(report, near.score)}{which}."
+
+
+def _cost_of_skipping(report: "LayerReport") -> str:
+    ranked = report.ranked("skip_ratio")
+    if len(ranked) < 2:
+        return ""
+    shown = min(3, len(ranked) // 2)
+    cheapest = ", ".join(f"{layer} (loss ×{ratio:.4f})" for layer, ratio in ranked[:shown])
+    costliest = ", ".join(f"{layer} (loss ×{ratio:.4f})" for layer, ratio in reversed(ranked[-shown:]))
+    noun = "layer" if shown == 1 else "layers"
+    return f"Cheapest {noun} to drop, one at a time: {cheapest}. Costliest: {costliest}."
+
+
+def _usefulness(report: "LayerReport") -> str:
+    mean, share = report.scores.get("usefulness_ratio"), report.scores.get("usefulness")
+    if mean is None:
+        return ""
+    text = f"Making one layer affine multiplies the loss by {mean:.4f} on average"
+    threshold = report.settings.get("threshold")
+    if share is not None and isinstance(threshold, (int, float)):
+        counted = len(report.ranked("usefulness_ratio")) or report.model["num_layers"]
+        whole = of_layers(report, "usefulness_ratio")
+        text += f", and by more than {threshold:g} for {round(share * counted)} {whole}"
+    return f"{text}."
+
+
+def _variance(report: "LayerReport") -> str:
+    values = report.column("variance")
+    first, last = values[0], values[-1]
+    if len(values) < 2 or first is None or last is None:
+        return ""
+    text = f"Variance of the residual stream: {format_number(first, 3)} after layer 0, "
+    text += f"{format_number(last, 3)} after layer {len(values) - 1}"
+    if first:
+        text += f" (×{format_number(last / first, 3)})"
+    layer, peak = report.ranked("variance")[-1]
+    if peak > max(first, last):
+        text += f", with its peak of {format_number(peak, 3)} after layer {layer}"
+    return f"{text}."
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"

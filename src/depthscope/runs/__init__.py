@@ -1,0 +1,1 @@
+"""The folder that a training leaves behind. No torch."""

@@ -1,0 +1,1 @@
+"""What a sweep came to: tables, figures, words, a page. No torch."""

@@ -1,0 +1,273 @@
+"""The numbers that a sweep compares, each made from a point's report by one formula, all of them listed here.
+
+Layers count from 0 and there are L. `no0` leaves layer 0 out: it turns embeddings into the stream, and its score dwarfs
+the others'. `mean` and `sum` are over layers: a mean falls with depth also where the layers together do as much as
+before (dilution), which their sum shows. Each number of a report (`SCORES`) has three columns: of the trained model, of
+the same model before training (`untrained_...`), and their difference (`gain_...`, trained less untrained).
+
+Standard errors are over blocks of text. Those of means and sums over layers are their errors' mean and sum, which is
+the most that they can be: all layers are measured on the same blocks.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+from depthscope.report.report import LayerReport
+from depthscope.report.terms import GLOBAL_SCORES, LAYER_SCORES
+
+__all__ = ["COLUMNS", "LOW_THRESHOLD", "SCORES", "Number", "Numbers", "derive"]
+
+Numbers = dict[str, float | None]
+Compute = Callable[[LayerReport], float | None]
+
+LOW_THRESHOLD = 1.01  # of usefulness: at small scale 1.1 is passed by layer 0 only
+
+
+@dataclass(frozen=True)
+class Number:
+    """One derived number.
+
+    Attributes:
+        name: of its column.
+        label: for people, as short as it can be.
+        unit: "" for a pure number.
+        phrase: what it says, in one phrase.
+        formula: how it comes from a report.
+        compute: the number of a report, None where the report does not have it.
+        error: its standard error over blocks, None where it is not known.
+    """
+
+    name: str
+    label: str
+    unit: str
+    phrase: str
+    formula: str
+    compute: Compute = lambda report: None
+    error: Compute = lambda report: None
+
+
+def derive(known: Numbers, report: LayerReport | None, untrained: LayerReport | None) -> Numbers:
+    """All numbers of one point, by the names of `COLUMNS`, and `<name>_se` where the error is known.
+
+    Args:
+        known: what is in no report: sizes, and the losses over the whole held-out text with their error. The report's
+            own loss is that of fewer blocks, and so is its error.
+        report: of the trained model.
+        untrained: of the same model before training.
+    """
+    loss, before = known.get("loss"), known.get("untrained_loss")
+    numbers: Numbers = {name: known.get(name) for name in ("parameters", "active_parameters", "tokens", "flops")}
+    numbers |= {"loss": loss, "loss_se": known.get("loss_se")}
+    numbers |= {"untrained_loss": before, "gain_loss": _difference(loss, before)}
+    numbers["perplexity"] = math.exp(loss) if loss is not None and loss < 700 else None
+    numbers["perplexity_se"] = _product(numbers["perplexity"], numbers["loss_se"])
+    for score in SCORES:
+        trained, control = (None if each is None else score.compute(each) for each in (report, untrained))
+        numbers[score.name] = trained
+        numbers[f"{score.name}_se"] = None if report is None else score.error(report)
+        numbers[f"untrained_{score.name}"] = control
+        numbers[f"gain_{score.name}"] = _difference(trained, control)
+    return numbers
+
+
+# ------------------------------------------------------------------------------------------------- parts of formulas
+
+
+def _single(name: str) -> Compute:
+    return lambda report: report.scores.get(name)
+
+
+def _of_layer(name: str, layer: int) -> Compute:
+    return lambda report: report.column(name)[layer]
+
+
+def _over_layers(total: Callable[[Sequence[float]], float], name: str, first: int, less: float = 0.0) -> Compute:
+    """A mean or sum of `score - less` over the layers from `first` on that have the score."""
+
+    def compute(report: LayerReport) -> float | None:
+        values = _known(report.column(name)[first:])
+        return total([value - less for value in values]) if values else None
+
+    return compute
+
+
+def _mean(values: Sequence[float]) -> float:
+    return math.fsum(values) / len(values)
+
+
+def _growth(report: LayerReport) -> float | None:
+    values = report.column("variance")
+    growth = values[-1] / values[0] if values[0] and values[-1] is not None else math.inf
+    return growth if math.isfinite(growth) else None
+
+
+def _later_share(report: LayerReport) -> float | None:
+    values = report.column("variance")
+    return (values[-1] - values[0]) / values[-1] if values[0] is not None and values[-1] else None
+
+
+def _share_above(report: LayerReport, threshold: float) -> float | None:
+    ratios = _known(report.column("usefulness_ratio"))
+    return sum(ratio > threshold for ratio in ratios) / len(ratios) if ratios else None
+
+
+def _pairs_without_first(report: LayerReport, name: str) -> float | None:
+    """The mean of a matrix over the pairs i < j of layers from 1 on."""
+    matrix = report.pairs.get(name, [])
+    values = _known(value for i, row in enumerate(matrix) if i > 0 for value in row[i + 1 :])
+    return _mean(values) if values else None
+
+
+def _known(values: Iterable[float | None]) -> list[float]:
+    return [value for value in values if value is not None]
+
+
+def _difference(first: float | None, second: float | None) -> float | None:
+    return None if first is None or second is None else first - second
+
+
+def _product(first: float | None, second: float | None) -> float | None:
+    return None if first is None or second is None else first * second
+
+
+# ------------------------------------------------------------------------------------------------------- the numbers
+
+
+def _global(name: str, formula: str) -> Number:
+    """A number that the report itself has."""
+    term = GLOBAL_SCORES[name]
+    return Number(name, term.label, term.unit, term.phrase, formula, _single(name), _single(f"{name}_se"))
+
+
+def _over_all(prefix: str, score: str, label: str, less: float, formula: str) -> list[Number]:
+    """Mean and sum over layers of one score, with and without layer 0."""
+    made = []
+    phrase = LAYER_SCORES[score].phrase + (", less 1" if less else "")
+    for total, word in ((_mean, "mean"), (math.fsum, "sum")):
+        for first, without, where in ((0, "", "all layers"), (1, "_no0", "layers from 1 on")):
+            made.append(
+                Number(
+                    f"{prefix}_{word}{without}",
+                    f"{word} {label}" + (", no layer 0" if first else ""),
+                    LAYER_SCORES[score].unit,
+                    f"{word} over {where}: {phrase}",
+                    f"{word} of {formula} over {where}",
+                    _over_layers(total, score, first, less),
+                    _over_layers(total, f"{score}_se", first),
+                )
+            )
+    return made
+
+
+def _scores() -> list[Number]:
+    variance = LAYER_SCORES["variance"]
+    share, distance = GLOBAL_SCORES["usefulness"].phrase, LAYER_SCORES["jacobian"].phrase
+    later_share = "share of the last variance that is not there after layer 0"
+    return [
+        Number(
+            "variance_first",
+            "first variance",
+            variance.unit,
+            "variance of the residual stream after layer 0",
+            "v_0",
+            _of_layer("variance", 0),
+            _of_layer("variance_se", 0),
+        ),
+        Number(
+            "variance_last",
+            GLOBAL_SCORES["variance"].label,
+            variance.unit,
+            "variance of the residual stream after the last layer",
+            "v_(L-1)",
+            _of_layer("variance", -1),
+            _of_layer("variance_se", -1),
+        ),
+        Number(
+            "variance_growth",
+            GLOBAL_SCORES["variance_growth"].label,
+            "×",
+            GLOBAL_SCORES["variance_growth"].phrase,
+            "v_(L-1) / v_0",
+            _growth,
+            _single("variance_growth_se"),
+        ),
+        Number(
+            "variance_later_share", "share of later layers", "", later_share, "(v_(L-1) - v_0) / v_(L-1)", _later_share
+        ),
+        _global("usefulness", "share of layers with r_l above the threshold of the settings, r_l the linearise ratio"),
+        Number(
+            "usefulness_at_1.01",
+            f"usefulness at {LOW_THRESHOLD}",
+            "",
+            f"{share}, from a rise of the loss by {LOW_THRESHOLD - 1:.0%} on",
+            f"share of layers with r_l > {LOW_THRESHOLD}",
+            partial(_share_above, threshold=LOW_THRESHOLD),
+        ),
+        *_over_all("linearise_excess", "usefulness_ratio", "cost of linearising", 1.0, "r_l - 1"),
+        *_over_all("skip_excess", "skip_ratio", "cost of skipping", 1.0, "s_l - 1, s_l the skip ratio,"),
+        _global("causal", "mean of C[s, l] over pairs s < l"),
+        Number(
+            "causal_no0",
+            "causal score, no layer 0",
+            "",
+            "change of later updates when a layer is skipped, without layer 0",
+            "mean of C[s, l] over pairs 1 <= s < l",
+            partial(_pairs_without_first, name="causal"),
+            partial(_pairs_without_first, name="causal_se"),
+        ),
+        _global("permutation", "mean of P[i, j] over pairs i < j"),
+        Number(
+            "permutation_no0",
+            "permutation score, no layer 0",
+            "",
+            "change of the loss when two layers are swapped, without layer 0",
+            "mean of P[i, j] over pairs 1 <= i < j",
+            partial(_pairs_without_first, name="permutation"),
+            partial(_pairs_without_first, name="permutation_se"),
+        ),
+        *_over_all("jacobian", "jacobian", "Jacobian distance", 0.0, "D_l"),
+        Number(
+            "jacobian_first",
+            "first Jacobian distance",
+            "",
+            f"{distance}, layer 0",
+            "D_0",
+            _of_layer("jacobian", 0),
+            _of_layer("jacobian_se", 0),
+        ),
+        Number(
+            "jacobian_last",
+            "last Jacobian distance",
+            "",
+            f"{distance}, last layer",
+            "D_(L-1)",
+            _of_layer("jacobian", -1),
+            _of_layer("jacobian_se", -1),
+        ),
+        *_over_all("block_influence", "block_influence", "block influence", 0.0, "1 - cosine"),
+        _global("effective_depth_skip", "(sum e)^2 / sum e^2, e = max(s_l - 1, 0)"),
+        _global("effective_depth_linear", "(sum e)^2 / sum e^2, e = max(r_l - 1, 0)"),
+    ]
+
+
+SCORES: tuple[Number, ...] = tuple(_scores())
+
+_SIZES = (
+    Number("parameters", "parameters", "", "all parameters", "counted"),
+    Number("active_parameters", "active parameters", "", "parameters that one token meets", "counted"),
+    Number("tokens", "tokens", "", "tokens trained on", "steps x tokens a step"),
+    Number("flops", "FLOPs", "", "of forward and backward over the whole training", "FLOPs a token x tokens"),
+    Number(
+        "loss",
+        "held-out loss",
+        GLOBAL_SCORES["loss"].unit,
+        f"{GLOBAL_SCORES['loss'].phrase} on held-out text",
+        "mean over tokens of -log p",
+    ),
+    Number("perplexity", "perplexity", "", "the same as a perplexity", "exp(loss)"),
+)
+
+# Every number by the name of its column, in the order of the tables.
+COLUMNS: dict[str, Number] = {number.name: number for number in (*_SIZES, *SCORES)}

@@ -1,0 +1,209 @@
+"""The report of a sweep: its tables, and one self-contained HTML page with figures, words and what the paper reports.
+
+    DIR/report/results.csv, results.parquet     a row a point
+    DIR/report/layers.parquet                   a row a layer of each model
+    DIR/report/tables.md                        a row a variant, and what moves
+    DIR/report/sweep.html                       the page
+
+Like the other pages it asks nothing of the network, escapes what comes from files, and has no time in it.
+"""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from markupsafe import Markup
+
+from depthscope.errors import SweepError
+from depthscope.files.atomic import remove_leftovers, write_atomically
+from depthscope.sweep.report.derived import COLUMNS
+from depthscope.sweep.report.families import axis_label, lay_out, shown_value
+from depthscope.sweep.report.figures import (
+    Drawn,
+    Key,
+    course_figures,
+    layer_figures,
+    panel_key,
+    paper_panels,
+    score_panels,
+)
+from depthscope.sweep.report.paper import SOURCE
+from depthscope.sweep.report.results import Family, SweepResults, load_results
+from depthscope.sweep.report.tables import (
+    FamilyTable,
+    control_table,
+    layer_rows,
+    main_table,
+    result_rows,
+    to_csv,
+    to_markdown,
+    to_parquet,
+)
+from depthscope.sweep.report.words import family_words, noise_words, standing, titled
+from depthscope.views.page import embedded, environment, plotly_script, script_hash, source
+
+__all__ = ["render_sweep_page", "write_report"]
+
+REPORT = "report"
+# Of how points were run; seconds are left out, since they differ every time.
+ENVIRONMENT = ("processor", "processes", "threads", "precision", "attention", "python")
+MOST_VALUES = 8  # of one fact, where points differ
+
+
+@dataclass(frozen=True)
+class _Plot:
+    element: str
+    title: str
+    explanation: str
+    height: int
+    key: list[Key]
+
+
+@dataclass(frozen=True)
+class _Section:
+    """A family as the template shows it."""
+
+    element: str
+    title: str
+    words: list[str]
+    panels: list[_Plot]
+    key: list[Key]
+    paper: list[_Plot]
+    wide: list[_Plot]
+    table: FamilyTable
+    control: FamilyTable | None
+
+
+def write_report(folder: str | os.PathLike[str], out: str | os.PathLike[str] | None = None) -> list[Path]:
+    """Write tables and page of a sweep, finished or not, each file whole or not at all.
+
+    Args:
+        folder: the folder of the sweep.
+        out: where to write; `report` in the folder by default.
+
+    Returns:
+        What was written.
+
+    Raises:
+        SweepError: it is no folder of a sweep, or the report's folder cannot be made.
+        ReportError: a file cannot be written.
+    """
+    results = load_results(folder)
+    place = Path(folder) / REPORT if out is None else Path(out)
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SweepError(f"the folder {place} cannot be made: {error.strerror}. Choose another one.") from error
+    remove_leftovers(place)
+    rows = result_rows(results)
+    contents: dict[str, str | bytes] = {
+        "results.csv": to_csv(rows),
+        "results.parquet": to_parquet(rows),
+        "layers.parquet": to_parquet(layer_rows(results)),
+        "tables.md": to_markdown(results),
+        "sweep.html": render_sweep_page(results),
+    }
+    return [write_atomically(place / name, content) for name, content in contents.items()]
+
+
+def render_sweep_page(results: SweepResults) -> str:
+    """Render the page of a sweep."""
+    drawn: dict[str, Any] = {}
+    sections = [_section(results, family, f"family{index}", drawn) for index, family in enumerate(results.families)]
+    plotly_js, script = plotly_script(), source("report.js")
+    return (
+        environment()
+        .get_template("sweep.html.j2")
+        .render(
+            results=results,
+            swept=_swept(results),
+            standing=standing(results),
+            noise=noise_words(results),
+            sections=sections,
+            paper=SOURCE,
+            numbers=list(COLUMNS.values()),
+            facts=_facts(results),
+            style=Markup(source("report.css")),
+            plotly_js=Markup(plotly_js),
+            script=Markup(script),
+            script_hashes=[script_hash(plotly_js), script_hash(script)],
+            figures=embedded(drawn),
+        )
+    )
+
+
+def _section(results: SweepResults, family: Family, element: str, drawn: dict[str, Any]) -> _Section:
+    layout = lay_out(results, family)
+    control = control_table(results, family)
+    return _Section(
+        element=element,
+        title=titled(layout),
+        words=family_words(results, layout),
+        panels=_framed(score_panels(results, layout), element, drawn),
+        key=panel_key(results, layout),
+        paper=_framed(paper_panels(layout), element, drawn),
+        wide=_framed([*layer_figures(results, layout), *course_figures(results, layout)], element, drawn),
+        table=main_table(results, family),
+        control=control if len(control.headings) > control.words + 1 else None,
+    )
+
+
+def _framed(figures: list[Drawn], element: str, drawn: dict[str, Any]) -> list[_Plot]:
+    """Put figures into `drawn` by the ids of their elements, and say how the page frames them."""
+    plots = []
+    for each in figures:
+        content = each.figure.to_plotly_json()
+        identity = f"{element}-{each.name.replace('_', '-').replace('.', '')}"
+        drawn[identity] = {"data": content["data"], "layout": content["layout"]}
+        layout = content["layout"]
+        plots.append(_Plot(identity, each.title, layout["meta"], int(layout["height"]), each.key))
+    return plots
+
+
+def _swept(results: SweepResults) -> list[tuple[str, str]]:
+    """What was swept: each family with the values of its axes."""
+    rows = []
+    for family in results.families:
+        layout = lay_out(results, family)
+        parts = []
+        for axis in layout.axes:
+            values = dict.fromkeys(
+                shown_value(results.of_variant(place.variant)[0].setting(axis)) for place in layout.places
+            )
+            parts.append(f"{axis_label(axis)} {', '.join(values)}")
+        rows.append((family.name, "; ".join(parts) or ", ".join(family.variants)))
+    return rows
+
+
+def _facts(results: SweepResults) -> dict[str, dict[str, str]]:
+    """The text, and how the points were run, in words."""
+    data = {
+        "text": results.data["name"],
+        "fingerprint": results.data["fingerprint"],
+        "vocabulary": f"{results.data['vocab_size']:,}",
+        "blocks of": f"{results.block_size:,} tokens",
+        "seeds": ", ".join(map(str, results.seeds)),
+        "usefulness above": _several([f"{threshold:g}" for threshold in results.thresholds]),
+        "tokens a model": _several([f"{point.tokens:,}" for point in results.points if point.finished]),
+    }
+    environments = [point.environment for point in results.points]
+    run = {name: _several([_word(each.get(name)) for each in environments]) for name in ENVIRONMENT}
+    versions = [each["versions"] for each in environments if isinstance(each.get("versions"), dict)]
+    packages = list(dict.fromkeys(name for each in versions for name in each))[:20]
+    return {
+        "Text": {name: value for name, value in data.items() if value},
+        "How it was run": {name: value for name, value in run.items() if value},
+        "Versions": {name[:40]: _several([_word(each.get(name)) for each in versions]) for name in packages},
+    }
+
+
+def _several(values: list[str]) -> str:
+    """The different values, few of them."""
+    distinct = [value for value in dict.fromkeys(values) if value]
+    more = f" and {len(distinct) - MOST_VALUES} more" if len(distinct) > MOST_VALUES else ""
+    return ", ".join(distinct[:MOST_VALUES]) + more
+
+
+def _word(value: Any) -> str:
+    return "" if value is None or isinstance(value, (dict, list)) else shown_value(value)

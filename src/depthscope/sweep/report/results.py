@@ -1,0 +1,411 @@
+"""What a sweep came to, read from its folder: one record a point, whatever state it is in.
+
+    load_results(DIR) -> SweepResults: its families, and for each point
+        status      finished, diverged, failed; "unfinished" where it was begun, "not run" where it was not, and
+                    "unreadable" where one of its files is damaged, with the reason
+        report      the scores of the trained model; `untrained`, those of the same model before training
+        losses      training loss over tokens; `variances`, the variance of every layer over tokens
+
+Folders come from strangers too: names are checked before they become paths, files are read up to a bound, and one
+damaged point does not hide the others.
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
+
+from depthscope.errors import ReportError, SweepError
+from depthscope.files.atomic import read_text
+from depthscope.files.checksums import checksum, is_whole
+from depthscope.files.strict_json import parse
+from depthscope.report.report import MAX_FLOAT, MAX_INTEGER, UNPRINTABLE, LayerReport
+from depthscope.runs.finished_files import known_checksums, report_checksum
+from depthscope.runs.history import FILE as HISTORY_FILE
+from depthscope.runs.history import read_history
+from depthscope.sweep.report.derived import Numbers, derive
+from depthscope.sweep.specification import NAME_PATTERN
+from depthscope.wording.messages import one_line
+
+__all__ = ["STATUSES", "Curve", "Family", "PointResult", "SweepResults", "load_results"]
+
+SCHEMA_VERSION = 1
+FINISHED, DIVERGED, FAILED = "finished", "diverged", "failed"
+UNREADABLE, UNFINISHED, NOT_RUN = "unreadable", "unfinished", "not run"
+STATUSES = (FINISHED, DIVERGED, FAILED, UNREADABLE, UNFINISHED, NOT_RUN)
+
+MAX_INDEX_BYTES = 32 * 2**20
+MAX_FILE_BYTES = 64 * 2**20  # of one log or history
+MAX_POINTS = 10_000
+MAX_REASON = 300
+LOG = "log.jsonl"
+TRAINED_REPORT, UNTRAINED_REPORT = "layer_report.json", "untrained_report.json"
+
+Name = Annotated[str, Field(pattern=NAME_PATTERN, max_length=200)]
+Words = Annotated[str, Field(max_length=20_000)]
+Quantity = Annotated[float, Field(ge=-MAX_FLOAT, le=MAX_FLOAT)]
+Count = Annotated[int, Field(ge=0, le=MAX_INTEGER)]
+Validated = TypeVar("Validated", bound="_Loose")
+
+
+class _Loose(BaseModel):
+    """What is read of a file: what is known is checked, what is not known is left out."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True, allow_inf_nan=False)
+
+
+class Family(_Loose):
+    """One entry of the grid: its variants in order, and the settings that take more than one value in it."""
+
+    name: Name
+    variants: list[Name] = Field(min_length=1)
+    axes: list[Words]
+
+
+class _Data(_Loose):
+    name: Words
+    fingerprint: Words
+    vocab_size: int
+
+
+class _Training(_Loose):
+    tokens: int = Field(ge=1, le=MAX_INTEGER)
+    batch_tokens: int = Field(ge=1, le=MAX_INTEGER)
+
+
+class _Point(_Loose):
+    point: Name
+    variant: Name
+    seed: int = Field(ge=-MAX_INTEGER, le=MAX_INTEGER)
+    settings: dict[Words, JsonValue] = Field(max_length=100)
+    model: dict[Words, JsonValue] = Field(max_length=200)
+    training: dict[Words, JsonValue] = Field(max_length=200)
+
+
+class _Index(_Loose):
+    schema_version: Literal[1]
+    name: Name
+    description: Words = ""
+    families: list[Family] = Field(min_length=1, max_length=1000)
+    points: list[_Point] = Field(min_length=1, max_length=MAX_POINTS)
+    seeds: list[int] = Field(min_length=1)
+    block_size: int
+    data: _Data
+
+
+class _Result(_Loose):
+    point: Name
+    status: Literal["finished", "diverged", "failed"]
+    error: Words = ""
+    loss: Quantity | None = None
+    loss_se: Annotated[float, Field(ge=0, le=MAX_FLOAT)] | None = None  # not in results of older versions
+    untrained_loss: Quantity | None = None
+    parameters: Count | None = None
+    active_parameters: Count | None = None
+    flops: Quantity | None = None
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Something over training: at `tokens` tokens it had `values`, one number or one a layer; None where not finite."""
+
+    tokens: list[int] = field(default_factory=list)
+    values: list[Any] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class PointResult:
+    """One trained model, or why there is none; see the module's docstring."""
+
+    name: str
+    variant: str
+    seed: int
+    settings: dict[str, Any]
+    model: dict[str, Any]
+    training: dict[str, Any]
+    status: str
+    reason: str = ""
+    result: _Result | None = None
+    report: LayerReport | None = None
+    untrained: LayerReport | None = None
+    losses: Curve = Curve()
+    variances: Curve = Curve()
+    notes: list[str] = field(default_factory=list)  # what of it is damaged, though it is finished
+    environment: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def finished(self) -> bool:
+        """Whether it was trained and measured."""
+        return self.status == FINISHED
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that it is trained on, in whole steps."""
+        return self.training["tokens"] // self.training["batch_tokens"] * self.training["batch_tokens"]
+
+    def setting(self, name: str) -> Any:
+        """The value of a setting of the model or the training, the default where nothing was said."""
+        if "expert" in name and name != "num_experts" and self.setting("num_experts") is None:
+            return None  # a dense model has none, whatever their size would be
+        for known in (self.settings, self.model, self.training):
+            if name in known:
+                return known[name]
+        from depthscope.models import DepthLMConfig  # loads torch, which the others do not need
+
+        found = DepthLMConfig.__dataclass_fields__.get(name)
+        default = None if found is None else found.default
+        if name == "num_key_value_heads" and default is None:
+            return self.setting("num_attention_heads")  # multi-head attention
+        return default if isinstance(default, (str, int, float, bool)) else None
+
+    @cached_property
+    def numbers(self) -> Numbers:
+        """Its derived numbers by name (`depthscope.sweep.report.derived`); empty where it is not finished."""
+        if not self.finished or self.result is None:
+            return {}
+        known = {name: getattr(self.result, name) for name in ("parameters", "active_parameters", "flops")}
+        losses = {name: getattr(self.result, name) for name in ("loss", "loss_se", "untrained_loss")}
+        return derive({**known, "tokens": self.tokens, **losses}, self.report, self.untrained)
+
+
+@dataclass(frozen=True)
+class SweepResults:
+    """A sweep, finished or not: points in the order of its index, families with their variants."""
+
+    name: str
+    description: str
+    families: list[Family]
+    points: list[PointResult]
+    seeds: list[int]
+    block_size: int
+    data: dict[str, Any]
+
+    def of_variant(self, variant: str) -> list[PointResult]:
+        """The points of a variant, one a seed."""
+        return self._by_variant.get(variant, [])
+
+    @cached_property
+    def _by_variant(self) -> dict[str, list[PointResult]]:
+        found: dict[str, list[PointResult]] = {}
+        for point in self.points:
+            found.setdefault(point.variant, []).append(point)
+        return found
+
+    @property
+    def is_damaged(self) -> bool:
+        """Whether something that was written of a point cannot be read or is another now."""
+        return any(point.status == UNREADABLE or point.notes for point in self.points)
+
+    def with_status(self, status: str) -> list[PointResult]:
+        """The points that have a status."""
+        return [point for point in self.points if point.status == status]
+
+    @property
+    def thresholds(self) -> list[float]:
+        """The thresholds of usefulness that the points were measured with: one, in a sweep of this program."""
+        found = {point.report.settings.get("threshold") for point in self.points if point.report is not None}
+        return sorted(float(value) for value in found if isinstance(value, (int, float)))
+
+
+def load_results(folder: str | os.PathLike[str]) -> SweepResults:
+    """Read what there is of a sweep.
+
+    Args:
+        folder: the folder that `depthscope sweep run` wrote, finished or not.
+
+    Raises:
+        SweepError: it is no folder of a sweep, or its index is damaged.
+    """
+    root = Path(folder)
+    index = _read_index(root)
+    known = {point.variant for point in index.points}
+    for family in index.families:
+        unknown = [variant for variant in family.variants if variant not in known]
+        if unknown:
+            raise SweepError(
+                f"{root / 'sweep.json'} is damaged: family {family.name} has the variant {unknown[0]}, which no point "
+                "has. Run the sweep again: depthscope sweep run writes the index anew."
+            )
+    return SweepResults(
+        name=index.name,
+        description=UNPRINTABLE.sub("\ufffd", index.description),
+        families=index.families,
+        points=[_read_point(root / "points" / point.point, point) for point in index.points],
+        seeds=index.seeds,
+        block_size=index.block_size,
+        data=index.data.model_dump(),
+    )
+
+
+def _read_index(root: Path) -> _Index:
+    path = root / "sweep.json"
+    if not path.is_file():
+        what = "a folder without sweep.json" if root.is_dir() else "no folder"
+        raise SweepError(
+            f"{root} is {what}; expected the folder that depthscope sweep run wrote, with the list of points in "
+            "sweep.json. Give that folder, or run the sweep first: depthscope sweep run FILE."
+        )
+    try:
+        return _validated(_Index, parse(read_text(path, MAX_INDEX_BYTES), str(path)), str(path))
+    except ReportError as error:
+        raise SweepError(
+            f"{one_line(error)} Expected the index of a sweep; run the sweep again, which writes it anew."
+        ) from error
+
+
+def _validated(kind: type[Validated], content: Any, source: str) -> Validated:
+    try:
+        return kind.model_validate(content)
+    except ValidationError as error:
+        problem = error.errors(include_url=False, include_context=False, include_input=False)[0]
+        where = ".".join(map(str, problem["loc"])) or "the file"
+        raise ReportError(f"{source} is not valid: {where}: {problem['msg']}") from error
+
+
+def _read_point(folder: Path, point: _Point) -> PointResult:
+    """The record of a point; what is wrong with its files becomes its status."""
+    fixed: dict[str, Any] = {
+        "name": point.point,
+        "variant": point.variant,
+        "seed": point.seed,
+        "settings": point.settings,
+        "model": point.model,
+        "training": point.training,
+    }
+    try:
+        if os.path.lexists(folder) and not folder.is_dir():
+            raise ReportError(f"{folder.name} is not the folder of a point.")
+        if os.path.lexists(folder / "point.json"):
+            _validated(_Point, _whole_json(folder / "point.json"), "point.json")
+        training = _validated(_Training, point.training, f"training of {point.point}")
+        has_result = os.path.lexists(folder / "result.json")
+        sums, notes = _checksums(folder) if has_result else ({}, [])
+        courses = _read_courses(folder, training.batch_tokens, sums)
+        courses["notes"] = [*notes, *courses["notes"]]
+        if not has_result:
+            status = UNFINISHED if folder.is_dir() else NOT_RUN
+            return PointResult(**fixed, status=status, **courses)
+        result = _validated(_Result, _whole_json(folder / "result.json"), "result.json")
+        if result.point != point.point:
+            raise ReportError(f"result.json is of another point, {result.point}")
+        if result.status != FINISHED:
+            return PointResult(**fixed, status=result.status, reason=_short(result.error), result=result, **courses)
+        return PointResult(**fixed, status=FINISHED, result=result, **_read_reports(folder, sums), **courses)
+    except ReportError as error:
+        return PointResult(**fixed, status=UNREADABLE, reason=_short(str(error).replace(str(folder) + os.sep, "")))
+
+
+def _checksums(folder: Path) -> tuple[dict[str, str], list[str]]:
+    """The checksums that were kept of the files of a point, and what is to be said of them."""
+    try:
+        return known_checksums(folder) or {}, []
+    except ReportError as error:
+        return {}, [_short(f"{error}; whether the other files are whole is not known")]
+
+
+def _read_reports(folder: Path, sums: Mapping[str, str]) -> dict[str, Any]:
+    found: dict[str, LayerReport | None] = {}
+    for key, name in (("report", TRAINED_REPORT), ("untrained", UNTRAINED_REPORT)):
+        if name == UNTRAINED_REPORT and name not in sums and not (folder / name).is_file():
+            found[key] = None
+            continue
+        found[key] = report = LayerReport.load(folder / name)
+        if sums.get(name) not in (None, report_checksum(report)):
+            raise ReportError(f"{name} is not what was measured.")
+    return found
+
+
+def _read_courses(folder: Path, batch_tokens: int, sums: Mapping[str, str]) -> dict[str, Any]:
+    """Losses, variances and environment, each empty where it is not there, and what of them is damaged."""
+    notes = []
+    environment: dict[str, Any] = {}
+    try:
+        if os.path.lexists(folder / "environment.json"):
+            environment = _whole_json(folder / "environment.json")
+    except ReportError as error:
+        notes.append(f"{one_line(error)} How the point was run is not known")
+    losses, unread_losses = _losses(folder / LOG, batch_tokens)
+    variances, unread_rows = _variances(folder / HISTORY_FILE, batch_tokens)
+    for name, unread in ((LOG, unread_losses), (HISTORY_FILE, unread_rows)):
+        if unread:
+            notes.append(f"{name} is damaged: lines of it cannot be read, and are not drawn")
+        elif name in sums and _is_other(folder / name, sums[name]):
+            notes.append(f"{name} is damaged: what is drawn of it may be wrong")
+    return {
+        "losses": losses,
+        "variances": variances,
+        "environment": environment,
+        "notes": [_short(note.replace(str(folder) + os.sep, "")) for note in notes],
+    }
+
+
+def _is_other(path: Path, expected: str) -> bool:
+    try:
+        return checksum(path) != expected
+    except OSError:
+        return True
+
+
+def _losses(path: Path, batch_tokens: int) -> tuple[Curve, int]:
+    """The losses over training, and how many lines cannot be read."""
+    curve, unread = Curve(), 0
+    for line in read_text(path, MAX_FILE_BYTES).splitlines() if path.is_file() else ():
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            unread += 1
+            continue
+        if isinstance(row, dict) and "loss" in row and _is_step(row.get("step")):
+            curve.tokens.append(row["step"] * batch_tokens)
+            curve.values.append(_number(row["loss"]))
+    return curve, unread
+
+
+def _variances(path: Path, batch_tokens: int) -> tuple[Curve, int]:
+    """The variances over training, and how many lines cannot be read."""
+    if not path.is_file():
+        return Curve(), 0
+    if path.stat().st_size > MAX_FILE_BYTES:
+        raise ReportError(f"{path.name} is larger than {MAX_FILE_BYTES / 2**20:g} MiB")
+    curve = Curve()
+    rows = read_history(path)
+    for row in rows:
+        layers = row.get("layers")
+        column = layers.get("variance") if isinstance(layers, Mapping) else None
+        if isinstance(column, list) and _is_step(row["step"]):
+            curve.tokens.append(row["step"] * batch_tokens)
+            curve.values.append([_number(value) for value in column])
+    # A last line without its end is being written, or was when the run was interrupted.
+    return curve, path.read_bytes().count(b"\n") - len(rows)
+
+
+def _whole_json(path: Path) -> Any:
+    content = parse(read_text(path, MAX_INDEX_BYTES), path.name)
+    if not isinstance(content, dict) or not is_whole(content):
+        raise ReportError(f"{path.name} is not what was written.")
+    return content
+
+
+def _is_step(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**53
+
+
+def _number(value: Any) -> float | None:
+    """A number out of a file, None where there is none that can be drawn."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return None
+    try:
+        number = float(value)
+    except OverflowError:
+        return None
+    return number if abs(number) <= MAX_FLOAT else None
+
+
+def _short(text: str) -> str:
+    clean = UNPRINTABLE.sub("\ufffd", " ".join(text.split()))
+    return clean if len(clean) <= MAX_REASON else clean[: MAX_REASON - 1] + "…"

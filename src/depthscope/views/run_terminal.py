@@ -1,0 +1,285 @@
+"""The history of a training run (`layer_stats.jsonl`) as a table in a terminal and as figures over time.
+
+The figures are those of the paper (arXiv 2603.15389): variance by layer over training, one line a layer, and the same
+as a map of layers over steps.
+"""
+
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import plotly.graph_objects as go
+from plotly.colors import sample_colorscale
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from depthscope.console.terminal import terminal
+from depthscope.errors import ReportError
+from depthscope.report.terms import LAYER_SCORES, Term, format_number
+from depthscope.runs.history import read_history
+
+__all__ = ["RunHistory", "print_run", "run_figures"]
+
+SPARKS = "▁▂▃▄▅▆▇█"
+SPARK_WIDTH = 16
+# What is shown, in this order, where a run has it; the first of each pair by a line over time.
+SHOWN = (
+    "variance",
+    "update_norm",
+    "attention_variance",
+    "mlp_variance",
+    "skip_ratio",
+    "usefulness_ratio",
+    "causal",
+    "block_influence",
+    "max_activation",
+    "weight_hoyer",
+    "weights_below_10pct",
+    "attention_context",
+    "attention_first",
+    "expert_load_max",
+    "experts_dead",
+    "router_confidence",
+)
+TERMS = {
+    "max_activation": Term("largest activation", "", "largest absolute activation after the layer", "largest"),
+    "attention_norm": Term("attention norm", "", "length of the attention's output"),
+    "mlp_norm": Term("MLP norm", "", "length of the MLP's output"),
+    "skewness": Term("skewness", "", "of the features of a token after the layer"),
+    "kurtosis": Term("kurtosis", "", "of the features of a token after the layer"),
+    "outliers": Term("outliers", "", "share of features beyond three standard deviations"),
+}
+LOGARITHMIC = ("variance", "attention_variance", "mlp_variance", "max_activation", "update_norm")
+
+
+@dataclass(frozen=True)
+class RunHistory:
+    """What the callbacks measured in one run."""
+
+    name: str
+    rows: list[dict[str, Any]]
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> "RunHistory":
+        """Read the history of a run from its output folder or its file.
+
+        Raises:
+            ReportError: there is none, or it is empty.
+        """
+        rows = read_history(path)
+        if not rows:
+            raise ReportError(f"The history in {path} is empty: no training step has been logged yet.")
+        folder = Path(path).resolve()
+        return cls(folder.name if folder.is_dir() else folder.parent.name, rows)
+
+    @property
+    def metrics(self) -> list[str]:
+        """The metrics by layer, those that are shown first."""
+        found = {metric for row in self.rows for metric in row.get("layers", {})}
+        return [name for name in SHOWN if name in found] + sorted(found - set(SHOWN))
+
+    def over_time(self, metric: str) -> tuple[list[int], list[list[float | None]]]:
+        """The steps at which a metric was measured, and its values [steps][L]."""
+        rows = [row for row in self.rows if metric in row.get("layers", {})]
+        return [row["step"] for row in rows], [row["layers"][metric] for row in rows]
+
+    def to_frame(self) -> Any:
+        """A pandas data frame, one row a step and layer, one column a metric."""
+        import pandas as pd
+
+        cells: dict[tuple[int, int], dict[str, Any]] = {}
+        for row in self.rows:
+            for metric, column in row.get("layers", {}).items():
+                for layer, value in enumerate(column):
+                    cells.setdefault((row["step"], layer), {})[metric] = value
+        return pd.DataFrame([{"step": step, "layer": layer, **cell} for (step, layer), cell in sorted(cells.items())])
+
+    @property
+    def not_finite(self) -> dict[str, int] | None:
+        """The first step and layer whose activations were NaN or infinite."""
+        return next((row["not_finite"] for row in self.rows if "not_finite" in row), None)
+
+
+def term(metric: str) -> Term:
+    """How a metric is called; what was measured on fixed blocks says so."""
+    if metric.startswith("blocks_"):
+        known = term(metric.removeprefix("blocks_"))
+        return Term(f"{known.label}, on blocks", known.unit, f"{known.phrase}, on fixed blocks")
+    return LAYER_SCORES.get(metric) or TERMS.get(metric) or Term(metric.replace("_", " "), "", "")
+
+
+def print_run(run: RunHistory, console: Console | None = None) -> None:
+    """Print the last values by layer, with the course of the variance, as many columns as there is room for."""
+    console = console or terminal()
+    steps = [row["step"] for row in run.rows]
+    parts: list[RenderableType] = [
+        Text(f"{run.name}: steps {min(steps)} to {max(steps)}, {len(run.metrics)} metrics by layer", style="bold")
+    ]
+    if run.not_finite is not None:
+        where = f"first after layer {run.not_finite['layer']}, in step {run.not_finite['step']}"
+        parts.append(Text(f"Activations were not finite: {where}.", style="bold red"))
+    parts += [Text(), _table(run, console.width), *_legend(run)]
+    console.print(Group(*parts))
+
+
+def run_figures(run: RunHistory) -> dict[str, go.Figure]:
+    """Figures by name, each with its title, and in `layout.meta` the sentence that says how to read it."""
+    figures = {}
+    for metric in run.metrics:
+        if metric not in SHOWN:
+            continue
+        steps, values = run.over_time(metric)
+        if len(steps) > 1:
+            figures[f"{metric}_over_time"] = _lines(metric, steps, values)
+        if metric == "variance" and len(steps) > 1:
+            figures["variance_map"] = _map(steps, values)
+    return figures
+
+
+def _table(run: RunHistory, width: int) -> Table:
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
+    table.add_column("layer", justify="right", no_wrap=True)
+    columns: list[list[str]] = []
+    room = width - 7
+    for metric in run.metrics:
+        if metric not in SHOWN:
+            continue
+        steps, values = run.over_time(metric)
+        heading = term(metric).heading or term(metric).label
+        layers = range(len(values[-1]))
+        last = [format_number(_float(values[-1][layer]), 3) for layer in layers]
+        sparks = [_spark([_float(row[layer]) for row in values]) for layer in layers]
+        course = metric == "variance" and len(steps) > 1
+        needed = max(len(heading), *map(len, last)) + 2 + (len(sparks[0]) + 2 if course else 0)
+        if needed > room:
+            break
+        room -= needed
+        table.add_column(heading, justify="right", no_wrap=True)
+        columns.append(last)
+        if course:
+            table.add_column("", no_wrap=True)
+            columns.append(sparks)
+    for layer, cells in enumerate(zip(*columns, strict=True)):
+        table.add_row(str(layer), *cells)
+    return table
+
+
+def _legend(run: RunHistory) -> list[RenderableType]:
+    step = max(row["step"] for row in run.rows)
+    return [Text(f"Last values (step {step}); the bars show their course from the first log to the last.", style="dim")]
+
+
+def _spark(values: Sequence[float]) -> str:
+    """A line of bars, each layer's on a scale of its own, logarithmic where it spans more than a factor of ten."""
+    every = max(1, math.ceil(len(values) / SPARK_WIDTH))
+    picked = list(values[::-1][::every][::-1])
+    known = [value for value in picked if math.isfinite(value)]
+    if not known:
+        return ""
+    low, high = min(known), max(known)
+    wide = low > 0 and high / low > 10
+
+    def height(value: float) -> str:
+        if not math.isfinite(value):
+            return " "
+        if high == low:
+            return SPARKS[0]
+        share = math.log(value / low) / math.log(high / low) if wide else (value - low) / (high - low)
+        return SPARKS[round(share * (len(SPARKS) - 1))]
+
+    return "".join(map(height, picked))
+
+
+def _lines(metric: str, steps: list[int], values: list[list[float | None]]) -> go.Figure:
+    """One line a layer over the steps, from the first layer (dark) to the last (light)."""
+    count = len(values[-1])
+    colors = sample_colorscale("Viridis", [layer / max(count - 1, 1) * 0.9 for layer in range(count)])
+    figure = go.Figure()
+    for layer in range(count):
+        figure.add_scatter(
+            x=steps,
+            y=[row[layer] for row in values],
+            mode="lines",
+            name=f"layer {layer}",
+            line={"color": colors[layer], "width": 1.6},
+            hovertemplate=f"layer {layer}, step %{{x}}: %{{y:.4g}}<extra></extra>",
+            showlegend=False,
+        )
+    # A colour bar in place of a legend of a hundred lines.
+    figure.add_scatter(
+        x=[None],
+        y=[None],
+        mode="markers",
+        marker={
+            "colorscale": "Viridis",
+            "cmin": 0,
+            "cmax": max(count - 1, 1) / 0.9,
+            "color": [0],
+            "showscale": True,
+            "colorbar": {"title": {"text": "layer"}, "thickness": 10, "outlinewidth": 0},
+        },
+        hoverinfo="skip",
+        showlegend=False,
+    )
+    known = [value for row in values for value in row if value is not None]
+    log = metric in LOGARITHMIC and known and min(known) > 0
+    figure.update_yaxes(title_text=term(metric).unit or term(metric).label, type="log" if log else "linear")
+    figure.update_xaxes(title_text="optimiser step")
+    reading = "One line a layer, dark for the first and light for the last"
+    return _finished(figure, f"{_capital(term(metric).label)} over training", f"{reading}: {term(metric).phrase}.")
+
+
+def _map(steps: list[int], values: list[list[float | None]]) -> go.Figure:
+    """The variance of every layer (rows) at every log (columns), on a logarithmic scale."""
+    logs = [
+        [math.log10(row[layer]) if row[layer] else None for row in values]  # type: ignore[arg-type]
+        for layer in range(len(values[-1]))
+    ]
+    shown = [[format_number(_float(row[layer]), 4) for row in values] for layer in range(len(values[-1]))]
+    figure = go.Figure(
+        go.Heatmap(
+            x=steps,
+            y=list(range(len(logs))),
+            z=logs,
+            text=shown,
+            colorscale="Viridis",
+            colorbar={"title": {"text": "log₁₀"}, "thickness": 10, "outlinewidth": 0},
+            hovertemplate="layer %{y}, step %{x}: variance %{text}<extra></extra>",
+        )
+    )
+    figure.update_xaxes(title_text="optimiser step")
+    figure.update_yaxes(title_text="layer")
+    explanation = "Rows are layers, columns are logs: bright where the residual stream's variance is large."
+    return _finished(figure, "Variance of every layer over training", explanation)
+
+
+def _finished(figure: go.Figure, title: str, explanation: str) -> go.Figure:
+    from depthscope.views.plots.report import GRID_GREY, TEXT_GREY, TITLE_HEIGHT
+
+    figure.update_layout(
+        template=go.layout.Template(),
+        title={"text": title, "x": 0, "xref": "paper", "y": 1, "yref": "container", "yanchor": "top", "pad": {"t": 12}},
+        title_font_size=17,
+        meta=explanation,
+        paper_bgcolor="rgba(0, 0, 0, 0)",
+        plot_bgcolor="rgba(0, 0, 0, 0)",
+        font={"family": "system-ui, sans-serif", "size": 12, "color": TEXT_GREY},
+        hovermode="closest",
+        height=380,
+        margin={"l": 62, "r": 12, "t": TITLE_HEIGHT + 20, "b": 48},
+    )
+    figure.update_xaxes(gridcolor=GRID_GREY, zeroline=False, automargin=True)
+    figure.update_yaxes(gridcolor=GRID_GREY, automargin=True)
+    return figure
+
+
+def _capital(text: str) -> str:
+    return text[:1].upper() + text[1:]
+
+
+def _float(value: float | None) -> float:
+    return float("nan") if value is None else value

@@ -1,0 +1,1 @@
+"""What people read: numbers, names and other programs' messages in words."""

@@ -20,6 +20,7 @@ from depthscope.errors import ReportError, SettingsError
 from depthscope.report.report import LayerReport
 from depthscope.settings import Settings
 from models import tiny_llama
+from permissions import without_permission
 from reports import sample_report
 from tiny_tokenizer import save_tokenizer
 
@@ -56,6 +57,40 @@ def refused(arguments: list[object], *parts: str) -> str:
     for part in parts:
         assert part in said, said
     return said
+
+
+# No permission
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "."],
+)
+def test_a_model_that_may_not_be_read_is_not_called_damaged(model: Path, tmp_path: Path, name: str) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("The layers of a model pass on a stream.\n" * 20)
+    sizes = ["--fit-blocks", "1", "--eval-blocks", "1", "--block-size", "8", "--scores", "variance"]
+    commands: list[list[object]] = [["analyze", model, "--text", text, *sizes]]
+    if not name.startswith("tokenizer"):  # which the other does without
+        commands += [["push", model, "--to", "me/it", "--dry-run", "--out", tmp_path / "out"]]
+    with without_permission(model / name):
+        for command in commands:
+            said = refused(command, "ermission denied")
+            for claim in ("damaged", "not valid", "not a whole", "etch", "o such file"):
+                assert claim not in said, said
+
+
+@pytest.mark.parametrize("mode", [0, 0o644, 0o311])
+def test_a_folder_that_may_not_be_read_is_named(tmp_path: Path, mode: int) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "layer_stats.jsonl").touch()
+    with without_permission(folder, mode):
+        refused(["analyze", folder], "'", "ermission denied")
+        refused(["analyze", tmp_path, "--text", folder], "'")
+        if mode != 0o311:  # then its files may be opened by their names
+            refused(["show", folder], str(folder), "ermission denied")
+            refused(["sweep", "report", folder], str(folder), "ermission denied")
 
 
 # No room

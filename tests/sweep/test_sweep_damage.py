@@ -29,6 +29,7 @@ from depthscope.sweep.report.words import standing
 from depthscope.sweep.runner import run_sweep
 from depthscope.sweep.specification import load_sweep
 from depthscope.sweep.token_stream import TokenStream
+from permissions import without_permission
 from sweeps import reported, weights, write_sweep
 
 POINT = "depth-L2-seed0"
@@ -346,6 +347,68 @@ def test_a_report_that_was_damaged_before_the_point_was_finished_is_measured_ane
     assert_as_undisturbed(out, undisturbed)
 
 
+@pytest.mark.parametrize("name", ["train.bin", "held_out.bin", "tokenizer/tokenizer.json", "data.json", "."])
+def test_tokens_that_may_not_be_read_are_not_called_damaged(tokenized: Path, tmp_path: Path, name: str) -> None:
+    out = Path(shutil.copytree(tokenized / "out", tmp_path / "out"))
+    with without_permission(out / "data" / name):
+        shown = depthscope(*run_command(tokenized, out))
+    assert shown.exit_code == 2, shown.output
+    assert "permission denied" in shown.output
+    assert "damaged" not in shown.output
+    assert "Delete" not in shown.output
+
+
+def test_tokenizing_that_may_not_be_read_is_not_begun_anew(tokenized: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(tokenized / "out" / "data", out / "data.part")
+    with without_permission(out / "data.part" / "data.json"):
+        assert "permission denied" in depthscope(*run_command(tokenized, out)).output
+    assert (out / "data.part" / "train.bin").is_file()
+
+
+@pytest.mark.parametrize("name", ["checkpoint-8/model.safetensors", "checkpoint-8/complete", "checkpoint-8"])
+def test_a_checkpoint_that_may_not_be_read_is_kept_and_gone_on_from_once_it_may(
+    tokenized: Path, undisturbed: Path, interrupted: Path, tmp_path: Path, name: str
+) -> None:
+    out = Path(shutil.copytree(interrupted, tmp_path / "out"))
+    with without_permission(out / "points" / POINT / name):
+        shown = depthscope(*run_command(tokenized, out))
+    assert shown.exit_code == 1, shown.output
+    assert f"{name} cannot be read" in shown.output or f"{name}/complete cannot be read" in shown.output
+    assert "damaged" not in shown.output
+    assert {"checkpoint-4", "checkpoint-8"} <= {path.name for path in (out / "points" / POINT).iterdir()}
+    assert "damaged" not in go_on(tokenized, out)
+    assert_as_undisturbed(out, undisturbed)
+
+
+@pytest.mark.parametrize(
+    "name", ["model/model.safetensors", "model/config.json", "model", "checksums.json", "layer_report.json"]
+)
+def test_what_is_finished_and_may_not_be_read_is_kept(
+    tokenized: Path, undisturbed: Path, tmp_path: Path, name: str
+) -> None:
+    out = Path(shutil.copytree(undisturbed, tmp_path / "out"))
+    point = out / "points" / POINT
+    (point / "result.json").unlink()
+    before = {path: path.read_bytes() for path in point.rglob("*") if path.is_file() and path.name != "point.json"}
+    with without_permission(point / name):
+        shown = depthscope(*run_command(tokenized, out))
+    assert shown.exit_code == 1, shown.output
+    assert "damaged" not in shown.output
+    assert {path: path.read_bytes() for path in before} == before
+
+
+def test_a_point_that_can_neither_run_nor_be_recorded_costs_the_others_nothing(
+    tokenized: Path, interrupted: Path, tmp_path: Path
+) -> None:
+    out = Path(shutil.copytree(interrupted, tmp_path / "out"))
+    with without_permission(out / "points" / POINT, 0o555):
+        shown = depthscope(*run_command(tokenized, out))
+    assert shown.exit_code == 1, shown.output
+    assert "permission denied" in shown.output
+    assert f"{POINT}: failed (1 of 1)" in shown.output
+
+
 # ----------------------------------------------------------------------------------------- results and reports
 
 
@@ -398,6 +461,27 @@ def test_damage_beside_the_scores_is_noted_and_the_scores_are_shown(
         assert [f"Damaged: {POINT}. {name} is " in line for line in standing(results)] == [False, False, True]
         assert results.points[0].numbers == whole.points[0].numbers
     assert not whole.is_damaged
+
+
+@pytest.mark.parametrize("name", ["log.jsonl", "layer_stats.jsonl", "environment.json", "checksums.json"])
+def test_what_may_not_be_read_beside_the_scores_is_no_reason_to_delete_anything(undisturbed: Path, name: str) -> None:
+    whole = load_results(undisturbed)
+    with without_permission(undisturbed / "points" / POINT / name):
+        results = load_results(undisturbed)
+    assert results.is_damaged
+    assert results.points[0].numbers == whole.points[0].numbers
+    assert f"Not read: {POINT}. " in standing(results)[-1]
+    assert "elete" not in standing(results)[-1]
+
+
+@pytest.mark.parametrize("name", ["result.json", "layer_report.json", "."])
+def test_a_point_that_may_not_be_read_is_named_and_not_to_be_deleted(undisturbed: Path, name: str) -> None:
+    with without_permission(undisturbed / "points" / POINT / name):
+        results = load_results(undisturbed)
+    assert [point.status for point in results.points] == ["unreadable", "not run"]
+    line = next(line for line in standing(results) if line.startswith(f"Unreadable: {POINT}. "))
+    assert "permission denied" in line
+    assert "elete" not in line
 
 
 def test_damage_beside_the_scores_is_on_the_page_and_in_the_exit_code(

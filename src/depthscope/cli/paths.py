@@ -168,7 +168,7 @@ def _read_with(path: Path) -> Iterator[Path]:
         from depthscope.loading.gguf.split import parts_beside
 
         yield from parts_beside(path)
-    elif (path / "adapter_config.json").is_file():
+    elif os.path.isfile(path / "adapter_config.json"):
         from depthscope.loading.checkpoint import local_base
 
         yield from filter(None, [local_base(path)])
@@ -188,7 +188,7 @@ def _refuse_input(output: _Named, source: _Named) -> None:
         return
     if _are_one(output.path, source.path, fold=False):
         overwritten = str(source.path)
-    elif output.use is not FILLS and source.path.is_dir() and (inside := _file_in(source, output)):
+    elif output.use is not FILLS and os.path.isdir(source.path) and (inside := _file_in(source, output)):
         overwritten = f"{inside}, a file that is read there"
     else:
         return

@@ -51,7 +51,7 @@ app = Program(
 
 INTERRUPTED = 130
 BAD_INPUT = 2
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
 def _print_version(wanted: bool) -> None:
@@ -91,10 +91,12 @@ def errors_for_people(after_interrupt: str = "Nothing was written.") -> Iterator
         sys.stderr.close()
         raise typer.Exit(1) from None
     except OSError as error:
-        if error.errno not in NO_ROOM:
+        if error.filename is None and error.errno not in (*NO_ROOM, errno.EIO):
             raise
         where = "the standard output" if error.filename is None else repr(os.fsdecode(error.filename))
-        _end_badly(f"cannot write {where}: {reason(error)}.")
+        done = "write" if error.filename is None or error.errno in NO_ROOM else "read or write"
+        why = "it is not there" if isinstance(error, FileNotFoundError) else reason(error)
+        _end_badly(f"cannot {done} {where}: {why}.")
 
 
 def _end_badly(message: str) -> NoReturn:

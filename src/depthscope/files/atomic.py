@@ -19,7 +19,22 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["read_text", "reason", "remove_leftovers", "require_path", "write_atomically", "write_together"]
+__all__ = [
+    "MISSING",
+    "read_text",
+    "reason",
+    "remove_leftovers",
+    "require_opens",
+    "require_path",
+    "says_nothing_of_content",
+    "write_atomically",
+    "write_together",
+]
+
+# That a file is not there. Whatever else the system says (no permission, too many open files, an error of the disk or
+# of the network that it is on) tells nothing of what is in the file, so that nothing may be thrown away for it.
+MISSING = (FileNotFoundError, IsADirectoryError, NotADirectoryError)
+
 
 REMEDIES = {
     errno.ENOSPC: "no space is left on the device; free some, or choose a path on another one",
@@ -129,6 +144,22 @@ def read_text(path: str | os.PathLike[str], max_bytes: int) -> str:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ReportError(f"{name} is not UTF-8 text (byte {error.start}), so it is not a report.") from error
+
+
+def require_opens(path: str | os.PathLike[str]) -> None:
+    """See to it that a file can be opened, before a library in Rust is given it, which calls any other file missing.
+
+    Raises:
+        OSError: as the system says it.
+    """
+    with open(path, "rb"):
+        pass
+
+
+def says_nothing_of_content(error: BaseException) -> bool:
+    """Whether an error of reading a file, or the error that it was made from, only says that it could not be read."""
+    system = error if isinstance(error, OSError) else error.__cause__
+    return isinstance(system, OSError) and not isinstance(system, MISSING)
 
 
 def remove_leftovers(folder: str | os.PathLike[str]) -> None:

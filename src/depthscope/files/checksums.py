@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from depthscope.files.atomic import MISSING
+
 __all__ = ["checksum", "checksums", "damaged_file", "is_whole", "sealed"]
 
 CHECK = "check"  # the key of a record's checksum over the rest of it
@@ -42,12 +44,16 @@ def checksums(folder: Path) -> dict[str, str]:
 
 
 def damaged_file(folder: Path, sums: Mapping[str, str]) -> str | None:
-    """The first of these files that is missing, unreadable or another than it was; None where all are whole."""
+    """The first of these files that is missing or another than it was; None where all are whole.
+
+    Raises:
+        OSError: one cannot be read, which says nothing of what is in it.
+    """
     for name, expected in sums.items():
         try:
             if checksum(folder / name) != expected:
                 return name
-        except OSError:
+        except MISSING:
             return name
     return None
 

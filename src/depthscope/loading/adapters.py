@@ -10,6 +10,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from depthscope.errors import ModelLoadError
+from depthscope.files.atomic import reason, require_opens
 from depthscope.loading.added_tokens import fit_vocabulary
 from depthscope.loading.checkpoint import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Checkpoint, folder_meant
 from depthscope.wording.messages import counted, listed, one_line
@@ -135,9 +136,13 @@ def require_adapter_weights(checkpoint: Checkpoint) -> None:
 def _stored_keys(checkpoint: Checkpoint) -> set[str]:
     path = checkpoint.fetch(ADAPTER_WEIGHTS)
     try:
+        if path is not None:
+            require_opens(path)
         with safe_open(path, framework="pt") as file:
             return set(file.keys())
-    except (SafetensorError, OSError) as error:
+    except OSError as error:
+        raise ModelLoadError(f"{ADAPTER_WEIGHTS} of {checkpoint.name!r} cannot be read: {reason(error)}.") from error
+    except SafetensorError as error:
         raise ModelLoadError(
             f"{ADAPTER_WEIGHTS} of {checkpoint.name!r} is damaged ({one_line(error)}) Fetch the file again."
         ) from error

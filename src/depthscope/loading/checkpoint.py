@@ -29,6 +29,7 @@ from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError, safe_open
 
 from depthscope.errors import ModelLoadError
+from depthscope.files.atomic import reason, require_opens
 from depthscope.loading.gguf.header import MAGIC
 from depthscope.loading.gguf.split import cut_into_pieces
 from depthscope.wording.messages import listed, one_line
@@ -112,7 +113,9 @@ class Checkpoint:
             return {}
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError) as error:
+        except OSError as error:
+            raise ModelLoadError(f"{filename} of {self.name!r} cannot be read: {reason(error)}.") from error
+        except (ValueError, RecursionError) as error:
             raise ModelLoadError(
                 f"{filename} of {self.name!r} is not valid JSON ({one_line(error)}) Mend the file, or fetch it again."
             ) from error
@@ -190,7 +193,11 @@ def require_weights(checkpoint: Checkpoint, config: dict[str, Any]) -> list[str]
 
 
 def damaged_file(checkpoint: Checkpoint) -> tuple[str, str] | None:
-    """The first safetensors file on this machine that cannot be opened, and why; None if all can."""
+    """The first safetensors file on this machine that is none inside, and why; None if all are.
+
+    Raises:
+        ModelLoadError: one cannot be opened, which says nothing of what is in it.
+    """
     if checkpoint.is_local:
         folder = Path(checkpoint.location)
     else:
@@ -200,10 +207,13 @@ def damaged_file(checkpoint: Checkpoint) -> tuple[str, str] | None:
         folder = Path(config).parent
     for path in sorted(folder.glob("*.safetensors")):
         try:
+            require_opens(path)
             with safe_open(path, framework="pt"):
                 pass
-        except (SafetensorError, OSError) as error:
+        except SafetensorError as error:
             return path.name, one_line(error)
+        except OSError as error:
+            raise ModelLoadError(f"{path.name} of {checkpoint.name!r} cannot be read: {reason(error)}.") from error
     return None
 
 

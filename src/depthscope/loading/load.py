@@ -29,6 +29,7 @@ from transformers import (
 
 from depthscope.console.quiet import quiet
 from depthscope.errors import ModelLoadError, SettingsError
+from depthscope.files.atomic import says_nothing_of_content
 from depthscope.layers.facts import model_facts, text_only_notes
 from depthscope.loading.adapters import apply_adapter, apply_adapter_beside, require_adapter_weights
 from depthscope.loading.attn_implementation import choose_attn_implementation, require_attn_implementation
@@ -402,4 +403,5 @@ def _load_tokenizer(checkpoint: Checkpoint, options: _Options) -> tuple[Any, str
             raise
         problem = error
     what = f"{type(problem).__name__}: {one_line(problem)}"
-    return None, f"The tokenizer of {name!r} cannot be read ({what}) Fetch its files again."
+    remedy = "Check the permissions of its files." if says_nothing_of_content(problem) else "Fetch its files again."
+    return None, f"The tokenizer of {name!r} cannot be read ({what}) {remedy}"

@@ -9,7 +9,7 @@ import zlib
 from pathlib import Path
 
 from depthscope.errors import ReportError
-from depthscope.files.atomic import read_text, write_atomically
+from depthscope.files.atomic import read_text, says_nothing_of_content, write_atomically
 from depthscope.files.checksums import is_whole, sealed
 from depthscope.files.strict_json import parse
 from depthscope.report.report import LayerReport
@@ -21,10 +21,16 @@ MAX_BYTES = 4 * 2**20
 
 
 def keep_checksums(folder: Path, found: dict[str, str]) -> None:
-    """Keep the checksums of files in the folder of a point, by their paths in there, beside those that are kept."""
+    """Keep the checksums of files in the folder of a point, by their paths in there, beside those that are kept.
+
+    Raises:
+        ReportError: what is kept cannot be read, or nothing can be written.
+    """
     try:
         kept = known_checksums(folder) or {}
-    except ReportError:
+    except ReportError as error:
+        if says_nothing_of_content(error):
+            raise
         kept = {}
     write_atomically(folder / FILE, json.dumps(sealed({"files": kept | found}), indent=1) + "\n")
 
@@ -33,7 +39,7 @@ def known_checksums(folder: Path) -> dict[str, str] | None:
     """The checksums of the files of a point; None where none were kept.
 
     Raises:
-        ReportError: the file that keeps them is damaged.
+        ReportError: the file that keeps them is damaged, or cannot be read.
     """
     if not (folder / FILE).exists():
         return None

@@ -1,10 +1,12 @@
 """The checkpoints that a point goes on from, if it is interrupted: the last one that is whole.
 
 A checkpoint counts once the file `complete` is in it, which is written when everything else is and holds the checksums
-of all that. One that is found to be damaged is removed, and the one before it is gone on from.
+of all that. One that is found to be damaged is removed, and the one before it is gone on from. One that cannot be read
+may be whole: it stays, and the point fails.
 """
 
 import json
+import os
 import shutil
 import zipfile
 from collections.abc import Callable
@@ -13,7 +15,8 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
-from depthscope.files.atomic import write_atomically
+from depthscope.errors import SweepError
+from depthscope.files.atomic import MISSING, reason, require_opens, says_nothing_of_content, write_atomically
 from depthscope.files.checksums import checksums, damaged_file, is_whole, sealed
 from depthscope.processes import Processes
 
@@ -37,14 +40,24 @@ def usable_checkpoint(folder: Path, processes: Processes, noted: Callable[[str],
         folder: of the point.
         processes: that train it.
         noted: is told what is damaged.
+
+    Raises:
+        SweepError: the last one cannot be read; the message says what to do.
     """
     if processes.is_main:
         usable: Path | None = None
         damaged = []
         for path in sorted(_checkpoints(folder), key=_step, reverse=True):
-            if not (path / COMPLETE).exists():  # interrupted while it was written
+            try:
+                whole, name = _is_marked(path), _damage(path) if usable is None else None
+            except OSError as error:
+                raise SweepError(
+                    f"{error.filename or path} cannot be read: {reason(error)}. Once it can be, the training goes on "
+                    f"from there; delete {path} to go on from what is before it."
+                ) from error
+            if not whole:  # interrupted while it was written
                 shutil.rmtree(path)
-            elif usable is None and (name := _damage(path)) is not None:
+            elif name is not None:
                 damaged.append(f"{path.name} is damaged ({name})")
                 shutil.rmtree(path)
             elif usable is None:
@@ -64,9 +77,15 @@ def remove_checkpoints(folder: Path) -> None:
 
 
 def unreadable_file(folder: Path) -> str | None:
-    """The first file in a folder that is cut or empty, as far as that can be seen without its checksum."""
+    """The first file in a folder that is cut or empty, as far as that can be seen without its checksum.
+
+    Raises:
+        OSError: one cannot be read, which says nothing of what is in it.
+    """
     for path in sorted(folder.rglob("*")):
         try:
+            if path.is_file():
+                require_opens(path)
             if path.suffix in (".pt", ".pth", ".bin"):
                 with zipfile.ZipFile(path) as archive:  # as torch saves; read, not unpickled
                     whole = archive.testzip() is None
@@ -77,7 +96,11 @@ def unreadable_file(folder: Path) -> str | None:
                 whole = bool(json.loads(path.read_bytes()))
             else:
                 whole = True
-        except Exception:  # whatever a damaged file makes the libraries raise
+        except MemoryError:
+            raise
+        except Exception as error:  # whatever a damaged file makes the libraries raise
+            if says_nothing_of_content(error):
+                raise
             whole = False
         if not whole:
             return path.relative_to(folder).as_posix()
@@ -92,14 +115,27 @@ def _step(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("checkpoint-"))
 
 
+def _is_marked(checkpoint: Path) -> bool:
+    """Whether everything in a checkpoint was written."""
+    try:
+        os.stat(checkpoint / COMPLETE)
+    except MISSING:
+        return False
+    return True
+
+
 def _damage(checkpoint: Path) -> str | None:
-    """What in a checkpoint is damaged or missing; None where it is whole."""
+    """What in a checkpoint is damaged or missing; None where it is whole.
+
+    Raises:
+        OSError: a file cannot be read, which says nothing of what is in it.
+    """
     try:
         said = (checkpoint / COMPLETE).read_bytes()
         if not said:  # of an older version, or emptied
             return next((part for part in PARTS if not any(checkpoint.glob(part))), None) or unreadable_file(checkpoint)
         content = json.loads(said)
         whole = isinstance(content, dict) and isinstance(content.get("files"), dict) and is_whole(content)
-    except (OSError, ValueError):
+    except (*MISSING, ValueError):
         return COMPLETE
     return damaged_file(checkpoint, content["files"]) if whole else COMPLETE

@@ -35,7 +35,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from depthscope.console.quiet import quiet
 from depthscope.errors import CorpusError, SettingsError, SweepError
-from depthscope.files.atomic import write_atomically
+from depthscope.files.atomic import reason, says_nothing_of_content, write_atomically
 from depthscope.files.checksums import checksum, damaged_file, sealed
 from depthscope.sweep.grid import Grid, digest
 from depthscope.sweep.recorded import Tokens, read_record
@@ -209,6 +209,8 @@ def open_corpus(out: Path, longest: int) -> Corpus:
             tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
         found = None if facts.vocab_size in (None, len(tokenizer)) else f"it has {len(tokenizer):,} entries"
     except Exception as error:  # whatever its files make the libraries raise
+        if says_nothing_of_content(error):
+            raise _unread(folder / "tokenizer", error) from error
         raise _damaged(folder / "tokenizer", f"it cannot be loaded ({one_line(error).rstrip('.')})") from error
     if found is not None:
         raise _damaged(folder / "tokenizer", f"{found}, expected {facts.vocab_size:,}")
@@ -249,7 +251,11 @@ def _require_whole(folder: Path, facts: _Facts) -> None:
     if both != facts.fingerprint:
         path = held_out if facts.train_fingerprint else train.with_name(f"{train.name} or {held_out.name}")
         raise _damaged(path, f"the checksum of all tokens is {both}, expected {facts.fingerprint}")
-    if facts.tokenizer is not None and (name := damaged_file(folder / "tokenizer", facts.tokenizer)) is not None:
+    try:
+        name = damaged_file(folder / "tokenizer", facts.tokenizer or {})
+    except OSError as error:
+        raise _unread(folder / "tokenizer", error) from error
+    if name is not None:
         raise _damaged(folder / "tokenizer" / name, "it is missing or another than was written")
 
 
@@ -262,9 +268,12 @@ def _damaged(path: Path, how: str) -> SweepError:
     return SweepError(f"{path} is damaged: {how}. {_remedy(folder)}")
 
 
-def _unread(path: Path, error: OSError | ValueError) -> SweepError:
-    reason = (error.strerror or str(error)) if isinstance(error, OSError) else str(error)
-    return SweepError(f"{path} cannot be read: {reason}. {_remedy(path.parent)}")
+def _unread(path: Path, error: Exception) -> SweepError:
+    """Where a file is missing, its folder is to be made anew; one that only cannot be read is not to be deleted."""
+    if isinstance(error, OSError) and says_nothing_of_content(error):
+        return SweepError(f"{error.filename or path} cannot be read: {reason(error)}.")
+    why = error.strerror or str(error) if isinstance(error, OSError) else str(error)
+    return SweepError(f"{path} cannot be read: {why}. {_remedy(path.parent)}")
 
 
 def _facts(folder: Path) -> _Facts:
@@ -299,8 +308,8 @@ def _make(sweep: Sweep, grid: Grid, part: Path, needed: Needs, made_from: str, s
         return
     try:
         stream, name = _tokenize(sweep, part, needed, made_from, said)
-    except CannotGoOn as reason:
-        said(f"{reason}, so that tokenizing begins anew")
+    except CannotGoOn as error:
+        said(f"{error}, so that tokenizing begins anew")
         shutil.rmtree(part)
         stream, name = _tokenize(sweep, part, needed, made_from, said)
     _require_enough(sweep, grid, name, stream.counts, needed)

@@ -44,7 +44,7 @@ from depthscope.analysis.analyze import analyze_blocks
 from depthscope.callbacks import EffectivenessCallback, SparsityCallback, VarianceCallback
 from depthscope.console.quiet import quiet
 from depthscope.errors import NonFiniteError, ReportError, SweepError
-from depthscope.files.atomic import write_atomically
+from depthscope.files.atomic import says_nothing_of_content, write_atomically
 from depthscope.files.checksums import checksum, checksums, damaged_file, sealed
 from depthscope.layers.facts import model_facts
 from depthscope.layers.modes import evaluating
@@ -237,6 +237,8 @@ class PointRun:
         try:
             known = known_checksums(self.folder) or {}
         except ReportError as error:
+            if says_nothing_of_content(error):
+                raise
             known = {}
             self._note(f"{error}, so that nothing can be compared with it")
         sums = {name.removeprefix(f"{MODEL}/"): value for name, value in known.items() if "/" in name}
@@ -263,8 +265,9 @@ class PointRun:
             known = (known_checksums(self.folder) or {}).get(name)
             if known in (None, report_checksum(report)):
                 return True
-        except ReportError:
-            pass  # of the report, or of the checksums: then what it should be is not known
+        except ReportError as error:  # of the report, or of the checksums: then what it should be is not known
+            if says_nothing_of_content(error):
+                raise
         self._note(f"{name} is damaged, and is measured anew")
         return False
 

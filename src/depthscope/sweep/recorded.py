@@ -15,7 +15,7 @@ from huggingface_hub.errors import StrictDataclassError
 from pydantic import BaseModel, ConfigDict
 
 from depthscope.errors import ReportError, SweepError
-from depthscope.files.atomic import read_text
+from depthscope.files.atomic import read_text, says_nothing_of_content
 from depthscope.files.checksums import is_whole
 from depthscope.files.strict_json import parse
 from depthscope.sweep.grid import ANY_VOCABULARY, Grid, Point
@@ -71,12 +71,13 @@ def read_record(path: Path, remedy: str) -> dict[str, Any]:
         remedy: what to do where it is damaged, as a sentence.
 
     Raises:
-        SweepError: it is missing or damaged; the message names it and ends with the remedy.
+        SweepError: it is missing or damaged, and the message names it and ends with the remedy; or it cannot be read.
     """
     try:
         content = parse(read_text(path, MAX_BYTES), str(path))
     except ReportError as error:
-        raise SweepError(f"{error} {remedy}") from error
+        # What only cannot be read is not to be deleted.
+        raise SweepError(str(error) if says_nothing_of_content(error) else f"{error} {remedy}") from error
     if not isinstance(content, dict):
         raise SweepError(f"{path} is damaged: it holds no settings by name. {remedy}")
     if not is_whole(content):

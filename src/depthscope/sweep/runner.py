@@ -25,7 +25,7 @@ import torch
 import yaml
 from filelock import FileLock, Timeout
 
-from depthscope.errors import SweepError
+from depthscope.errors import ReportError, SweepError
 from depthscope.files.atomic import remove_leftovers, write_atomically
 from depthscope.processes import Processes
 from depthscope.sweep.cost.requirements import require_what_is_needed
@@ -170,8 +170,12 @@ def run_point(
     except Exception as error:
         if Processes.here().count > 1:
             raise  # the other processes wait for this one
-        run.folder.mkdir(parents=True, exist_ok=True)
-        run.record_failure(f"{type(error).__name__}: {one_line(error)}")
+        what = f"{type(error).__name__}: {one_line(error)}"
+        try:
+            run.folder.mkdir(parents=True, exist_ok=True)
+            run.record_failure(what)
+        except (OSError, ReportError) as unrecorded:  # the others may have places that can be written
+            noted(f"{point.name}: {what} ({one_line(unrecorded)})")
         return FAILED
 
 

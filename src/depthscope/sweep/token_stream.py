@@ -18,7 +18,7 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import BaseModel, ValidationError
 
-from depthscope.files.atomic import write_atomically
+from depthscope.files.atomic import MISSING, write_atomically
 from depthscope.files.checksums import checksum, checksums, damaged_file, is_whole, sealed
 
 __all__ = ["HELD_OUT", "SPLIT", "TRAIN", "CannotGoOn", "TokenStream", "begin", "left_behind"]
@@ -48,16 +48,22 @@ def begin(part: Path, made_from: str) -> None:
             raise CannotGoOn(f"{state} is damaged") from error
         kept.require_whole(part)
         return
+    if os.path.lexists(part) and not part.is_dir():
+        part.unlink()
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
     write_atomically(state, _State(made_from=made_from).written())
 
 
 def left_behind(file: Path) -> dict[str, Any]:
-    """What an interrupted run left in a file; nothing where it is missing or damaged."""
+    """What an interrupted run left in a file; nothing where it is missing or damaged.
+
+    Raises:
+        OSError: it cannot be read, which is no reason to begin anew.
+    """
     try:
         left = json.loads(file.read_text())
-    except (OSError, ValueError):
+    except (*MISSING, ValueError):
         return {}
     return left if isinstance(left, dict) and is_whole(left) else {}
 

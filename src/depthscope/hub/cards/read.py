@@ -22,7 +22,7 @@ from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError, safe_open
 
 from depthscope.errors import ReportError, SettingsError
-from depthscope.files.atomic import read_text
+from depthscope.files.atomic import read_text, reason, require_opens
 from depthscope.files.strict_json import parse
 from depthscope.hub.cards.data import LAYER_COLUMNS, Course, DepthCardData, Evaluation, LayerCourse, Relation, rounded
 from depthscope.loading.checkpoint import folder_meant
@@ -379,9 +379,12 @@ def _parameters(model: Path, report: LayerReport | None) -> int | None:
     total = 0
     for path in files:
         try:
+            require_opens(path)
             with safe_open(path, framework="numpy") as weights:
                 shapes = [weights.get_slice(name).get_shape() for name in weights.keys()]  # noqa: SIM118
-        except (SafetensorError, OSError) as error:
+        except OSError as error:
+            raise ReportError(f"{str(path)!r} cannot be read: {reason(error)}.") from error
+        except SafetensorError as error:
             raise ReportError(f"{str(path)!r} is not a whole safetensors file.") from error
         for shape in shapes:
             count = 1

@@ -21,7 +21,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 
 from depthscope.errors import ReportError, SweepError
-from depthscope.files.atomic import read_text
+from depthscope.files.atomic import MISSING, read_text, reason, says_nothing_of_content
 from depthscope.files.checksums import checksum, is_whole
 from depthscope.files.strict_json import parse
 from depthscope.report.report import MAX_FLOAT, MAX_INTEGER, UNPRINTABLE, LayerReport
@@ -130,12 +130,14 @@ class PointResult:
     training: dict[str, Any]
     status: str
     reason: str = ""
+    is_unread: bool = False  # whether the reason says nothing of what is in its files, which may be whole
     result: _Result | None = None
     report: LayerReport | None = None
     untrained: LayerReport | None = None
     losses: Curve = Curve()
     variances: Curve = Curve()
     notes: list[str] = field(default_factory=list)  # what of it is damaged, though it is finished
+    unread: list[str] = field(default_factory=list)  # what of it could not be read, which may be whole
     environment: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -199,7 +201,7 @@ class SweepResults:
     @property
     def is_damaged(self) -> bool:
         """Whether something that was written of a point cannot be read or is another now."""
-        return any(point.status == UNREADABLE or point.notes for point in self.points)
+        return any(point.status == UNREADABLE or point.notes or point.unread for point in self.points)
 
     def with_status(self, status: str) -> list[PointResult]:
         """The points that have a status."""
@@ -253,6 +255,8 @@ def _read_index(root: Path) -> _Index:
     try:
         return _validated(_Index, parse(read_text(path, MAX_INDEX_BYTES), str(path)), str(path))
     except ReportError as error:
+        if says_nothing_of_content(error):
+            raise SweepError(str(error)) from error
         raise SweepError(
             f"{one_line(error)} Expected the index of a sweep; run the sweep again, which writes it anew."
         ) from error
@@ -284,9 +288,10 @@ def _read_point(folder: Path, point: _Point) -> PointResult:
             _validated(_Point, _whole_json(folder / "point.json"), "point.json")
         training = _validated(_Training, point.training, f"training of {point.point}")
         has_result = os.path.lexists(folder / "result.json")
-        sums, notes = _checksums(folder) if has_result else ({}, [])
-        courses = _read_courses(folder, training.batch_tokens, sums)
-        courses["notes"] = [*notes, *courses["notes"]]
+        notes: list[str] = []
+        unread: list[str] = []
+        sums = _checksums(folder, notes, unread) if has_result else {}
+        courses = _read_courses(folder, training.batch_tokens, sums, notes, unread)
         if not has_result:
             status = UNFINISHED if folder.is_dir() else NOT_RUN
             return PointResult(**fixed, status=status, **courses)
@@ -296,16 +301,28 @@ def _read_point(folder: Path, point: _Point) -> PointResult:
         if result.status != FINISHED:
             return PointResult(**fixed, status=result.status, reason=_short(result.error), result=result, **courses)
         return PointResult(**fixed, status=FINISHED, result=result, **_read_reports(folder, sums), **courses)
-    except ReportError as error:
-        return PointResult(**fixed, status=UNREADABLE, reason=_short(str(error).replace(str(folder) + os.sep, "")))
+    except (ReportError, OSError) as error:
+        said = f"{folder} cannot be read: {reason(error)}." if isinstance(error, OSError) else str(error)
+        return PointResult(
+            **fixed,
+            status=UNREADABLE,
+            reason=_short(said.replace(str(folder) + os.sep, "").replace(str(folder), folder.name)),
+            is_unread=says_nothing_of_content(error),
+        )
 
 
-def _checksums(folder: Path) -> tuple[dict[str, str], list[str]]:
-    """The checksums that were kept of the files of a point, and what is to be said of them."""
+def _checksums(folder: Path, notes: list[str], unread: list[str]) -> dict[str, str]:
+    """The checksums that were kept of the files of a point."""
     try:
-        return known_checksums(folder) or {}, []
+        return known_checksums(folder) or {}
     except ReportError as error:
-        return {}, [_short(f"{error}; whether the other files are whole is not known")]
+        _note(error, "Whether the other files are whole is not known", notes, unread)
+        return {}
+
+
+def _note(error: ReportError, so: str, notes: list[str], unread: list[str]) -> None:
+    """Say what could not be read and what follows, among what is damaged or what may be whole."""
+    (unread if says_nothing_of_content(error) else notes).append(f"{one_line(error)} {so}")
 
 
 def _read_reports(folder: Path, sums: Mapping[str, str]) -> dict[str, Any]:
@@ -320,19 +337,27 @@ def _read_reports(folder: Path, sums: Mapping[str, str]) -> dict[str, Any]:
     return found
 
 
-def _read_courses(folder: Path, batch_tokens: int, sums: Mapping[str, str]) -> dict[str, Any]:
-    """Losses, variances and environment, each empty where it is not there, and what of them is damaged."""
-    notes = []
+def _read_courses(
+    folder: Path, batch_tokens: int, sums: Mapping[str, str], notes: list[str], unread: list[str]
+) -> dict[str, Any]:
+    """Losses, variances and environment, each empty where it is not there, and what of them is damaged or unread."""
     environment: dict[str, Any] = {}
     try:
         if os.path.lexists(folder / "environment.json"):
             environment = _whole_json(folder / "environment.json")
     except ReportError as error:
-        notes.append(f"{one_line(error)} How the point was run is not known")
-    losses, unread_losses = _losses(folder / LOG, batch_tokens)
-    variances, unread_rows = _variances(folder / HISTORY_FILE, batch_tokens)
-    for name, unread in ((LOG, unread_losses), (HISTORY_FILE, unread_rows)):
-        if unread:
+        _note(error, "How the point was run is not known", notes, unread)
+    losses, variances, unread_losses, unread_rows = Curve(), Curve(), 0, 0
+    try:
+        losses, unread_losses = _losses(folder / LOG, batch_tokens)
+    except ReportError as error:
+        _note(error, "Losses are not drawn", notes, unread)
+    try:
+        variances, unread_rows = _variances(folder / HISTORY_FILE, batch_tokens)
+    except ReportError as error:
+        _note(error, "Variances are not drawn", notes, unread)
+    for name, lost in ((LOG, unread_losses), (HISTORY_FILE, unread_rows)):
+        if lost:
             notes.append(f"{name} is damaged: lines of it cannot be read, and are not drawn")
         elif name in sums and _is_other(folder / name, sums[name]):
             notes.append(f"{name} is damaged: what is drawn of it may be wrong")
@@ -341,14 +366,17 @@ def _read_courses(folder: Path, batch_tokens: int, sums: Mapping[str, str]) -> d
         "variances": variances,
         "environment": environment,
         "notes": [_short(note.replace(str(folder) + os.sep, "")) for note in notes],
+        "unread": [_short(note.replace(str(folder) + os.sep, "")) for note in unread],
     }
 
 
 def _is_other(path: Path, expected: str) -> bool:
     try:
         return checksum(path) != expected
-    except OSError:
+    except MISSING:
         return True
+    except OSError:  # which is noted where it is read
+        return False
 
 
 def _losses(path: Path, batch_tokens: int) -> tuple[Curve, int]:

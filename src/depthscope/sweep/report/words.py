@@ -48,6 +48,10 @@ PROBLEMS = {
 REMEDIES = {
     UNREADABLE: "To have it measured anew, delete its result.json and run again; to have it trained anew, its folder."
 }
+ANEW, AGAIN = (
+    "Delete the folder of the point to have it anew.",
+    "It may be whole: see that it can be read, and try again.",
+)
 
 
 @dataclass(frozen=True)
@@ -229,12 +233,14 @@ def standing(results: SweepResults) -> list[str]:
     lines = [f"{len(results.with_status(FINISHED))} of {len(results.points)} points are finished."]
     for status, words in PROBLEMS.items():
         points = results.with_status(status)
-        for reason in dict.fromkeys(point.reason for point in points):
+        for reason, is_unread in dict.fromkeys((point.reason, point.is_unread) for point in points):
             names = [point.name for point in points if point.reason == reason]
-            lines.append(f"{words}: {', '.join(names)}. {reason} {REMEDIES.get(status, '')}".rstrip())
-    for note in dict.fromkeys(note for point in results.points for note in point.notes):
-        names = [point.name for point in results.points if note in point.notes]
-        lines.append(f"Damaged: {', '.join(names)}. {note}. Delete the folder of the point to have it anew.")
+            remedy = AGAIN if is_unread else REMEDIES.get(status, "")
+            lines.append(f"{words}: {', '.join(names)}. {reason} {remedy}".rstrip())
+    for word, notes, remedy in (("Damaged", "notes", ANEW), ("Not read", "unread", AGAIN)):
+        for note in dict.fromkeys(note for point in results.points for note in getattr(point, notes)):
+            names = [point.name for point in results.points if note in getattr(point, notes)]
+            lines.append(f"{word}: {', '.join(names)}. {note}. {remedy}")
     return lines
 
 

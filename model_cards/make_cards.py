@@ -24,8 +24,8 @@ from depthscope.hub.cards.read import MODEL, read_card_data
 from depthscope.hub.cards.render import render_card
 from depthscope.hub.names import model_repository
 from depthscope.models import DepthLMForCausalLM
-from depthscope.report.terms import format_number, format_with_error
 from depthscope.sweep.report.results import load_results
+from depthscope.wording.numbers import format_number, format_with_error
 
 HERE = Path(__file__).parent
 RECORDS, FIGURES, INDEX = "records", "figures", "README.md"

@@ -8,7 +8,7 @@ from typing import Any
 
 import gradio as gr
 
-from depthscope.scores import EXPLANATIONS
+from depthscope.report.measures import MEASURES
 from depthscope.settings import SCORE_NAMES, SPARSITY_NAMES
 from limits import Limits
 from problems import Problem
@@ -57,7 +57,7 @@ class ChoicesPanel:
                 column = gr.Textbox(label="Column", placeholder="found by itself", min_width=120)
                 split = gr.Textbox(label="Split", placeholder="train", min_width=120)
             scores = gr.CheckboxGroup(
-                [(EXPLANATIONS[name].title, name) for name in DEFAULT_SCORES],
+                [(MEASURES[name].title, name) for name in DEFAULT_SCORES],
                 value=list(DEFAULT_SCORES),
                 label="Scores",
             )

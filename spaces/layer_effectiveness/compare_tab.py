@@ -14,8 +14,9 @@ from choices_panel import ChoicesPanel
 from depth_figure import COURSE_EXPLANATION, against_depth, of_reports, over_training
 from depth_figure import EXPLANATION as DEPTH_EXPLANATION
 from depthscope import LayerReport, compare
-from depthscope.report.terms import GLOBAL_SCORES, format_with_error
+from depthscope.report.measures import GLOBAL_SCORES
 from depthscope.views.plots.report import EXPLANATIONS, compare_layers
+from depthscope.wording.numbers import format_with_error
 from problems import Problem
 from published_sweeps import Sweep, read_sweep
 from service import Service, Visit

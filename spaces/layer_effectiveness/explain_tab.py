@@ -9,7 +9,7 @@ import gradio as gr
 
 import shown
 from depth_figure import Point, against_depth
-from depthscope.scores import EXPLANATIONS
+from depthscope.report.measures import EXPLAINED
 
 __all__ = ["build"]
 
@@ -60,7 +60,7 @@ def build() -> None:
         f"<tr><th scope='row'>{escape(score.title)}</th><td>{escape(score.meaning)}<br>"
         f"<code>{escape(score.formula)}</code><span class='ds-caption'> Unit: {escape(score.unit)}. "
         f"Source: {escape(score.source)}.</span></td></tr>"
-        for score in EXPLANATIONS.values()
+        for score in EXPLAINED
     )
     gr.HTML(
         "<table class='ds-scores'><caption class='ds-caption'>Layers count from 0, losses are in "

@@ -5,7 +5,7 @@ from html import escape
 
 from depthscope import LayerReport
 from depthscope.report.summary import of_layers, ranges
-from depthscope.report.terms import format_number
+from depthscope.wording.numbers import format_number
 
 __all__ = ["headline", "tiles"]
 

@@ -15,9 +15,10 @@ from gradio.components.plot import PlotData
 
 from depthscope import LayerReport, compare, write_page
 from depthscope.files.csv_cells import csv_of_frame
-from depthscope.report.terms import LAYER_SCORES, format_number, format_with_error
+from depthscope.report.measures import LAYER_SCORES
 from depthscope.views.page import reproduce
 from depthscope.views.plots.report import EXPLANATIONS, TITLE_HEIGHT, figures
+from depthscope.wording.numbers import format_number, format_with_error
 from processes import own_folder, own_folders
 from sparsity_figure import EXPLANATION as SPARSITY_EXPLANATION
 from sparsity_figure import sparsity

@@ -4,8 +4,9 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from depthscope import LayerReport
-from depthscope.report.terms import LAYER_SCORES, format_with_error
+from depthscope.report.measures import LAYER_SCORES
 from depthscope.views.plots.report import FEW_LAYERS, GRID_GREY, PALETTE, TEXT_GREY
+from depthscope.wording.numbers import format_with_error
 
 __all__ = ["EXPLANATION", "sparsity"]
 

@@ -5,21 +5,9 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from depthscope.errors import SettingsError
+from depthscope.report.measures import SCORE_NAMES, SPARSITY_NAMES
 from depthscope.wording.numeric import LARGEST_SEED, MOST, require_number, require_whole
 
-SCORE_NAMES = (
-    "variance",
-    "block_influence",
-    "angular_distance",
-    "update",
-    "skip",
-    "causal",
-    "usefulness",
-    "permutation",
-    "jacobian",
-)
-# What "all" leaves out: not effectiveness, but what is at work behind it. `depthscope sparsity` measures them.
-SPARSITY_NAMES = ("weight_sparsity", "attention_sparsity", "expert_load")
 BOS_CHOICES = ("auto", "yes", "no")
 
 

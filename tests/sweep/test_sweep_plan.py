@@ -11,11 +11,11 @@ from depthlm import random_ids
 from depthscope.cli import app
 from depthscope.errors import SettingsError
 from depthscope.models import DepthLMConfig, DepthLMForCausalLM
-from depthscope.report.terms import format_count
 from depthscope.sweep.cost.memory import activation_bytes, needed_memory
 from depthscope.sweep.cost.plan import Plan, launcher, plan
 from depthscope.sweep.grid import expand
 from depthscope.sweep.specification import Training, load_sweep
+from depthscope.wording.numbers import format_count
 from sweeps import write_sweep
 
 VOCABULARY = 50304

@@ -204,10 +204,10 @@ def compare(
 def scores() -> None:
     """Explain every score in a sentence or two."""
     with errors_for_people():
-        from depthscope.scores import EXPLANATIONS
-        from depthscope.views.terminal import print_explanations
+        from depthscope.report.measures import EXPLAINED
+        from depthscope.views.terminal import print_measures
 
-        print_explanations(EXPLANATIONS.values(), terminal())
+        print_measures(EXPLAINED, terminal())
 
 
 def deliver(report: "LayerReport", out: Path | None, html: Path | None, quiet: bool, saved: Path | None = None) -> None:

@@ -7,7 +7,7 @@ from rich.table import Table
 from rich.text import Text
 
 from depthscope.report.accuracy import ACC, ACC_NORM, Accuracy, mean_accuracy
-from depthscope.report.terms import format_number, format_with_error
+from depthscope.wording.numbers import format_number, format_with_error
 
 __all__ = ["accuracy_table"]
 

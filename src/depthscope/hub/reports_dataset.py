@@ -19,8 +19,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from depthscope.console.quiet import quiet
 from depthscope.errors import HubError
 from depthscope.hub.tree import MAIN, Tree
+from depthscope.report.measures import GLOBAL_SCORES
 from depthscope.report.report import LayerReport
-from depthscope.report.terms import GLOBAL_SCORES
 from depthscope.wording.markdown import inline
 
 __all__ = ["REPORTS", "Reported", "reports_tree"]

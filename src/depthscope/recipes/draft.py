@@ -30,11 +30,11 @@ from depthscope.recipes.shape import (
     choose_mlp,
     choose_norms,
 )
-from depthscope.report.terms import format_count
 from depthscope.sweep.cost.memory import needed_memory
 from depthscope.sweep.cost.plan import ROOM
 from depthscope.sweep.specification import Training
 from depthscope.wording.messages import counted
+from depthscope.wording.numbers import format_count
 
 __all__ = ["Draft", "draft"]
 

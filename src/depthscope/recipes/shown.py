@@ -9,7 +9,7 @@ from rich.text import Text
 from depthscope.recipes.evidence import STUDY, Evidence, Finding
 from depthscope.recipes.request import GB
 from depthscope.recipes.rule import Recipe
-from depthscope.report.terms import format_count
+from depthscope.wording.numbers import format_count
 
 __all__ = ["print_recipe", "recipe_markdown"]
 

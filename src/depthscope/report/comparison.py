@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from depthscope.errors import SettingsError
+from depthscope.report.measures import GLOBAL_SCORES, LAYER_SCORES, in_order
 from depthscope.report.report import LayerReport
-from depthscope.report.terms import GLOBAL_SCORES, LAYER_SCORES, in_order
 
 if TYPE_CHECKING:
     import pandas as pd

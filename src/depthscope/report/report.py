@@ -28,8 +28,9 @@ from depthscope.errors import ReportError
 from depthscope.files.atomic import read_text, write_atomically
 from depthscope.files.strict_json import canonical, encode, parse
 from depthscope.report.accuracy import Accuracy
+from depthscope.report.measures import GLOBAL_SCORES, LAYER_SCORES, format_score, in_order
 from depthscope.report.summary import summarize
-from depthscope.report.terms import GLOBAL_SCORES, LAYER_SCORES, format_score, format_with_error, in_order
+from depthscope.wording.numbers import format_with_error
 
 if TYPE_CHECKING:
     import datasets

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from depthscope.report.terms import format_number, format_with_error
+from depthscope.wording.numbers import format_number, format_with_error
 
 if TYPE_CHECKING:
     from depthscope.report.report import LayerReport

@@ -18,14 +18,16 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from depthscope.layers.stack import LayerStack
 from depthscope.layers.tracing import text_config
+from depthscope.scores.base import Batch, Score, Sums, Values, mean, ratio
 
-__all__ = ["ATTENTION_METRICS", "AttentionProbe", "probing_attention"]
+__all__ = ["ATTENTION_METRICS", "AttentionProbe", "AttentionSparsity", "probing_attention"]
 
 ATTENTION_METRICS = (
     "attention_below_fair",
@@ -37,6 +39,32 @@ ATTENTION_METRICS = (
 QUERIES = 64  # sampled in a sequence
 # What an attention function may be given that this does not account for.
 UNKNOWN = ("position_bias", "cache")
+
+
+class AttentionSparsity(Score):
+    """How few positions each layer attends to, on a sample of queries."""
+
+    name = "attention_sparsity"
+
+    def work(self) -> float:
+        """One pass through the layers."""
+        return float(self.stack.num_layers)
+
+    def measure(self, batch: Batch, tick: Callable[[float], None]) -> None:
+        """Run the batch once more, watching what the attention functions are given."""
+        blocks, layers = batch.blocks, self.stack.num_layers
+        probe = AttentionProbe(self.stack, batch.token_mask, seed=self.settings.seed)
+        with probing_attention(self.stack, probe):
+            self.stack.run_through(layers - 1, blocks.input_ids, blocks.attention_mask)
+        self.table("attention", layers, len(ATTENTION_METRICS))[batch.rows] = probe.sums.transpose(0, 1).numpy()
+        self.table("queries", layers)[batch.rows] = probe.counts.T.numpy()
+        tick(len(batch.rows) * self.work())
+
+    def finish(self, sums: Sums) -> Values:
+        """Divide by the number of queries."""
+        values = ratio(sums["attention"], np.repeat(sums["queries"][:, None], len(ATTENTION_METRICS), 1))
+        layers = {name: values[:, index] for index, name in enumerate(ATTENTION_METRICS)}
+        return Values(scores={name: mean(column) for name, column in layers.items()}, layers=layers)
 
 
 class AttentionProbe:

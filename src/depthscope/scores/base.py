@@ -27,18 +27,6 @@ Sums = Mapping[str, Array]
 LOSS_CHUNK = {"cpu": 1 << 21, "elsewhere": 1 << 27}
 
 
-@dataclass(frozen=True)
-class Explanation:
-    """What a score says, for people: `depthscope scores`, tables and pages read it."""
-
-    name: str
-    title: str
-    meaning: str
-    formula: str
-    unit: str
-    source: str
-
-
 @dataclass
 class Values:
     """What a score comes to: single numbers, one a layer [L], one a pair of layers [L, L]; NaN where undefined."""
@@ -82,12 +70,12 @@ class Score(ABC):
     """One score over a layer stack.
 
     Class attributes:
-        explanation: what it says.
+        name: of its record in `depthscope.report.measures`.
         skip_updates: it wants the later layers' inputs and outputs of every skipped-layer run.
         skip_losses: it wants the loss of every skipped-layer run.
     """
 
-    explanation: Explanation
+    name: str
     skip_updates = False
     skip_losses = False
 

@@ -14,21 +14,13 @@ from collections.abc import Callable
 import numpy as np
 from torch import Tensor
 
-from depthscope.scores.base import Batch, Explanation, Score, SkippedRun, Sums, Values, mean, ratio
+from depthscope.scores.base import Batch, Score, SkippedRun, Sums, Values, mean, ratio
 
 
 class Causal(Score):
     """The relative change of every later layer's update when a layer is skipped, [L, L]."""
 
-    explanation = Explanation(
-        name="causal",
-        title="Causal score",
-        meaning="How much the updates of later layers change when a layer is skipped: 0 means that nobody downstream "
-        "listens to it. High at random initialisation too, so read it beside the skip ratio.",
-        formula="C[s,l] = mean_t ||u_l' - u_l|| / mean_t ||u_l||,  s < l;  mean over pairs",
-        unit="none",
-        source="arXiv 2603.15389",
-    )
+    name = "causal"
     skip_updates = True
 
     def measure(self, batch: Batch, tick: Callable[[float], None]) -> None:

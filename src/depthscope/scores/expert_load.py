@@ -17,15 +17,18 @@ routers in one layer (JetMoe routes attention too) the busiest, the idlest and t
 the others means over routers.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from depthscope.layers.routers import Router, find_routers
+from depthscope.layers.stack import LayerStack
+from depthscope.scores.base import Array, Batch, Score, Sums, Values, mean
+from depthscope.settings import Settings
 
-__all__ = ["EXPERT_METRICS", "OTHERS", "find_routers", "router_sums", "router_values"]
+__all__ = ["EXPERT_METRICS", "OTHERS", "ExpertLoad", "find_routers", "router_sums", "router_values"]
 
 EXPERT_METRICS = (
     "expert_load_max",
@@ -39,6 +42,60 @@ EXPERT_METRICS = (
 DEAD = 0.01
 # Beside the loads: tokens, sums over them of confidence, of the largest probability, of the entropy.
 OTHERS = 4
+
+
+class ExpertLoad(Score):
+    """How each layer's router shares its tokens out among the experts."""
+
+    name = "expert_load"
+
+    def __init__(self, stack: LayerStack, settings: Settings, num_blocks: int) -> None:
+        super().__init__(stack, settings, num_blocks)
+        self.routers = find_routers(stack)
+
+    def work(self) -> float:
+        """One pass through the layers, where there are experts."""
+        return float(self.stack.num_layers) if self.routers else 0.0
+
+    def measure(self, batch: Batch, tick: Callable[[float], None]) -> None:
+        """Run the batch once more, one block at a time, watching the routers."""
+        self.table("blocks")[batch.rows] = 1
+        for position, row in enumerate(batch.rows) if self.routers else ():
+            block = batch.blocks.select(torch.tensor([position]))
+            real = batch.token_mask[position]
+            handles = [
+                router.module.register_forward_hook(self._keep(f"{layer}.{number}", router, int(row), real))
+                for layer, routers in self.routers.items()
+                for number, router in enumerate(routers)
+            ]
+            try:
+                self.stack.run_through(self.stack.num_layers - 1, block.input_ids, block.attention_mask)
+            finally:
+                for handle in handles:
+                    handle.remove()
+        tick(len(batch.rows) * self.work())
+
+    def finish(self, sums: Sums) -> Values:
+        """Turn loads into ratios; without experts there is nothing to say."""
+        by_layer: dict[int, list[Array]] = {}
+        for name, total in sums.items():
+            if name != "blocks":
+                by_layer.setdefault(int(name.partition(".")[0]), []).append(total)
+        rows = {layer: router_values(totals) for layer, totals in by_layer.items()}
+        if not rows:
+            return Values()
+        empty = dict.fromkeys(EXPERT_METRICS, float("nan"))
+        columns = [rows.get(layer, empty) for layer in range(self.stack.num_layers)]
+        layers = {name: np.array([row[name] for row in columns]) for name in EXPERT_METRICS}
+        return Values(scores={name: mean(values) for name, values in layers.items()}, layers=layers)
+
+    def _keep(self, name: str, router: Router, row: int, real: torch.Tensor) -> Callable[..., None]:
+        def hook(module: torch.nn.Module, args: object, output: object) -> None:
+            found = router_sums(router, output, real)
+            if found is not None:
+                self.table(name, len(found))[row] = found.double().cpu().numpy()
+
+        return hook
 
 
 @torch.no_grad()

@@ -17,7 +17,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from depthscope.scores.base import Batch, Explanation, Score, Sums, Values, mean, ratio, wide
+from depthscope.scores.base import Batch, Score, Sums, Values, mean, ratio, wide
 
 
 class _Geometry(Score):
@@ -39,15 +39,7 @@ class _Geometry(Score):
 class BlockInfluence(_Geometry):
     """`1 - cos(h_in, h_out)` of each layer."""
 
-    explanation = Explanation(
-        name="block_influence",
-        title="Block influence",
-        meaning="How much a layer turns the residual stream: 0 for the identity. Cheap, and a common guide for "
-        "pruning; it sees direction only, not what the rest of the model makes of it.",
-        formula="1 - mean over tokens of cos(h_(l-1), h_l)",
-        unit="none, 0 to 2",
-        source="ShortGPT, arXiv 2403.03853",
-    )
+    name = "block_influence"
 
     def read(self, before: Tensor, after: Tensor) -> dict[str, Tensor]:
         """The influence on each token."""
@@ -66,15 +58,7 @@ class BlockInfluence(_Geometry):
 class AngularDistance(_Geometry):
     """The angle between a layer's input and output, over pi."""
 
-    explanation = Explanation(
-        name="angular_distance",
-        title="Angular distance",
-        meaning="The angle by which a layer turns the residual stream, as a share of a half turn: 0 for the identity, "
-        "0.5 for a right angle.",
-        formula="mean over tokens of arccos(cos(h_(l-1), h_l)) / pi",
-        unit="half turns, 0 to 1",
-        source="arXiv 2403.17887",
-    )
+    name = "angular_distance"
 
     def read(self, before: Tensor, after: Tensor) -> dict[str, Tensor]:
         """The angle at each token."""
@@ -92,15 +76,7 @@ class AngularDistance(_Geometry):
 class Update(_Geometry):
     """The length of a layer's update relative to the stream, and its cosine with the stream."""
 
-    explanation = Explanation(
-        name="update",
-        title="Update norm and cosine",
-        meaning="How long a layer's update is beside the residual stream it is added to, and whether it points along "
-        "the stream (cosine above 0: it amplifies), against it (it erases) or across it (it adds something new).",
-        formula="sum ||u_l|| / sum ||h_(l-1)||;  mean over tokens of cos(u_l, h_(l-1))",
-        unit="none",
-        source="the growth of the residual stream, arXiv 2502.05795",
-    )
+    name = "update"
 
     def read(self, before: Tensor, after: Tensor) -> dict[str, Tensor]:
         """Lengths and cosine at each token."""

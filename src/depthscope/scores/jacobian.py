@@ -29,7 +29,7 @@ from torch import Tensor
 
 from depthscope.layers.modes import frozen
 from depthscope.layers.stack import LayerStack
-from depthscope.scores.base import Array, Batch, Explanation, Score, Sums, Values, mean, ratio
+from depthscope.scores.base import Array, Batch, Score, Sums, Values, mean, ratio
 from depthscope.scores.jackknife import jackknife
 from depthscope.settings import Settings
 
@@ -44,14 +44,7 @@ BACKWARD_WORK = 1.2
 class Jacobian(Score):
     """`||J_l - I||_F / d` of each layer, estimated with random orthonormal vectors or exact."""
 
-    explanation = Explanation(
-        name="jacobian",
-        title="Jacobian distance",
-        meaning="How far a layer's derivative is from the identity: near 0, the layer hardly transforms what passes.",
-        formula="D_l = ||J_l - I||_F / d,  J_l = mean over t of sum over t' of d h_l[t'] / d h_(l-1)[t]",
-        unit="none",
-        source="arXiv 2603.15389; probes: Hutchinson's estimator, with orthonormal vectors",
-    )
+    name = "jacobian"
 
     def __init__(self, stack: LayerStack, settings: Settings, num_blocks: int) -> None:
         super().__init__(stack, settings, num_blocks)

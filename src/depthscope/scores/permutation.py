@@ -21,7 +21,6 @@ from depthscope.layers.stack import LayerStack
 from depthscope.scores.base import (
     Array,
     Batch,
-    Explanation,
     Score,
     Sums,
     Values,
@@ -36,15 +35,7 @@ from depthscope.settings import Settings
 class Permutation(Score):
     """The relative change of the loss when two layers are swapped, [L, L]."""
 
-    explanation = Explanation(
-        name="permutation",
-        title="Permutation score",
-        meaning="How much the loss changes when two layers change places: 0 means that they are interchangeable, so "
-        "their order, and with it depth, is not put to use.",
-        formula="P[i,j] = |loss - loss(i and j swapped)| / loss;  mean over pairs i < j",
-        unit="none",
-        source="arXiv 2603.15389",
-    )
+    name = "permutation"
 
     def __init__(self, stack: LayerStack, settings: Settings, num_blocks: int) -> None:
         super().__init__(stack, settings, num_blocks)

@@ -5,21 +5,13 @@ l's output is its input. It comes for the price of the causal score's pass plus 
 effective depth (by skipping).
 """
 
-from depthscope.scores.base import Batch, Explanation, Score, SkippedRun, Sums, Values, effective_depth, mean, ratio
+from depthscope.scores.base import Batch, Score, SkippedRun, Sums, Values, effective_depth, mean, ratio
 
 
 class Skip(Score):
     """The loss ratio of skipping each layer."""
 
-    explanation = Explanation(
-        name="skip",
-        title="Skip ratio",
-        meaning="By what the loss is multiplied when a layer is left out: 1 means that the model does not miss it. "
-        "What it would cost to drop the layer, without any healing.",
-        formula="s_l = loss(layer l skipped) / loss;  effective depth (skip) = (sum e)^2 / sum e^2, e = max(s - 1, 0)",
-        unit="ratio of losses in nats",
-        source="layer dropping as in ShortGPT, arXiv 2403.03853",
-    )
+    name = "skip"
     skip_losses = True
 
     def measure_skip(self, batch: Batch, run: SkippedRun) -> None:

@@ -22,7 +22,6 @@ from depthscope.layers.stack import LayerStack
 from depthscope.layers.stand_ins import AffineMap
 from depthscope.scores.base import (
     Batch,
-    Explanation,
     Score,
     Sums,
     Values,
@@ -54,16 +53,7 @@ class OnFlat(nn.Module):
 class Usefulness(Score):
     """The loss ratio of linearising each layer, and the share of layers where it exceeds the threshold."""
 
-    explanation = Explanation(
-        name="usefulness",
-        title="Usefulness",
-        meaning="By what the loss is multiplied when a layer is replaced by the best affine map of its input: 1 means "
-        "that the layer does nothing that a matrix could not do. Usefulness is the share of layers above the "
-        "threshold; the ratios carry the information.",
-        formula="r_l = loss(layer l linearised) / loss;  usefulness = share of layers with r_l > 1.1",
-        unit="ratio of losses in nats; share of layers",
-        source="arXiv 2603.15389",
-    )
+    name = "usefulness"
 
     def work(self) -> float:
         """Each layer: the layers after it, and the head."""

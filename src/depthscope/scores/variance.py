@@ -14,7 +14,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from depthscope.scores.base import Array, Batch, Explanation, Score, Sums, Values, ratio, wide
+from depthscope.scores.base import Array, Batch, Score, Sums, Values, ratio, wide
 
 PARTS = ("attention", "mlp")
 
@@ -22,16 +22,7 @@ PARTS = ("attention", "mlp")
 class Variance(Score):
     """Mean over tokens of `Var_d(h_l)` at each layer's output, its growth split, and of attention and MLP outputs."""
 
-    explanation = Explanation(
-        name="variance",
-        title="Variance",
-        meaning="How large the residual stream has grown after each layer. Where it keeps growing, each further layer "
-        "adds relatively less: the curse of depth. The split says how much of the growth is the layer's own update and "
-        "how much its alignment with the stream.",
-        formula="v_l = mean over tokens of Var_d(h_l);  v_l - v_(l-1) = Var(u_l) + 2 Cov(h_(l-1), u_l)",
-        unit="squared activation",
-        source="arXiv 2603.15389",
-    )
+    name = "variance"
 
     def measure(self, batch: Batch, tick: Callable[[float], None]) -> None:
         """Add the batch's variances, read off its baseline pass."""

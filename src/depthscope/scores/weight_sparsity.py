@@ -13,15 +13,65 @@ A matrix of zeros is the sparsest there is: 1 in all of them.
 Weight decay makes weights small together, which this does not count: what is sparse is a matrix whose weights differ.
 """
 
+from collections.abc import Callable
+
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from depthscope.layers.acting_weights import acting_weights
+from depthscope.layers.acting_weights import NoWeightsError, acting_weights, adapters_in
+from depthscope.layers.stack import LayerStack
+from depthscope.report.summary import ranges
+from depthscope.scores.base import Batch, Score, Sums, Values, mean
+from depthscope.settings import Settings
 
-__all__ = ["WEIGHT_METRICS", "weight_sparsity"]
+__all__ = ["WEIGHT_METRICS", "WeightSparsity", "weight_sparsity"]
 
 THRESHOLDS = {"weights_below_1pct": 0.01, "weights_below_10pct": 0.1, "weights_below_50pct": 0.5}
 WEIGHT_METRICS = (*THRESHOLDS, "weight_hoyer")
+
+
+class WeightSparsity(Score):
+    """How many weights of each layer hardly matter beside the others in their matrix."""
+
+    name = "weight_sparsity"
+
+    def __init__(self, stack: LayerStack, settings: Settings, num_blocks: int) -> None:
+        super().__init__(stack, settings, num_blocks)
+        self.lost: dict[str, list[int]] = {}  # layers whose weights cannot be had, by the reason
+
+    def measure(self, batch: Batch, tick: Callable[[float], None]) -> None:
+        """Weights are the same for every block; their errors come out as 0."""
+        if "weights" not in self.sums:
+            found = [self._of_layer(layer) for layer in range(self.stack.num_layers)]
+            self._values = np.array([[row[name] for row in found] for name in WEIGHT_METRICS])
+        self.table("weights", len(WEIGHT_METRICS), self.stack.num_layers)[batch.rows] = self._values
+        self.table("blocks")[batch.rows] = 1
+
+    def _of_layer(self, layer: int) -> dict[str, float]:
+        try:
+            return weight_sparsity(self.stack.layers[layer])
+        except NoWeightsError as error:
+            self.lost.setdefault(str(error), []).append(layer)
+            return dict.fromkeys(WEIGHT_METRICS, float("nan"))
+
+    def notes(self) -> list[str]:
+        """Whose weights were measured, and of which layers they cannot be had."""
+        said = [
+            f"weight_sparsity has no values in layer {ranges(layers)}: {reason}. Give a model with plain weights."
+            for reason, layers in self.lost.items()
+        ]
+        acting, idle = adapters_in(self.stack.layers)
+        if acting or idle:
+            merged = f"those of the base with adapter {', '.join(acting)} merged in" if acting else "the base's own"
+            left = f"; adapter {', '.join(idle)} does not act" if idle else ""
+            said.append(f"weight_sparsity is of the weights that act: {merged}{left}.")
+        return said
+
+    def finish(self, sums: Sums) -> Values:
+        """The mean over blocks, all alike."""
+        layers = dict(zip(WEIGHT_METRICS, sums["weights"] / np.maximum(sums["blocks"], 1), strict=True))
+        return Values(scores={name: mean(values) for name, values in layers.items()}, layers=layers)
 
 
 @torch.no_grad()

@@ -8,9 +8,9 @@ from plotly.subplots import make_subplots
 
 from depthscope.errors import ReportError, SettingsError
 from depthscope.report.report import LayerReport
-from depthscope.report.terms import format_number
 from depthscope.theory.recursion import VariancePrediction
 from depthscope.views.plots.report import BLUE, GREEN, GRID_GREY, ORANGE, TEXT_GREY, VERMILION
+from depthscope.wording.numbers import format_number
 
 __all__ = ["EXPLANATION", "variance_theory"]
 

@@ -25,17 +25,11 @@ from plotly.offline import get_plotlyjs
 
 from depthscope.files.atomic import write_atomically
 from depthscope.report.comparison import Comparison, compare, require_reports
+from depthscope.report.measures import GLOBAL_SCORES, LAYER_SCORES, Term, format_score
 from depthscope.report.report import LayerReport
 from depthscope.report.summary import of_layers, summarize
-from depthscope.report.terms import (
-    GLOBAL_SCORES,
-    LAYER_SCORES,
-    Term,
-    format_number,
-    format_score,
-    format_with_error,
-)
 from depthscope.views.plots.report import EXPLANATIONS, TITLE_HEIGHT, compare_layers, figures
+from depthscope.wording.numbers import format_number, format_with_error
 
 __all__ = [
     "embedded",

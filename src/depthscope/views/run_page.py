@@ -7,10 +7,10 @@ from typing import Any
 from markupsafe import Markup
 
 from depthscope.files.atomic import write_atomically
-from depthscope.report.terms import format_number
 from depthscope.views.page import embedded, environment, plotly_script, script_hash, source
 from depthscope.views.plots.report import TITLE_HEIGHT
 from depthscope.views.run_terminal import RunHistory, run_figures, term
+from depthscope.wording.numbers import format_number
 
 __all__ = ["render_run_page", "write_run_page"]
 

@@ -19,40 +19,26 @@ from rich.text import Text
 
 from depthscope.console.terminal import terminal
 from depthscope.errors import ReportError
-from depthscope.report.terms import LAYER_SCORES, Term, format_number
+from depthscope.report.measures import LAYER_SCORES, Term, shown_in
 from depthscope.runs.history import read_history
+from depthscope.wording.numbers import format_number
 
 __all__ = ["RunHistory", "print_run", "run_figures"]
 
 SPARKS = "▁▂▃▄▅▆▇█"
 SPARK_WIDTH = 16
 # What is shown, in this order, where a run has it; the first of each pair by a line over time.
-SHOWN = (
-    "variance",
-    "update_norm",
-    "attention_variance",
-    "mlp_variance",
-    "skip_ratio",
-    "usefulness_ratio",
-    "causal",
-    "block_influence",
-    "max_activation",
-    "weight_hoyer",
-    "weights_below_10pct",
-    "attention_context",
-    "attention_first",
-    "expert_load_max",
-    "experts_dead",
-    "router_confidence",
-)
 TERMS = {
-    "max_activation": Term("largest activation", "", "largest absolute activation after the layer", "largest"),
+    "max_activation": Term(
+        "largest activation", "", "largest absolute activation after the layer", "largest", at={"run": 90}
+    ),
     "attention_norm": Term("attention norm", "", "length of the attention's output"),
     "mlp_norm": Term("MLP norm", "", "length of the MLP's output"),
     "skewness": Term("skewness", "", "of the features of a token after the layer"),
     "kurtosis": Term("kurtosis", "", "of the features of a token after the layer"),
     "outliers": Term("outliers", "", "share of features beyond three standard deviations"),
 }
+SHOWN = shown_in("run", LAYER_SCORES | TERMS)
 LOGARITHMIC = ("variance", "attention_variance", "mlp_variance", "max_activation", "update_norm")
 
 

@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from rich import box
 from rich.console import Console, Group, RenderableType
@@ -20,73 +20,23 @@ from depthscope.console.terminal import terminal
 from depthscope.downstream.table import accuracy_table
 from depthscope.report.accuracy import Accuracy
 from depthscope.report.comparison import Comparison
+from depthscope.report.measures import GLOBAL_SCORES, LAYER_SCORES, Measure, Term, format_score, shown_in
 from depthscope.report.report import LayerReport
 from depthscope.report.summary import summarize
-from depthscope.report.terms import (
-    GLOBAL_SCORES,
-    LAYER_SCORES,
-    SPARSITY_SCORES,
-    Term,
-    format_number,
-    format_score,
-    format_with_error,
-)
+from depthscope.wording.numbers import format_number, format_with_error
 
-if TYPE_CHECKING:
-    from depthscope.scores import Explanation
-
-__all__ = ["layer_table", "print_comparison", "print_explanations", "print_report", "scores_table"]
+__all__ = ["layer_table", "print_comparison", "print_measures", "print_report", "scores_table"]
 
 NEAR_STYLE = "cyan"
 HEADLINE_STYLE = "bold"
 BAR_WIDTH = 8
 EIGHTHS = " ▏▎▍▌▋▊▉█"
 MEANING_WIDTH = 110  # below this the meanings of the global scores would wrap to a word a line
-COMPARED = ("variance", "usefulness_ratio", "skip_ratio", "causal", "permutation", "jacobian")
 UNIT_WIDTH = 62
 GAP = 2  # characters between two columns
 
-# The columns of the layer table from left to right, and which of them go first when there is no room.
-SHOWN = (
-    "variance",
-    "usefulness_ratio",
-    "skip_ratio",
-    "causal",
-    "permutation",
-    "jacobian",
-    "block_influence",
-    "angular_distance",
-    "update_norm",
-    "update_cosine",
-    "attention_variance",
-    "mlp_variance",
-    *SPARSITY_SCORES,
-)
-DROPPED_FIRST = (
-    "weights_below_1pct",
-    "router_entropy",
-    "router_top1",
-    "attention_context_share",
-    "expert_load_entropy",
-    "attention_below_fair",
-    "weights_below_50pct",
-    "router_confidence",
-    "expert_load_min",
-    "mlp_variance",
-    "attention_variance",
-    "update_cosine",
-    "angular_distance",
-    "update_norm",
-    "variance bar",
-    "kind",
-    "block_influence",
-    "jacobian",
-    "skip_ratio bar",
-    "permutation",
-    "causal",
-    "variance",
-    "usefulness_ratio",
-)
+# How long the columns that are no numbers stay, beside the numbers' own `keep`.
+KEEP = {"variance bar": 150, "kind": 160, "skip_ratio bar": 190}
 
 
 @dataclass(frozen=True)
@@ -191,14 +141,14 @@ def _table() -> Table:
     return Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, GAP - 1, 0, 0))
 
 
-def print_explanations(explanations: Iterable["Explanation"], console: Console | None = None) -> None:
+def print_measures(measures: Iterable[Measure], console: Console | None = None) -> None:
     """Print what every score says, its formula, unit and source."""
     console = console or terminal()
     parts: list[RenderableType] = []
-    for explanation in explanations:
-        title = Text(explanation.title, style=HEADLINE_STYLE).append(f"  {explanation.name}", style=NEAR_STYLE)
-        details = Text(f"{explanation.formula}\nunit: {explanation.unit} · source: {explanation.source}", style="dim")
-        parts += [title, Padding(Group(Text(explanation.meaning), details), (0, 0, 1, 2))]
+    for measure in measures:
+        title = Text(measure.title, style=HEADLINE_STYLE).append(f"  {measure.name}", style=NEAR_STYLE)
+        details = Text(f"{measure.formula}\nunit: {measure.unit} · source: {measure.source}", style="dim")
+        parts += [title, Padding(Group(Text(measure.meaning), details), (0, 0, 1, 2))]
     _print(Group(*parts), console)
 
 
@@ -253,7 +203,7 @@ def _layer_columns(report: LayerReport, near: set[int]) -> list[_Column]:
     kinds = [str(row.get("kind", "")) for row in report.layers]
     if len(set(kinds)) > 1:
         columns.append(_Column("kind", "kind", [kind[:24] for kind in kinds], "left"))
-    for name in SHOWN:
+    for name in shown_in("table"):
         if not report.has(name):
             continue
         values = report.column(name)
@@ -267,7 +217,8 @@ def _layer_columns(report: LayerReport, near: set[int]) -> list[_Column]:
 
 def _fitting(columns: list[_Column], width: int | None) -> list[_Column]:
     """Drop columns, the least important first, until the rest fit the width."""
-    dropped = list(DROPPED_FIRST)
+    keep = KEEP | {name: term.keep for name, term in LAYER_SCORES.items() if term.keep is not None}
+    dropped = sorted({column.key for column in columns} & keep.keys(), key=lambda key: (keep[key], key))
     while width is not None and sum(column.width + GAP for column in columns) - GAP > width and dropped:
         key = dropped.pop(0)
         columns = [column for column in columns if column.key not in (key, f"{key} bar")]
@@ -339,7 +290,7 @@ def _layer_comparison(comparison: Comparison, names: Sequence[str], width: int) 
         columns = [_Column("layer", "depth", [f"{match.relative_depth:.2f}" for match in matches])]
         for index, name in enumerate(names):
             columns.append(_Column("layer", f"layer {name}", [str(match.layers[index]) for match in matches]))
-    for score in (score for score in COMPARED if score in comparison.layer_scores):
+    for score in (score for score in shown_in("compared") if score in comparison.layer_scores):
         for index, name in enumerate(names):
             values = comparison.reports[index].column(score)
             cells = [format_score(score, values[match.layers[index]]) for match in matches]

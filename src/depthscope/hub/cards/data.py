@@ -26,6 +26,7 @@ from depthscope.errors import ReportError, SettingsError
 from depthscope.files.atomic import read_text, write_atomically
 from depthscope.files.strict_json import encode, parse
 from depthscope.report.accuracy import Accuracy
+from depthscope.report.measures import shown_in
 from depthscope.report.report import MAX_FLOAT, MAX_INTEGER, UNPRINTABLE, LayerReport
 from depthscope.wording.scalars import plain_scalars
 
@@ -52,15 +53,7 @@ LINK = re.compile(r"https?://[A-Za-z0-9._~:/?#@!$&*+,;=%-]{1,500}|[A-Za-z0-9][A-
 COLLECTION = re.compile(r"[\w.-]{1,96}/[\w.-]{1,200}", re.ASCII)
 
 # What a card shows of each layer, in the order of its table; errors and parts of the variance are drawn.
-LAYER_COLUMNS = (
-    "variance",
-    "skip_ratio",
-    "usefulness_ratio",
-    "causal",
-    "permutation",
-    "jacobian",
-    "block_influence",
-)
+LAYER_COLUMNS = shown_in("card")
 
 Relation = Literal["adapter", "finetune", "merge", "quantized"]
 

@@ -15,7 +15,7 @@ from huggingface_hub.repocard_data import eval_results_to_model_index
 
 from depthscope.errors import SettingsError
 from depthscope.report.accuracy import Accuracy
-from depthscope.report.terms import GLOBAL_SCORES, Term
+from depthscope.report.measures import GLOBAL_SCORES, Term
 from depthscope.wording.scalars import finite_number, plain_scalars
 
 __all__ = ["accuracy_results", "effectiveness_results", "model_index"]

@@ -14,23 +14,13 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from depthscope.hub.cards.data import DepthCardData, Evaluation
 from depthscope.hub.cards.eval_results import TASK, TASK_NAME, accuracy_results, effectiveness_results
+from depthscope.report.measures import GLOBAL_SCORES, shown_in
 
 __all__ = ["INDEXED", "evaluation", "front_matter", "perplexity"]
 
 UNNAMED = "unnamed"
 # The scores of a report that go into the model-index.
-INDEXED = (
-    "usefulness",
-    "usefulness_ratio",
-    "skip_ratio",
-    "causal",
-    "permutation",
-    "jacobian",
-    "variance",
-    "variance_growth",
-    "effective_depth_skip",
-    "effective_depth_linear",
-)
+INDEXED = shown_in("index", GLOBAL_SCORES)
 LARGEST_LOSS = 230.0  # nats; the perplexity of a larger one is beyond what a record holds
 
 

@@ -20,9 +20,10 @@ from depthscope.hub.cards.data import LAYER_COLUMNS, DepthCardData
 from depthscope.hub.cards.figures import FOLDER, figure_names
 from depthscope.hub.cards.front_matter import INDEXED, evaluation, front_matter, perplexity
 from depthscope.hub.cards.read import read_card_data
+from depthscope.report.measures import GLOBAL_SCORES, LAYER_SCORES, format_score
 from depthscope.report.summary import beginning, summarize
-from depthscope.report.terms import GLOBAL_SCORES, LAYER_SCORES, format_number, format_score, format_with_error
 from depthscope.wording.markdown import Markdown, code, inline
+from depthscope.wording.numbers import format_number, format_with_error
 
 __all__ = ["card_for", "render_card"]
 

@@ -14,11 +14,11 @@ from rich.text import Text
 
 from depthscope.errors import SettingsError
 from depthscope.models import ModelSize, model_size
-from depthscope.report.terms import format_count
 from depthscope.sweep.cost.gpus import Gpu, find_gpu
 from depthscope.sweep.cost.memory import Memory, needed_memory
 from depthscope.sweep.grid import Grid, Point
 from depthscope.sweep.specification import Sweep, Tokenizer, Training
+from depthscope.wording.numbers import format_count
 
 __all__ = ["Plan", "PlannedPoint", "launcher", "plan", "print_plan"]
 

@@ -14,8 +14,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
+from depthscope.report.measures import GLOBAL_SCORES, LAYER_SCORES
 from depthscope.report.report import LayerReport
-from depthscope.report.terms import GLOBAL_SCORES, LAYER_SCORES
 
 __all__ = ["COLUMNS", "LOW_THRESHOLD", "SCORES", "Number", "Numbers", "derive"]
 

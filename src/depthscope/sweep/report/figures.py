@@ -19,8 +19,8 @@ import plotly.graph_objects as go
 from plotly.colors import sample_colorscale
 
 from depthscope.report.comparison import relative_depth
+from depthscope.report.measures import LAYER_SCORES
 from depthscope.report.report import LayerReport
-from depthscope.report.terms import LAYER_SCORES, format_number, format_with_error
 from depthscope.sweep.report.derived import COLUMNS
 from depthscope.sweep.report.families import Layout, Line, Place, cell
 from depthscope.sweep.report.paper import PaperSeries, paper_series
@@ -40,6 +40,7 @@ from depthscope.views.plots.report import (
     _log_ticks,
     plotly_text,
 )
+from depthscope.wording.numbers import format_number, format_with_error
 
 __all__ = ["Drawn", "Key", "course_figures", "layer_figures", "panel_key", "paper_panels", "score_panels"]
 

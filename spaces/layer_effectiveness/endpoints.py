@@ -9,7 +9,7 @@ import gradio as gr
 
 from choices_panel import DEFAULT_SCORES, DEFAULT_TOKENS, default_block_size
 from depthscope import LayerReport
-from depthscope.settings import BOS_CHOICES
+from depthscope.text.choices import BOS_CHOICES
 from headline import headline
 from problems import Kind, Problem
 from service import Service, Visit

@@ -9,7 +9,7 @@ from typing import Any
 
 from config_check import read_object
 from depthscope import LayerReport, ReportError
-from depthscope.settings import BOS_CHOICES
+from depthscope.text.choices import BOS_CHOICES
 from estimate import Estimator, Shape, in_words, shape_of
 from limits import Limits
 from problems import Problem

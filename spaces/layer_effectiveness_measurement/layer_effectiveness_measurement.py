@@ -8,7 +8,7 @@ import datasets
 import evaluate
 
 import depthscope
-from depthscope.settings import bos_choice
+from depthscope.text.choices import bos_choice
 from depthscope.text.special_tokens import SpecialTokens
 
 DESCRIPTION = """

@@ -31,7 +31,8 @@ if TYPE_CHECKING:
     from depthscope.hub.push import push
     from depthscope.layers.stack import Capture, LayerStack
     from depthscope.layers.stand_ins import AffineMap
-    from depthscope.loading.load import LoadedModel, load_model
+    from depthscope.loading.load import load_model
+    from depthscope.loading.loaded import LoadedModel
     from depthscope.models.configuration_depthlm import DepthLMConfig
     from depthscope.models.modeling_depthlm import DepthLMForCausalLM, DepthLMModel
     from depthscope.recipes import Recipe, recipe
@@ -62,7 +63,8 @@ _PLACES = {
     ),
     "hub.callback": ("HubCheckpointCallback",),
     "hub.push": ("push",),
-    "loading.load": ("LoadedModel", "load_model"),
+    "loading.load": ("load_model",),
+    "loading.loaded": ("LoadedModel",),
     "models": ("DepthLMConfig", "DepthLMForCausalLM", "DepthLMModel"),
     "views.page": ("write_page",),
     "recipes": ("Recipe", "recipe"),

@@ -16,7 +16,6 @@ from torch import Tensor
 
 import depthscope.errors
 from depthscope.errors import DepthscopeError
-from depthscope.scores.base import Array
 
 
 @dataclass(frozen=True)
@@ -67,7 +66,7 @@ class Processes:
             for tensor in tensors:
                 self._reduce(tensor)
 
-    def add_up_tables(self, tables: dict[str, Array]) -> None:
+    def add_up_tables(self, tables: dict[str, np.ndarray]) -> None:
         """Add named arrays up over all processes, in place; a process that had nothing to do starts from zeros."""
         if self.count == 1:
             return

@@ -6,9 +6,8 @@ from typing import Any
 
 from depthscope.errors import SettingsError
 from depthscope.report.measures import SCORE_NAMES, SPARSITY_NAMES
+from depthscope.text.choices import bos_choice, require_tokens
 from depthscope.wording.numeric import LARGEST_SEED, MOST, require_number, require_whole
-
-BOS_CHOICES = ("auto", "yes", "no")
 
 
 @dataclass(frozen=True)
@@ -91,21 +90,6 @@ class Settings:
         return replace(self, **changes)
 
 
-def bos_choice(bos: Any) -> str:
-    """One of `BOS_CHOICES`; True and False, as YAML reads a bare yes and no, mean the same.
-
-    Raises:
-        SettingsError: anything else.
-    """
-    chosen = ("yes" if bos else "no") if isinstance(bos, bool) else bos
-    if not isinstance(chosen, str) or chosen not in BOS_CHOICES:
-        raise SettingsError(
-            f"bos is {bos!r}; give yes (each block begins with the beginning-of-sequence token), no, or auto (what the "
-            "tokenizer does by itself)."
-        )
-    return chosen
-
-
 def _checked_scores(scores: Any) -> tuple[str, ...]:
     if not isinstance(scores, (str, Iterable)):
         raise SettingsError(f"scores is {scores!r}; give names of scores, separated by commas or as a list.")
@@ -123,16 +107,3 @@ def _checked_scores(scores: Any) -> tuple[str, ...]:
         what = f"unknown score {', '.join(map(repr, unknown))}" if unknown else "no score was chosen"
         raise SettingsError(f"{what}; choose from {', '.join(known)}, effective_depth, all.")
     return tuple(name for name in known if name in wanted)
-
-
-def require_tokens(num_blocks: int, block_size: int) -> None:
-    """Refuse more tokens than any memory holds, before a text is read in vain.
-
-    Raises:
-        SettingsError: so many blocks of so many tokens are too many.
-    """
-    if num_blocks * block_size > MOST:
-        raise SettingsError(
-            f"{num_blocks:,} blocks of {block_size:,} tokens are {num_blocks * block_size:,} tokens; give at most "
-            f"{MOST:,} together: lower the number of blocks or block_size."
-        )

@@ -22,7 +22,7 @@ from depthlm import tiny_depthlm
 from depthscope.cli import app
 from depthscope.downstream.tasks import GROUPS, KNOWN, load_tasks, select
 from depthscope.errors import CorpusError, ModelLoadError, OutOfMemoryError, ReportError, SettingsError
-from depthscope.loading.load import LoadedModel
+from depthscope.loading.loaded import LoadedModel
 from depthscope.report.accuracy import Accuracy, Downstream
 from depthscope.report.report import LayerReport
 from models import tiny_llama

@@ -41,7 +41,8 @@ from depthscope.loading.audit.codes import why_codes
 from depthscope.loading.audit.placement import place
 from depthscope.loading.audit.stored import StoredTensors
 from depthscope.loading.checkpoint import find_checkpoint
-from depthscope.loading.load import LoadedModel, _load_checkpoint, _Options, load_model
+from depthscope.loading.load import _load_checkpoint, _Options, load_model
+from depthscope.loading.loaded import LoadedModel
 
 IDS = torch.arange(20)[None] * 7 % 260
 State = dict[str, torch.Tensor]

@@ -20,7 +20,8 @@ from depthscope.layers.facts import model_facts, text_only_notes
 from depthscope.layers.modes import evaluating
 from depthscope.layers.stack import LayerStack
 from depthscope.layers.tracing import input_embeddings, text_config
-from depthscope.loading.load import LoadedModel, load_model, require_for_loading
+from depthscope.loading.load import load_model, require_for_loading
+from depthscope.loading.loaded import LoadedModel
 from depthscope.loading.out_of_memory import is_out_of_memory
 from depthscope.processes import Processes
 from depthscope.report.report import MAX_MAPPED_LAYERS, LayerReport

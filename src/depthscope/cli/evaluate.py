@@ -117,7 +117,7 @@ def _deliver(
 
 
 def _show(found: "Downstream") -> None:
-    from depthscope.downstream.table import accuracy_table
+    from depthscope.views.accuracy import accuracy_table
 
     console = terminal()
     console.print(accuracy_table(found.accuracies))

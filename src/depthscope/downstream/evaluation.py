@@ -20,7 +20,8 @@ from depthscope.downstream.tasks import Selection, load_tasks, require_lm_eval, 
 from depthscope.errors import AnalysisError, OutOfMemoryError, SettingsError
 from depthscope.layers.facts import model_facts, text_only_notes
 from depthscope.layers.modes import evaluating
-from depthscope.loading.load import LoadedModel, load_model, require_for_loading
+from depthscope.loading.load import load_model, require_for_loading
+from depthscope.loading.loaded import LoadedModel
 from depthscope.loading.out_of_memory import is_out_of_memory
 from depthscope.processes import Processes
 from depthscope.report.accuracy import Accuracy, Downstream

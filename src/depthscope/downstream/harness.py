@@ -10,7 +10,7 @@ from lm_eval.models.huggingface import HFLM
 
 from depthscope.console.progress import Progress, showing_progress
 from depthscope.errors import SettingsError
-from depthscope.loading.load import LoadedModel
+from depthscope.loading.loaded import LoadedModel
 
 __all__ = ["HarnessModel"]
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from depthscope.errors import NonFiniteError
-from depthscope.scores.base import precise
+from depthscope.layers.precision import precise
 
 # Below this the smallest pivot of the scaled Cholesky factor is mostly rounding.
 SMALLEST_PIVOT = 1e-10

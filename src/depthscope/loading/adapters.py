@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -13,10 +13,8 @@ from depthscope.errors import ModelLoadError
 from depthscope.files.atomic import reason, require_opens
 from depthscope.loading.added_tokens import fit_vocabulary
 from depthscope.loading.checkpoint import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Checkpoint, folder_meant
+from depthscope.loading.loaded import LoadedModel
 from depthscope.wording.messages import counted, listed, one_line
-
-if TYPE_CHECKING:
-    from depthscope.loading.load import LoadedModel
 
 __all__ = ["apply_adapter", "apply_adapter_beside", "require_adapter_weights"]
 
@@ -37,8 +35,8 @@ NESTED_KINDS = ("XLORA",)
 
 
 def apply_adapter(
-    checkpoint: Checkpoint, load_base: Callable[[str, str | None], "LoadedModel"], base_model: str | None = None
-) -> tuple[nn.Module, "LoadedModel", list[str]]:
+    checkpoint: Checkpoint, load_base: Callable[[str, str | None], LoadedModel], base_model: str | None = None
+) -> tuple[nn.Module, LoadedModel, list[str]]:
     """Load the base model that the adapter names and put the adapter on it.
 
     Args:
@@ -64,8 +62,8 @@ def apply_adapter(
 
 
 def _named_base(
-    checkpoint: Checkpoint, load_base: Callable[[str, str | None], "LoadedModel"]
-) -> tuple["LoadedModel", list[str]]:
+    checkpoint: Checkpoint, load_base: Callable[[str, str | None], LoadedModel]
+) -> tuple[LoadedModel, list[str]]:
     """The base model that an adapter names, and a note where its path counts from the adapter's folder."""
     settings = checkpoint.read_json(ADAPTER_CONFIG)
     name, revision = settings.get("base_model_name_or_path"), settings.get("revision")

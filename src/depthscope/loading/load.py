@@ -7,7 +7,7 @@ being completed with random weights.
 
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -43,6 +43,7 @@ from depthscope.loading.gguf.header import GgufHeader
 from depthscope.loading.gguf.reading import reading_once
 from depthscope.loading.gguf.settings import adopt_settings
 from depthscope.loading.gguf.split import read_gguf
+from depthscope.loading.loaded import LoadedModel
 from depthscope.wording.messages import one_line
 
 __all__ = ["LoadedModel", "load_model", "model_facts", "require_for_loading"]
@@ -61,33 +62,6 @@ TOKENIZER_FILES = frozenset(
 
 
 NO_FOLDER = "no-adapter"  # where transformers is told to look for one
-
-
-@dataclass
-class LoadedModel:
-    """A model in evaluation mode, its tokenizer (None without one) and its facts: the report's `model` section.
-
-    `notes` are what a reader of the report should know about the loading; `tokenizer_problem` says why there is no
-    tokenizer; `stored_dtype` is what the checkpoint's own weights are in, where that is known.
-    """
-
-    model: nn.Module
-    tokenizer: Any
-    facts: dict[str, Any]
-    notes: list[str] = field(default_factory=list)
-    tokenizer_problem: str | None = None
-    stored_dtype: torch.dtype | None = None
-
-    def require_tokenizer(self) -> Any:
-        """The tokenizer.
-
-        Raises:
-            ModelLoadError: there is none; the message says why.
-        """
-        if self.tokenizer is None:
-            name = self.facts.get("name", "The model")
-            raise ModelLoadError(self.tokenizer_problem or f"{name} was given without a tokenizer, and text needs one.")
-        return self.tokenizer
 
 
 @dataclass(frozen=True)

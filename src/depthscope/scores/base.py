@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from depthscope.layers.precision import precise
 from depthscope.layers.stack import LayerStack
 from depthscope.layers.tracing import output_embeddings
 from depthscope.settings import Settings
@@ -111,16 +112,6 @@ class Score(ABC):
         if name not in self.sums:
             self.sums[name] = np.zeros((rows or self.num_blocks, *shape))
         return self.sums[name]
-
-
-def precise(hidden: Tensor) -> Tensor:
-    """The same numbers in float64, on a device that has it."""
-    return hidden.cpu().double() if hidden.device.type == "mps" else hidden.double()
-
-
-def wide(hidden: Tensor) -> Tensor:
-    """The same numbers in at least float32: half precision is too coarse for norms and variances."""
-    return hidden if hidden.dtype in (torch.float32, torch.float64) else hidden.float()
 
 
 def block_losses(logits: Tensor, input_ids: Tensor, target_mask: Tensor) -> Array:

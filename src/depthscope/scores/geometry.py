@@ -17,7 +17,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from depthscope.scores.base import Batch, Score, Sums, Values, mean, ratio, wide
+from depthscope.layers.precision import wide
+from depthscope.scores.base import Batch, Score, Sums, Values, mean, ratio
 
 
 class _Geometry(Score):

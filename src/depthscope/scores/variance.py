@@ -14,7 +14,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from depthscope.scores.base import Array, Batch, Score, Sums, Values, ratio, wide
+from depthscope.layers.precision import wide
+from depthscope.scores.base import Array, Batch, Score, Sums, Values, ratio
 
 PARTS = ("attention", "mlp")
 

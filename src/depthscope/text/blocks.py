@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from depthscope.console.quiet import quiet
 from depthscope.errors import CorpusError, SettingsError
-from depthscope.settings import bos_choice, require_tokens
+from depthscope.text.choices import bos_choice, require_tokens
 from depthscope.text.documents import Document
 from depthscope.text.sources import find_source
 from depthscope.text.special_tokens import SpecialTokens, encode

@@ -17,12 +17,12 @@ from rich.table import Table
 from rich.text import Text
 
 from depthscope.console.terminal import terminal
-from depthscope.downstream.table import accuracy_table
 from depthscope.report.accuracy import Accuracy
 from depthscope.report.comparison import Comparison
 from depthscope.report.measures import GLOBAL_SCORES, LAYER_SCORES, Measure, Term, format_score, shown_in
 from depthscope.report.report import LayerReport
 from depthscope.report.summary import summarize
+from depthscope.views.accuracy import accuracy_table
 from depthscope.wording.numbers import format_number, format_with_error
 
 __all__ = ["layer_table", "print_comparison", "print_measures", "print_report", "scores_table"]

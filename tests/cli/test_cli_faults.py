@@ -109,10 +109,12 @@ def test_a_recipe_without_room_for_all_its_files_changes_none(tmp_path: Path) ->
         refused([*recipe, tmp_path / "new"], "cannot write", "new")
     assert not (tmp_path / "new").exists()
     (tmp_path / "old").mkdir()
-    (tmp_path / "old" / "config.json").write_text("before")
+    before = {"config.json": "before", "recipe.md": "why"}
+    for name, content in before.items():
+        (tmp_path / "old" / name).write_text(content)
     with room_for(1000):
         refused([*recipe, tmp_path / "old"], "cannot write", "old")
-    assert [(path.name, path.read_text()) for path in (tmp_path / "old").iterdir()] == [("config.json", "before")]
+    assert {path.name: path.read_text() for path in (tmp_path / "old").iterdir()} == before
 
 
 def test_pages_and_a_space_without_room_leave_nothing(report: Path, tmp_path: Path) -> None:

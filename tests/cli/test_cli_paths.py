@@ -258,7 +258,28 @@ def test_a_sweep_does_not_write_its_record_over_the_file_that_it_is_made_from(he
         with pytest.raises(SweepError, match=r"would overwrite .*sweep.yaml"):
             run_sweep(load_sweep(file), out, progress=False)
     assert file.read_text().startswith("# why")
+    Path("longer.yaml").write_text("extends: other.yaml\nname: longer\n")
+    Path("other.yaml").write_text("extends: sweeps/mine/sweep.yaml\nseeds: [1]\n")
+    with pytest.raises(SweepError, match=r"would overwrite .*sweep.yaml"):
+        run_sweep(load_sweep("longer.yaml"), Path("sweeps/mine"), progress=False)
+    assert file.read_text().startswith("# why")
     assert sorted(path.name for path in file.parent.iterdir()) == ["sweep.yaml"]
+
+
+@pytest.mark.parametrize("there", [["config.json"], ["sweep.yaml", "sweep.json"], ["recipe.md", "model.safetensors"]])
+def test_a_recipe_takes_the_place_of_an_earlier_one_only(tmp_path: Path, there: list[str]) -> None:
+    words = ["recipe", "--layers", "4", "--width", "64", "--tokens", "2e6", "--vocab-size", "300", "--out"]
+    for name in there:
+        (tmp_path / name).write_text("of a model, or of a sweep")
+    shown = CliRunner().invoke(app, [*words, str(tmp_path)])
+    assert (shown.exit_code, "would be overwritten" in shown.stderr) == (2, True), shown.output
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == dict.fromkeys(
+        there, "of a model, or of a sweep"
+    )
+    for layers in ("4", "5"):
+        again = [*words[:2], layers, *words[3:], str(tmp_path / "new")]
+        assert CliRunner().invoke(app, again).exit_code == 0
+    assert '"num_hidden_layers": 5' in (tmp_path / "new" / "config.json").read_text()
 
 
 def test_push_looks_for_room_before_it_writes_cards(here: Path) -> None:

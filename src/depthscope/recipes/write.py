@@ -1,11 +1,16 @@
 """A recipe as files: the model's configuration, the Trainer's arguments, the sweep, and the reasons."""
 
+import os
 from pathlib import Path
 
+from depthscope.errors import ReportError
 from depthscope.files.atomic import write_together
 from depthscope.recipes.rule import Recipe
+from depthscope.wording.messages import listed
 
 __all__ = ["write_recipe"]
+
+REASONS = "recipe.md"
 
 
 def write_recipe(recipe: Recipe, folder: Path) -> list[Path]:
@@ -15,12 +20,20 @@ def write_recipe(recipe: Recipe, folder: Path) -> list[Path]:
         What was written: config.json, training_arguments.json, sweep.yaml and recipe.md.
 
     Raises:
-        ReportError: the folder cannot be made or written to; then none of them is written.
+        ReportError: the folder cannot be made or written to, or has files of these names that are no recipe's; then
+            none of them is written.
     """
     contents = {
         "config.json": recipe.config.to_json_string(),
         "training_arguments.json": recipe.training_json(),
         "sweep.yaml": recipe.sweep_yaml(),
-        "recipe.md": recipe.to_markdown(),
+        REASONS: recipe.to_markdown(),
     }
+    there = [name for name in contents if os.path.lexists(folder / name)]
+    # Beside weights, config.json is that of the model.
+    if there and (REASONS not in there or any(folder.glob("*.safetensors"))):
+        raise ReportError(
+            f"{str(folder)!r} holds {listed(there)} of something else than a recipe, which would be overwritten. Give "
+            "another folder."
+        )
     return write_together(folder, contents)

@@ -54,14 +54,14 @@ def preset_names() -> list[str]:
     return sorted(path.stem for path in _presets().glob("*.yaml"))
 
 
-def read_extended(source: str) -> tuple[YamlFile, Path]:
+def read_extended(source: str) -> tuple[YamlFile, Path, tuple[Path, ...]]:
     """Read a file or a preset over what it extends.
 
     Args:
         source: the path of a file, or a name of `preset_names()`.
 
     Returns:
-        The content without `extends`, and the folder from which its relative paths count.
+        The content without `extends`, the folder from which its relative paths count, and the files that were read.
 
     Raises:
         SpecificationError: naming the line.
@@ -81,17 +81,17 @@ def _find(name: str, folder: Path, from_: str | None, beside: str = "") -> tuple
     return path.resolve(), os.path.join(os.path.dirname(beside), name)
 
 
-def _read_chain(path: Path, shown: str) -> tuple[YamlFile, Path]:
-    """A file over what it extends, and that over what it extends; and the folder from which its paths count."""
+def _read_chain(path: Path, shown: str) -> tuple[YamlFile, Path, tuple[Path, ...]]:
+    """A file over what it extends, and that over what it extends; the folder from which paths count; all files."""
     chain: list[YamlFile] = []
-    seen: set[Path] = set()
+    seen: list[Path] = []
     top, where = path, shown
     while True:
         if path in seen or len(chain) == MOST_EXTENDED:
             raise SpecificationError(
                 f"{where}: `extends` goes round in a circle, or deeper than {MOST_EXTENDED} files, at {shown}."
             )
-        seen.add(path)
+        seen.append(path)
         file = read_yaml(path, shown)
         folder = _folder(file, path)
         chain.append(file)
@@ -111,7 +111,7 @@ def _read_chain(path: Path, shown: str) -> tuple[YamlFile, Path]:
     merged = chain.pop()
     while chain:
         merged = over(merged, chain.pop())
-    return merged, first
+    return merged, first, tuple(seen)
 
 
 def _name_of(path: Path) -> str:

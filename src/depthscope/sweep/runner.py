@@ -379,14 +379,14 @@ def _record(sweep: Sweep) -> str:
 
 
 def _keep_source(sweep: Sweep, out: Path) -> None:
-    """Refuse to write the record of a sweep over the file that it is read from, unless that is the record already."""
+    """Refuse to write the record of a sweep over a file that it is read from, unless that is the record already."""
     record = out / RECORD
-    is_source = record.is_file() and os.path.exists(sweep.source) and os.path.samefile(record, sweep.source)
-    if is_source and record.read_text(encoding="utf-8") != _record(sweep):
-        raise SweepError(
-            f"the record of the sweep in {out} would overwrite {sweep.source}, the file that it is read from. Move "
-            "that file out of the folder, or choose another --out."
-        )
+    for file in sweep.files if record.is_file() else ():
+        if file.exists() and os.path.samefile(record, file) and record.read_text(encoding="utf-8") != _record(sweep):
+            raise SweepError(
+                f"the record of the sweep in {out} would overwrite {file}, which it is read from. Move that file out "
+                "of the folder, or choose another --out."
+            )
 
 
 def describe(outcome: Outcome) -> str:

@@ -341,6 +341,7 @@ class Sweep:
     file: YamlFile
     folder: Path  # what relative paths are relative to
     source: str = ""  # what it was read from: a file or a preset
+    files: tuple[Path, ...] = ()  # that file, and those that it extends
 
     def error(self, path: Path_, message: str) -> SpecificationError:
         """An error that names the line of a part."""
@@ -362,7 +363,7 @@ def load_sweep(source: str | Path, changes: Mapping[str, Any] | None = None) -> 
     Raises:
         SpecificationError: naming the line and what is allowed there.
     """
-    file, folder = read_extended(str(source))
+    file, folder, files = read_extended(str(source))
     if changes:
         file = over(file, YamlFile(dict(changes)))
     if has_relative_paths(file, folder):
@@ -371,7 +372,7 @@ def load_sweep(source: str | Path, changes: Mapping[str, Any] | None = None) -> 
         specification = Specification.model_validate(file.content)
     except ValidationError as error:
         raise SpecificationError(_explain(error, file)) from error
-    sweep = Sweep(specification, file, folder, str(source))
+    sweep = Sweep(specification, file, folder, str(source), files)
     _refuse_options_without_source(sweep)
     return sweep
 

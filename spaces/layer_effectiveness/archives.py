@@ -12,7 +12,7 @@ from pathlib import Path, PurePosixPath
 
 from limits import Limits
 from model_files import is_model_file, is_weights
-from problems import Problem
+from problems import NO_ROOM, Problem, no_room
 
 __all__ = ["unpack"]
 
@@ -40,6 +40,8 @@ def unpack(archive: Path, folder: Path, limits: Limits) -> None:
             for entry, name in chosen:
                 _write(opened, entry, folder / name)
     except (zipfile.BadZipFile, zlib.error, EOFError, struct.error, NotImplementedError, ValueError, OSError) as error:
+        if isinstance(error, OSError) and error.errno in NO_ROOM:
+            raise no_room() from error
         reason = getattr(error, "strerror", None) or error  # without the paths here
         raise Problem(
             "upload", f"{archive.name} is not a .zip file that can be read ({reason}). Pack it again."

@@ -1,8 +1,11 @@
 """What can go wrong for a visitor: one exception, a kind for programs and a message for people."""
 
+import errno
 from typing import Literal, get_args
 
-__all__ = ["KINDS", "Kind", "Problem", "deserted", "stopped"]
+__all__ = ["KINDS", "NO_ROOM", "Kind", "Problem", "deserted", "no_room", "stopped"]
+
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 Kind = Literal[
     "no_such_model",
@@ -44,6 +47,15 @@ class Problem(Exception):
 def stopped() -> Problem:
     """What a visitor is told who pressed Stop."""
     return Problem("stopped", "Stopped, as you asked.")
+
+
+def no_room() -> Problem:
+    """What is told where the Space cannot write what a visitor has sent or asked for."""
+    return Problem(
+        "crashed",
+        "This Space has no room left on its disk for the model. Try again later, or analyse it on your own machine: "
+        "pip install depthscope.",
+    )
 
 
 def deserted(seconds: float) -> Problem:

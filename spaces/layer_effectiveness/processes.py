@@ -47,6 +47,8 @@ PRELOADED = ("torch", "depthscope.analysis.analyze", "transformers.models.llama.
 LARGEST_MESSAGE = 64 * 2**20
 LOOK_SECONDS = 0.2  # between two looks at the clock and the memory
 TELL_SECONDS = 0.5  # between two messages about progress
+# How a process ends to which memory is refused: the system kills it, or a library aborts it.
+WITHOUT_MEMORY = (-signal.SIGKILL, -signal.SIGABRT)
 NICENESS = 5  # the pages are answered first
 Apart = Callable[[Path, Limits, Callable[[dict[str, Any]], None]], None]
 # The processor's own memory for a process's data, such as a model's weights; CUDA reserves far more than it takes.
@@ -182,9 +184,7 @@ def _grown(limits: Limits, stage: str) -> str:
 
 def _ended(process: Any, limits: Limits, stage: str) -> Problem:
     process.join(5)
-    if (
-        process.exitcode is not None and process.exitcode < 0
-    ):  # a signal: libraries abort when memory is refused to them
+    if process.exitcode in WITHOUT_MEMORY:
         return Problem("out_of_memory", _grown(limits, stage))
     return Problem(
         "crashed",

@@ -26,7 +26,7 @@ from depthscope import (
 )
 from depthscope.errors import NotCausalError
 from limits import Limits
-from problems import Kind, Problem
+from problems import NO_ROOM, Kind, Problem, no_room
 from repository import HubModel, fetch
 from tasks import Task, fitted
 from uploads import Model, check_model, receive
@@ -110,6 +110,10 @@ def _problems(folder: Path, task: Task) -> Iterator[None]:
             raise Problem("out_of_memory", OUT_OF_MEMORY) from error
         kind: Kind = next((kind for family, kind in KINDS.items() if isinstance(error, family)), "crashed")
         raise Problem(kind, _without_places(str(error), folder, task.name)) from error
+    except OSError as error:
+        if error.errno not in NO_ROOM:
+            raise
+        raise no_room() from error
     except (MemoryError, RuntimeError) as error:
         if not _is_about_memory(error):
             raise

@@ -1,6 +1,8 @@
 """The queue, the limits of a job's process, and the results that are kept."""
 
 import os
+import resource
+import signal
 import subprocess
 import sys
 import threading
@@ -13,6 +15,7 @@ import anyio
 import pytest
 
 import processes
+from archives import unpack
 from estimate import Shape
 from jobs import Job, Jobs, Results
 from limits import Limits
@@ -331,6 +334,10 @@ def crash(folder, limits, emit):
     raise ZeroDivisionError
 
 
+def fault(folder, limits, emit):
+    os.kill(os.getpid(), signal.SIGSEGV)
+
+
 def write(mebibytes, folder, limits, emit):
     (folder / "file").write_bytes(bytes(mebibytes << 20))
     emit({"event": "done"})
@@ -370,6 +377,23 @@ def test_a_job_that_crashes_says_so_and_the_next_one_runs(own_folder):
         ended(crash)
     assert problem.value.kind == "crashed"
     assert ended(partial(write, 1))[-1]["event"] == "done"
+
+
+def test_a_job_that_is_ended_by_its_own_fault_is_not_said_to_need_memory(own_folder):
+    with pytest.raises(Problem) as problem:
+        ended(fault)
+    assert problem.value.kind == "crashed"
+
+
+def test_an_upload_that_the_disk_has_no_room_for_is_not_blamed_on_who_sent_it(short_model, tmp_path):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+    try:
+        with pytest.raises(Problem, match="no room left on its disk") as problem:
+            unpack(short_model, tmp_path, LIMITS)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert problem.value.kind == "crashed"
 
 
 def test_a_stopped_job_ends_at_once_and_leaves_nothing(own_folder):

@@ -1,5 +1,6 @@
 """Models of several architectures through a job of the Space, and a published sweep."""
 
+import errno
 import json
 import threading
 import time
@@ -219,6 +220,7 @@ def test_a_sweep_that_is_not_there_is_no_missing_model(hub, tmp_path):
         (NoLayerStackError("no layers"), "unknown_architecture"),
         (CorpusError("too short"), "text"),
         (ModelLoadError("cut off"), "broken_weights"),
+        (OSError(errno.ENOSPC, "No space left on device"), "crashed"),
     ],
 )
 def test_the_kind_of_a_problem_is_that_of_its_message(error, kind, tmp_path):

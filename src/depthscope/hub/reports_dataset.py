@@ -8,7 +8,7 @@ Each model has two reports, of the trained model and of the same before training
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,18 +16,25 @@ from typing import Any
 from huggingface_hub import DatasetCard, DatasetCardData
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from depthscope.console.quiet import quiet
-from depthscope.errors import HubError
+from depthscope.errors import HubError, ReportError
 from depthscope.hub.tree import MAIN, Tree
 from depthscope.report.measures import GLOBAL_SCORES
 from depthscope.report.report import LayerReport
 from depthscope.wording.markdown import inline
+from depthscope.wording.messages import one_line
 
 __all__ = ["REPORTS", "Reported", "reports_tree"]
 
 REPORTS = {"layer_report.json": True, "untrained_report.json": False}  # by whether the model is trained
 CONFIGS = ("reports", "layers")
+NAMED = {"point": "string", "variant": "string", "seed": "int64", "trained": "bool", "model": "string"}
+# As `datasets` writes parquet: pages that begin where the content says, so that a change sends little.
+CHUNKS = {"min_chunk_size": 2**18, "max_chunk_size": 2**20, "norm_level": 0}
+ROW_GROUP = 100_000_000  # bytes
 SIZES = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000_000, "100K<n<1M"))
+
+
+Columns = dict[str, tuple[str, list[Any]]]  # of each its type, as Arrow names it, and its values
 
 
 @dataclass(frozen=True)
@@ -39,6 +46,9 @@ class Reported:
     repo_id: str
 
 
+Found = tuple[Reported, bool, LayerReport]
+
+
 def reports_tree(
     points: Sequence[Reported], repo_id: str, work: Path, *, sweep: str, license: str | None = None
 ) -> Tree:
@@ -48,8 +58,6 @@ def reports_tree(
         HubError: there is no report.
         ReportError: a report is damaged.
     """
-    import datasets
-
     found = [
         (point, trained, LayerReport.load(point.folder / name))
         for point in points
@@ -58,41 +66,44 @@ def reports_tree(
     ]
     if not found:
         raise HubError(f"No point of the sweep {sweep!r} has a layer_report.json: there is nothing to make data of.")
-    rows = [_row(*one) for one in found]
-    scores = [name for name in _score_names() if any(name in row for row in rows)]
-    features = {name: datasets.Value("string") for name in ("point", "variant", "model", "settings", "data", "report")}
-    features |= {"seed": datasets.Value("int64"), "trained": datasets.Value("bool"), "layers": datasets.Value("int64")}
-    order = ("point", "variant", "seed", "trained", "model", "settings", "data", "layers")
-    typed = {name: features[name] for name in order} | {name: datasets.Value("float64") for name in scores}
-    typed["report"] = features["report"]
-    columns = {name: [row.get(name) for row in rows] for name in typed}
-    with quiet():
-        tables = {
-            "reports": datasets.Dataset.from_dict(columns, features=datasets.Features(typed)),
-            "layers": datasets.concatenate_datasets([_layers(*one) for one in found]),
-        }
-        work.mkdir(parents=True, exist_ok=True)
-        files = {f"{name}.parquet": work / f"{name}.parquet" for name in CONFIGS}
-        for name, table in tables.items():
-            table.to_parquet(files[f"{name}.parquet"])
-    card = _card(repo_id, sweep, points, license, len(tables["layers"]))
+    work.mkdir(parents=True, exist_ok=True)
+    files = {f"{name}.parquet": work / f"{name}.parquet" for name in CONFIGS}
+    _write_parquet(files["reports.parquet"], _reports(found))
+    rows = _write_parquet(files["layers.parquet"], _layers(found))
+    card = _card(repo_id, sweep, points, license, rows)
     (work / "README.md").write_text(card, encoding="utf-8")
     return Tree(repo_id, "dataset", MAIN, files | {"README.md": work / "README.md"})
 
 
-def _score_names() -> list[str]:
-    return [name for score in GLOBAL_SCORES for name in (score, f"{score}_se")]
+def _reports(found: Iterable[Found]) -> Columns:
+    """A row a report; of the global scores those that any of them has."""
+    rows = [
+        {
+            **_named(point, trained),
+            "settings": json.dumps(point.facts.get("settings") or {}, sort_keys=True),
+            "data": report.data["name"],
+            "layers": len(report.layers),
+            **report.scores,
+            "report": report.to_json(),
+        }
+        for point, trained, report in found
+    ]
+    scores = [name for score in GLOBAL_SCORES for name in (score, f"{score}_se") if any(name in row for row in rows)]
+    kinds = {**NAMED, "settings": "string", "data": "string", "layers": "int64"}
+    kinds |= {**dict.fromkeys(scores, "float64"), "report": "string"}
+    return {name: (kind, [row.get(name) for row in rows]) for name, kind in kinds.items()}
 
 
-def _row(point: Reported, trained: bool, report: LayerReport) -> dict[str, Any]:
-    return {
-        **_named(point, trained),
-        "settings": json.dumps(point.facts.get("settings") or {}, sort_keys=True),
-        "data": report.data["name"],
-        "layers": len(report.layers),
-        **report.scores,
-        "report": report.to_json(),
-    }
+def _layers(found: Iterable[Found]) -> Columns:
+    """A row a layer of each report."""
+    columns: Columns = {}
+    for point, trained, report in found:
+        table, rows = report.table(), len(report.layers)
+        named = {name: (NAMED[name], [value] * rows) for name, value in _named(point, trained).items()}
+        for name, (kind, values) in {**table, **named}.items():
+            columns.setdefault(name, (kind, []))[1].extend(values)
+    order = [*NAMED, *(name for name in columns if name not in {*NAMED, "revision"})]
+    return {name: columns[name] for name in order}
 
 
 def _named(point: Reported, trained: bool) -> dict[str, Any]:
@@ -106,14 +117,32 @@ def _named(point: Reported, trained: bool) -> dict[str, Any]:
     }
 
 
-def _layers(point: Reported, trained: bool, report: LayerReport) -> Any:
-    import datasets
+def _write_parquet(path: Path, columns: Columns) -> int:
+    """Write columns as `datasets` writes them, with its types beside Arrow's, but without loading it: it loads torch.
 
-    rows = report.to_dataset().remove_columns(["model", "revision"])
-    named = {name: [value] * len(rows) for name, value in _named(point, trained).items()}
-    types = {"seed": datasets.Value("int64"), "trained": datasets.Value("bool")}
-    features = datasets.Features({name: types.get(name, datasets.Value("string")) for name in named})
-    return datasets.concatenate_datasets([datasets.Dataset.from_dict(named, features=features), rows], axis=1)
+    Returns the number of rows.
+
+    Raises:
+        ReportError: a value is not of the type of its column.
+    """
+    import pyarrow as pa  # takes a while
+    import pyarrow.parquet as pq
+
+    features = {name: {"dtype": kind, "_type": "Value"} for name, (kind, _) in columns.items()}
+    metadata = {"huggingface": json.dumps({"info": {"features": features}})}
+    schema = pa.schema([(name, pa.type_for_alias(kind)) for name, (kind, _) in columns.items()], metadata=metadata)
+    try:
+        table = pa.table({name: _plain(*column) for name, column in columns.items()}, schema)
+    except (pa.ArrowException, OverflowError) as error:
+        raise ReportError(f"The sweep's index is damaged: {one_line(error)} Run the sweep again.") from error
+    with pq.ParquetWriter(path, schema, use_content_defined_chunking=CHUNKS, write_page_index=True) as writer:
+        writer.write_table(table, max(1, table.num_rows * ROW_GROUP // max(1, table.nbytes)))
+        writer.add_key_value_metadata({"content_defined_chunking": json.dumps(CHUNKS)})
+    return int(table.num_rows)
+
+
+def _plain(kind: str, values: list[Any]) -> list[Any]:
+    return [value if value is None else str(value) for value in values] if kind == "string" else values
 
 
 def _card(repo_id: str, sweep: str, points: Sequence[Reported], license: str | None, rows: int) -> str:

@@ -296,10 +296,16 @@ class LayerReport(BaseModel):
 
         Every score has its column, null where it was not computed, so that many reports can be concatenated.
         """
-        import datasets  # pulls in pandas and pyarrow
+        import datasets  # pulls in pandas, pyarrow and torch
 
+        columns = self.table()
+        features = datasets.Features({name: datasets.Value(kind) for name, (kind, _) in columns.items()})
+        return datasets.Dataset.from_dict({name: values for name, (_, values) in columns.items()}, features=features)
+
+    def table(self) -> dict[str, tuple[str, list[Any]]]:
+        """Give the columns of `to_dataset` without `datasets`: of each its type, as Arrow names it, and its values."""
         rows = len(self.layers)
-        text = {
+        text: dict[str, list[Any]] = {
             "model": [self.model["name"]] * rows,
             "revision": [self.model.get("revision")] * rows,
             "data": [self.data["name"]] * rows,
@@ -308,12 +314,8 @@ class LayerReport(BaseModel):
         }
         counts = {"num_layers": [rows] * rows, "layer": list(range(rows))}
         numbers = {name: self.column(name) for name in _with_errors(LAYER_SCORES)}
-        features = (
-            {name: datasets.Value("string") for name in text}
-            | {name: datasets.Value("int64") for name in counts}
-            | {name: datasets.Value("float64") for name in numbers}
-        )
-        return datasets.Dataset.from_dict({**text, **counts, **numbers}, features=datasets.Features(features))
+        parts: dict[str, Mapping[str, list[Any]]] = {"string": text, "int64": counts, "float64": numbers}
+        return {name: (kind, values) for kind, part in parts.items() for name, values in part.items()}
 
     def to_markdown(self) -> str:
         """Write the global scores and the layers as two Markdown tables, for cards and notes."""

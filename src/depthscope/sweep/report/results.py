@@ -24,6 +24,7 @@ from depthscope.errors import ReportError, SweepError
 from depthscope.files.atomic import MISSING, read_text, reason, says_nothing_of_content
 from depthscope.files.checksums import checksum, is_whole
 from depthscope.files.strict_json import parse
+from depthscope.models.defaults import DEFAULTS
 from depthscope.report.report import MAX_FLOAT, MAX_INTEGER, UNPRINTABLE, LayerReport
 from depthscope.runs.finished_files import known_checksums, report_checksum
 from depthscope.runs.history import FILE as HISTORY_FILE
@@ -157,13 +158,9 @@ class PointResult:
         for known in (self.settings, self.model, self.training):
             if name in known:
                 return known[name]
-        from depthscope.models import DepthLMConfig  # loads torch, which the others do not need
-
-        found = DepthLMConfig.__dataclass_fields__.get(name)
-        default = None if found is None else found.default
-        if name == "num_key_value_heads" and default is None:
+        if name == "num_key_value_heads":
             return self.setting("num_attention_heads")  # multi-head attention
-        return default if isinstance(default, (str, int, float, bool)) else None
+        return DEFAULTS.get(name)
 
     @cached_property
     def numbers(self) -> Numbers:

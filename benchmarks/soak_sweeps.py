@@ -32,7 +32,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from depthscope.callbacks import EffectivenessCallback, SparsityCallback, VarianceCallback, read_history
 from depthscope.cli import app
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "support"))
 
 from models import random_blocks, tiny_llama
 from runs import trainer

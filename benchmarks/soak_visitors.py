@@ -30,7 +30,7 @@ import psutil
 import depthscope
 
 ROOT = Path(__file__).parents[1]
-sys.path += [str(ROOT / "tests"), str(ROOT / "tests" / "space")]
+sys.path += [str(ROOT / "tests" / "support"), str(ROOT / "tests" / "space")]
 
 from models import tiny_llama  # noqa: E402
 from rest import Refused, Visitor, reset  # noqa: E402

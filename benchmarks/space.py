@@ -26,7 +26,7 @@ from depthscope import load_model
 from smollm2 import gguf_path
 
 ROOT = Path(__file__).parents[1]
-sys.path += [str(ROOT / "tests"), str(ROOT / "tests" / "space")]
+sys.path += [str(ROOT / "tests" / "support"), str(ROOT / "tests" / "space")]
 
 from hub import LocalHub  # noqa: E402
 from models import tiny_llama  # noqa: E402

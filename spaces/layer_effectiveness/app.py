@@ -1,6 +1,11 @@
 """The Space's program: `python app.py` serves the page.
 
-Everything is imported inside the guard, because each job's process imports this file again.
+    page      tabs, endpoints and the server; `page.results` is what they show of reports
+    jobs      analyses: their queue, their processes, what they do
+    safety    limits, and checks of what strangers give
+
+Each room imports from itself and from those below it. Everything is imported inside the guard, because each job's
+process imports this file again.
 """
 
 if __name__ == "__main__":
@@ -10,20 +15,20 @@ if __name__ == "__main__":
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
-    from processes import gradio_folder, remove_stale_folders
+    from jobs.processes import gradio_folder, remove_stale_folders
 
     remove_stale_folders()
     os.environ["GRADIO_TEMP_DIR"] = str(gradio_folder())  # before anything imports gradio
 
-    import zero_gpu
+    from jobs import zero_gpu
 
     if zero_gpu.is_here():
         zero_gpu.lent()  # the platform looks for the decorated function when the app starts
 
     try:
-        from interface import build, launch_options
-        from service import Service
-        from serving import serve
+        from jobs.service import Service
+        from page.interface import build, launch_options
+        from page.serving import serve
 
         service = Service()
     except ValueError as error:  # a limit that is none

@@ -30,7 +30,8 @@ def variants():
 
 
 def test_the_space_draws_the_means_over_seeds(variants) -> None:
-    drawn = json.loads((ROOT / "spaces" / "layer_effectiveness" / "depth_sweep.json").read_text())["ours"]
+    results = ROOT / "spaces" / "layer_effectiveness" / "page" / "results"
+    drawn = json.loads((results / "depth_sweep.json").read_text())["ours"]
     assert [point["layers"] for point in drawn] == [4, 8, 16, 32]
     for variant, point in zip(DEPTHS, drawn, strict=True):
         for score, column in COLUMNS.items():

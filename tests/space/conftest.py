@@ -13,9 +13,9 @@ from served import serving
 from tiny_tokenizer import save_tokenizer
 
 SPACE = Path(__file__).parents[2] / "spaces" / "layer_effectiveness"
-sys.path.append(str(SPACE))
+sys.path.insert(0, str(SPACE))
 
-from limits import Limits  # noqa: E402
+from safety.limits import Limits  # noqa: E402
 
 GIB = 2**30
 LEFT_SECONDS = 3  # of the Space that all tests share

@@ -1,7 +1,9 @@
 """`depthscope space` and `push-space`."""
 
+import ast
 import subprocess
 import sys
+from importlib.metadata import packages_distributions
 
 import pytest
 import yaml
@@ -22,7 +24,8 @@ def test_the_space_on_the_hub_is_the_folder_and_nothing_else(hub):
     repository = hub.repository("ada/layers", kind="space")
     pushed = {name: file.content for name, file in repository.files("main").items() if name != ".gitattributes"}
     assert pushed == space_files()
-    assert {"app.py", "requirements.txt", "README.md", "style.css", "depth_sweep.json"} <= pushed.keys()
+    files = {"app.py", "requirements.txt", "README.md", "page/style.css", "page/results/depth_sweep.json"}
+    assert files <= pushed.keys()
 
 
 def test_pushing_again_brings_it_up_to_date(hub):
@@ -108,8 +111,26 @@ def test_the_front_matter_and_the_requirements_name_the_versions_that_are_tested
         assert f"{name}{pinned[name]}" in tested
 
 
+def test_each_room_of_the_space_imports_from_those_below_it_only():
+    rooms = ["safety", "jobs", "page.results", "page", "app"]
+    for path in space_folder().rglob("*.py"):
+        own = ".".join(path.relative_to(space_folder()).parent.parts) or "app"
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.module.split(".")[0] in rooms:
+                room = next(room for room in rooms if f"{node.module}.".startswith(f"{room}."))
+                assert rooms.index(room) <= rooms.index(own), f"{path.name} imports {node.module}"
+
+
+def test_nothing_else_is_called_as_the_rooms_of_the_space():
+    names = {path.name for path in space_folder().iterdir() if (path / "__init__.py").is_file()}
+    assert names == {"page", "jobs", "safety"}
+    assert not names & {*sys.stdlib_module_names, *packages_distributions()}
+
+
 def test_every_module_of_the_space_is_imported_by_its_program():
-    code = "import interface, serving, worker, measuring; import sys; print(*sys.modules, sep='\\n')"
+    code = "from page import interface, serving; from jobs import measuring, worker"
+    code += "; import sys; print(*sys.modules, sep='\\n')"
     done = subprocess.run([sys.executable, "-c", code], cwd=space_folder(), capture_output=True, text=True, check=True)
-    modules = {path.stem for path in space_folder().glob("*.py")} - {"app"}
+    paths = [path.relative_to(space_folder()).with_suffix("") for path in space_folder().rglob("*.py")]
+    modules = {".".join(path.parts).removesuffix(".__init__") for path in paths} - {"app"}
     assert modules <= set(done.stdout.split())

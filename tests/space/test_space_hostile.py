@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from hostile import CASES, honest
-from limits import Limits
-from problems import Problem
-from processes import run
-from tasks import SAMPLE, Task, choose_settings
+from jobs.processes import run
+from jobs.tasks import SAMPLE, Task, choose_settings
+from safety.limits import Limits
+from safety.problems import Problem
 
 SECONDS = 30
 WITNESS = Path("/tmp/depthscope-space-was-here")

@@ -14,17 +14,16 @@ from pathlib import Path
 import anyio
 import pytest
 
-import processes
-from archives import unpack
-from estimate import Shape
-from jobs import Job, Jobs, Results
-from limits import Limits
-from problems import Problem
-from processes import remove_stale_folders, run, run_apart
-from repository import HubModel
-from service import Service, _with_own_files
-from tasks import SAMPLE, Task, Text, choose_settings
-from visitor import Planned
+from jobs.estimate import Shape
+from jobs.processes import remove_stale_folders, run, run_apart
+from jobs.queue import Job, Jobs, Results
+from jobs.service import Service, _with_own_files
+from jobs.tasks import SAMPLE, Task, Text, choose_settings
+from jobs.visitor import Planned
+from safety.archives import unpack
+from safety.limits import Limits
+from safety.problems import Problem
+from safety.repository import HubModel
 
 LIMITS = Limits(max_jobs=1, max_waiting=3, max_jobs_per_visitor=2, max_job_bytes=3 * 2**30, max_job_seconds=60)
 
@@ -160,7 +159,7 @@ def test_a_job_that_waits_leaves_the_queue_as_soon_as_it_is_stopped(jobs, gate):
 
 
 def test_a_job_that_waits_and_that_nobody_listens_to_leaves_the_queue(gate, monkeypatch):
-    monkeypatch.setattr("jobs.DESERTED_SECONDS", 0.5)
+    monkeypatch.setattr("jobs.queue.DESERTED_SECONDS", 0.5)
     jobs = Jobs(
         LIMITS, runner=lambda task, limits, stop: iter(gate.open.wait(30) and [{"event": "done", "report": ""}])
     )
@@ -227,8 +226,8 @@ def whose(folder, limits, emit):
 
 if __name__ == "__main__":
     from huggingface_hub import get_token
-    from limits import Limits
-    from processes import run_apart
+    from safety.limits import Limits
+    from jobs.processes import run_apart
     assert get_token() == "hf_of_the_owner"
     print(*run_apart(whose, Limits(), threading.Event()))
 """
@@ -237,7 +236,7 @@ if __name__ == "__main__":
 def test_a_job_cannot_find_the_token_of_the_spaces_owner(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(TOKEN_JOB)
-    places = os.pathsep.join((str(Path(processes.__file__).parent), *sys.path))
+    places = os.pathsep.join(sys.path)
     environment = {**os.environ, "HF_TOKEN": "hf_of_the_owner", "PYTHONPATH": places}
     done = subprocess.run(
         [sys.executable, str(script)], env=environment, capture_output=True, text=True, check=True, timeout=120
@@ -246,7 +245,7 @@ def test_a_job_cannot_find_the_token_of_the_spaces_owner(tmp_path):
 
 
 def test_a_job_that_nobody_listens_to_is_stopped(jobs, gate, monkeypatch):
-    monkeypatch.setattr("jobs.DESERTED_SECONDS", 0.2)
+    monkeypatch.setattr("jobs.queue.DESERTED_SECONDS", 0.2)
     job = jobs.submit(task(), "gone")
     wait_for(lambda: job.is_over)
     assert job.problem.kind == "stopped"

@@ -13,23 +13,22 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GPT2Config, GPTNeoXConfig, MixtralConfig
 
-import measuring
-import zero_gpu
 from depthscope import CorpusError, DepthLMConfig, LayerReport, ModelLoadError, NoLayerStackError, load_model
 from depthscope.errors import NotCausalError
-from jobs import Results
-from limits import Limits
-from problems import Problem
-from processes import run, run_apart
-from published_sweeps import sweep_of, tell_sweep
+from jobs import measuring, zero_gpu
+from jobs.processes import run, run_apart
+from jobs.published_sweeps import sweep_of, tell_sweep
+from jobs.queue import Results
+from jobs.result_store import ResultStore
+from jobs.tasks import SAMPLE, Task, Text, choose_settings
+from jobs.visitor import Choices, _pinned
+from jobs.worker import _problems
 from reports import sample_report
-from repository import HubModel, look_up
-from result_store import ResultStore
-from tasks import SAMPLE, Task, Text, choose_settings
+from safety.limits import Limits
+from safety.problems import Problem
+from safety.repository import HubModel, look_up
+from safety.uploads import check_model
 from tiny_tokenizer import save_tokenizer
-from uploads import check_model
-from visitor import Choices, _pinned
-from worker import _problems
 
 LIMITS = Limits(max_job_bytes=4 * 2**30, max_job_seconds=200)
 SCORES = ["variance", "skip", "usefulness", "expert_load"]
@@ -132,7 +131,7 @@ def test_a_gpu_is_lent_for_the_measuring_only(monkeypatch):
         yield {"event": "stage", "stage": "Loading the model", "share": 0.0}
         raise gr.Error("your share is used up")
 
-    monkeypatch.setattr("zero_gpu.lent", lambda: refused)
+    monkeypatch.setattr("jobs.zero_gpu.lent", lambda: refused)
     with pytest.raises(Problem, match="No GPU was lent: your share is used up"):
         list(zero_gpu.run(uploaded, LIMITS, threading.Event()))
     stopped = threading.Event()

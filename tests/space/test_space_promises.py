@@ -4,9 +4,9 @@ import re
 from dataclasses import fields
 from pathlib import Path
 
-from interface import CACHE_SECONDS, MOST_SESSIONS
-from jobs import DESERTED_SECONDS, Results
-from limits import MIB, Limits
+from jobs.queue import DESERTED_SECONDS, Results
+from page.interface import CACHE_SECONDS, MOST_SESSIONS
+from safety.limits import MIB, Limits
 
 TEXT = (Path(__file__).parents[2] / "docs" / "space.md").read_text(encoding="utf-8")
 ROWS = {name: bound for bound, name in re.findall(r"^\| [^|]+ \| ([^|]+) \| `([A-Z_]+)` \|$", TEXT, re.MULTILINE)}

@@ -14,25 +14,25 @@ import pytest
 from gradio.helpers import special_args
 
 import depthscope
-import shown
-from choices_panel import _taken
-from compare_tab import _one_a_depth
-from depth_figure import against_depth, of_reports
 from depthscope import Blocks, LayerReport, Settings
-from drops import measure_drop, run_to_drop
-from estimate import Estimator, Shape, in_words, shape_of, work
-from headline import headline, tiles
-from interface import build
-from limits import Limits
-from measuring import measure
+from jobs.drops import measure_drop, run_to_drop
+from jobs.estimate import Estimator, Shape, in_words, shape_of, work
+from jobs.measuring import measure
+from jobs.service import Service
+from jobs.tasks import STAGES, Text, choose_settings, make_text, read_text_file
+from jobs.visitor import Choices, from_upload, read_report
 from models import make_identity, random_blocks, tiny_llama
-from problems import Problem
+from page.choices_panel import _taken
+from page.compare_tab import _one_a_depth
+from page.interface import build
+from page.results import parts
+from page.results.depth_figure import against_depth, of_reports
+from page.results.headline import headline, tiles
+from page.results.sparsity_figure import sparsity
+from page.start_stop import with_token
 from reports import sample_content, sample_report
-from service import Service
-from sparsity_figure import sparsity
-from start_stop import with_token
-from tasks import STAGES, Text, choose_settings, make_text, read_text_file
-from visitor import Choices, from_upload, read_report
+from safety.limits import Limits
+from safety.problems import Problem
 
 LIMITS = Limits(max_job_bytes=2**30)
 EVERY = tuple(score for scores in STAGES.values() for score in scores)
@@ -138,9 +138,9 @@ def test_names_from_strangers_are_shown_and_not_read_as_html():
     named = report.model_copy(
         update={"model": {**report.model, "name": "<script>alert(1)</script>"}, "notes": ["<b>x</b>"]}
     )
-    assert "<script>" not in shown.facts(named) + tiles(named)
-    assert "<b>" not in shown.facts(named)
-    assert ".." not in shown.files([named])["html"].rsplit("/", 1)[-1]
+    assert "<script>" not in parts.facts(named) + tiles(named)
+    assert "<b>" not in parts.facts(named)
+    assert ".." not in parts.files([named])["html"].rsplit("/", 1)[-1]
 
 
 @pytest.mark.parametrize("count", [1, 2])
@@ -149,8 +149,8 @@ def test_a_name_from_a_stranger_is_no_formula_in_the_table_of_layers(tmp_path, c
     content = sample_content()
     content["model"]["name"] = content["layers"][0]["kind"] = evil
     report = LayerReport.from_json(json.dumps(content))
-    text = Path(shown.files([report] * count, tmp_path)["csv"]).read_text(encoding="utf-8")
-    frame = pd.read_csv(Path(tmp_path, f"{'comparison' if count == 2 else shown._stem(evil)}.csv"))
+    text = Path(parts.files([report] * count, tmp_path)["csv"]).read_text(encoding="utf-8")
+    frame = pd.read_csv(Path(tmp_path, f"{'comparison' if count == 2 else parts._stem(evil)}.csv"))
     assert f"'{evil}" in list(frame["kind"])
     assert f",{evil}" not in text
     assert not text.startswith("=")
@@ -160,7 +160,7 @@ def test_a_name_from_a_stranger_is_no_formula_in_the_table_of_layers(tmp_path, c
 
 
 def test_every_figure_of_a_report_is_drawn_without_its_title(tmp_path):
-    drawn = shown.drawn(sample_report(12))
+    drawn = parts.drawn(sample_report(12))
     assert list(drawn) == ["effectiveness", "skip_cost", "variance_growth", "causal_map", "permutation_map"]
     for data in drawn.values():
         content = json.loads(data.plot)
@@ -283,7 +283,7 @@ def test_the_owner_may_set_limits_below_the_defaults(tokens, block_size):
 def test_a_limit_that_is_none_ends_the_program_with_one_sentence():
     environment = {**os.environ, "DEPTHSCOPE_SPACE_MAX_TOKENS": "abc"}
     ended = subprocess.run(
-        [sys.executable, "app.py"], cwd=Path(shown.__file__).parent, env=environment, capture_output=True, text=True
+        [sys.executable, "app.py"], cwd=Path(parts.__file__).parents[2], env=environment, capture_output=True, text=True
     )
     assert ended.returncode == 1
     assert "Traceback" not in ended.stderr

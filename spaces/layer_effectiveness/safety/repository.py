@@ -25,10 +25,10 @@ from huggingface_hub.errors import (
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import validate_repo_id
 
-from config_check import read_object
-from limits import Limits
-from model_files import GGUF, TOKENIZER_FILES, is_model_file, is_pickle, is_weights
-from problems import Kind, Problem
+from safety.config import read_object
+from safety.limits import Limits
+from safety.model_files import GGUF, TOKENIZER_FILES, is_model_file, is_pickle, is_weights
+from safety.problems import Kind, Problem
 
 __all__ = ["HubModel", "dataset_commit", "fetch", "hub_problems", "look_up"]
 

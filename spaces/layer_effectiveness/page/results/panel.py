@@ -6,9 +6,9 @@ from typing import Any
 
 import gradio as gr
 
-import shown
 from depthscope import LayerReport
-from headline import headline, tiles
+from page.results import parts
+from page.results.headline import headline, tiles
 
 __all__ = ["ResultsPanel"]
 
@@ -80,16 +80,16 @@ class ResultsPanel:
 
     def update(self, report: LayerReport, *, is_whole: bool) -> dict[Any, Any]:
         """Show a report, finished or in part; files to download come with the finished one."""
-        figures = shown.drawn(report)
+        figures = parts.drawn(report)
         name = escape(report.model["name"])
         part = "" if is_whole else "<p class='ds-caption'>So far; the measurement goes on.</p>"
         changes: dict[Any, Any] = {
             self.area: gr.update(visible=True),
             self.title: f"<p class='ds-eyebrow'>{name}</p><h2>{escape(headline(report))}</h2>{part}",
             self.numbers: tiles(report),
-            self.table: shown.layer_table(report),
-            self.facts: shown.facts(report),
-            self.code: shown.listing(shown.code(report), "Commands"),
+            self.table: parts.layer_table(report),
+            self.facts: parts.facts(report),
+            self.code: parts.listing(parts.code(report), "Commands"),
             self.downloads: gr.update(visible=is_whole),
         }
         for figure, group in self.groups.items():
@@ -97,7 +97,7 @@ class ResultsPanel:
             if figure in figures:
                 changes[self.plots[figure]] = figures[figure]
         if is_whole:
-            changes |= {self.buttons[kind]: path for kind, path in shown.files([report]).items()}
+            changes |= {self.buttons[kind]: path for kind, path in parts.files([report]).items()}
         return changes
 
     def hide(self) -> dict[Any, Any]:
@@ -108,7 +108,7 @@ class ResultsPanel:
 def _figure(name: str) -> tuple[gr.Column, gr.Plot]:
     """The place of one figure: its title, itself, and how to read it."""
     with gr.Column(visible=False, min_width=320) as group:
-        gr.HTML(f"<h3>{shown.titles[name]}</h3>")
+        gr.HTML(f"<h3>{parts.titles[name]}</h3>")
         plot = gr.Plot(show_label=False, elem_id=f"plot-{name}", container=False)
-        gr.HTML(f"<p class='ds-caption'>{escape(shown.explanation(name))}</p>")
+        gr.HTML(f"<p class='ds-caption'>{escape(parts.explanation(name))}</p>")
     return group, plot

@@ -6,7 +6,7 @@ to `emit` as small JSON-like messages:
     {"event": "stage", "stage": ..., "share": 0.3}     what is being done, and the share of the whole that is done
     {"event": "partial", "report": "{...}"}            the report so far
     {"event": "done", "report": "{...}"}               the whole report
-    {"event": "failed", "kind": ..., "message": ...}   see `problems`
+    {"event": "failed", "kind": ..., "message": ...}   see `safety.problems`
 """
 
 import os
@@ -25,11 +25,11 @@ from depthscope import (
     SettingsError,
 )
 from depthscope.errors import NotCausalError
-from limits import Limits
-from problems import NO_ROOM, Kind, Problem, no_room
-from repository import HubModel, fetch
-from tasks import Task, fitted
-from uploads import Model, check_model, receive
+from jobs.tasks import Task, fitted
+from safety.limits import Limits
+from safety.problems import NO_ROOM, Kind, Problem, no_room
+from safety.repository import HubModel, fetch
+from safety.uploads import Model, check_model, receive
 
 __all__ = ["Emit", "work"]
 
@@ -72,7 +72,7 @@ def _measure(task: Task, folder: Path, limits: Limits, emit: Emit) -> None:
     tell("Downloading the model" if isinstance(task.model, HubModel) else "Checking the upload", 0.0)
     found = _files(task, folder / "model", limits)
     tell("Loading the model", LOADING)
-    from measuring import load, measure, read_text  # they bring torch and transformers
+    from jobs.measuring import load, measure, read_text  # they bring torch and transformers
 
     loaded = load(task, found, limits)
     settings = task.settings

@@ -24,9 +24,9 @@ from typing import Any
 import psutil
 from huggingface_hub import constants
 
-from limits import Limits
-from problems import Problem, stopped
-from tasks import HAS_GPU, Task
+from jobs.tasks import HAS_GPU, Task
+from safety.limits import Limits
+from safety.problems import Problem, stopped
 
 __all__ = [
     "forget_owner",
@@ -57,7 +57,7 @@ GUARDED_BY_KERNEL = not HAS_GPU
 
 def run(task: Task, limits: Limits, stop: threading.Event) -> Iterator[dict[str, Any]]:
     """Do an analysis; gives its messages (see `worker`) as they come, the last one "done"; as `run_apart`."""
-    from worker import work
+    from jobs.worker import work
 
     return run_apart(partial(work, task), limits, stop)
 

@@ -19,9 +19,9 @@ from depthscope.report.measures import LAYER_SCORES
 from depthscope.views.page import reproduce
 from depthscope.views.plots.report import EXPLANATIONS, TITLE_HEIGHT, figures
 from depthscope.wording.numbers import format_number, format_with_error
-from processes import own_folder, own_folders
-from sparsity_figure import EXPLANATION as SPARSITY_EXPLANATION
-from sparsity_figure import sparsity
+from jobs.processes import own_folder, own_folders
+from page.results.sparsity_figure import EXPLANATION as SPARSITY_EXPLANATION
+from page.results.sparsity_figure import sparsity
 
 __all__ = [
     "FIGURE_NAMES",

@@ -7,16 +7,16 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from config_check import read_object
 from depthscope import LayerReport, ReportError
 from depthscope.text.choices import BOS_CHOICES
-from estimate import Estimator, Shape, in_words, shape_of
-from limits import Limits
-from problems import Problem
-from repository import HubModel, dataset_commit, look_up
-from tasks import DTYPES, SAMPLE, Task, Text, choose_settings
-from uploads import fingerprint, require_upload
-from weights_check import gguf_facts
+from jobs.estimate import Estimator, Shape, in_words, shape_of
+from jobs.tasks import DTYPES, SAMPLE, Task, Text, choose_settings
+from safety.config import read_object
+from safety.limits import Limits
+from safety.problems import Problem
+from safety.repository import HubModel, dataset_commit, look_up
+from safety.uploads import fingerprint, require_upload
+from safety.weights import gguf_facts
 
 __all__ = ["Choices", "Planned", "failed", "from_hub", "from_upload", "progress_bar", "read_report", "still_there"]
 

@@ -11,8 +11,8 @@ from typing import Any, TypeGuard
 
 from depthscope.errors import ModelLoadError
 from depthscope.loading.gguf.header import read_header
-from limits import Limits
-from problems import Problem
+from safety.limits import Limits
+from safety.problems import Problem
 
 __all__ = ["count_safetensors", "gguf_facts"]
 

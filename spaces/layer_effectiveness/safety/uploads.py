@@ -4,8 +4,8 @@
     several files          config.json, the tokenizer's files and *.safetensors together
     a .gguf file           as it is
 
-Every file is looked at before a library reads it: see `archives`, `weights_check`, `config_check`. Nothing that names
-code is kept, and pickles are never written.
+Every file is looked at before a library reads it: see `archives`, `weights`, `config`. Nothing that names code is kept,
+and pickles are never written.
 """
 
 import hashlib
@@ -17,12 +17,12 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from archives import unpack
-from config_check import clean_config, clean_tokenizer, read_object, require_sane_numbers
-from limits import Limits
-from model_files import GGUF, is_model_file, is_pickle
-from problems import Problem
-from weights_check import count_safetensors, gguf_facts
+from safety.archives import unpack
+from safety.config import clean_config, clean_tokenizer, read_object, require_sane_numbers
+from safety.limits import Limits
+from safety.model_files import GGUF, is_model_file, is_pickle
+from safety.problems import Problem
+from safety.weights import count_safetensors, gguf_facts
 
 __all__ = ["Model", "check_model", "fingerprint", "receive", "require_upload"]
 

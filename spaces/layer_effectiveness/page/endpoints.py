@@ -7,14 +7,14 @@ from typing import Any
 import anyio
 import gradio as gr
 
-from choices_panel import DEFAULT_SCORES, DEFAULT_TOKENS, default_block_size
 from depthscope import LayerReport
 from depthscope.text.choices import BOS_CHOICES
-from headline import headline
-from problems import Kind, Problem
-from service import Service, Visit
-from tasks import DTYPES, make_text
-from visitor import Choices, Planned, read_report
+from jobs.service import Service, Visit
+from jobs.tasks import DTYPES, make_text
+from jobs.visitor import Choices, Planned, read_report
+from page.choices_panel import DEFAULT_SCORES, DEFAULT_TOKENS, default_block_size
+from page.results.headline import headline
+from safety.problems import Kind, Problem
 
 __all__ = ["EXAMPLES", "build", "require_arguments"]
 

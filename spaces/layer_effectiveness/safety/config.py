@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from limits import Limits
-from problems import Problem
+from safety.limits import Limits
+from safety.problems import Problem
 
 __all__ = ["Sizes", "clean_config", "clean_tokenizer", "read_object", "require_sane_numbers"]
 

@@ -13,12 +13,12 @@ from typing import Any
 
 import gradio as gr
 
-from estimate import DOWNLOAD_BYTES_A_SECOND
-from limits import Limits
-from problems import Problem, stopped
-from processes import forget_owner, own_folder
-from repository import HubModel, fetch
-from tasks import Task
+from jobs.estimate import DOWNLOAD_BYTES_A_SECOND
+from jobs.processes import forget_owner, own_folder
+from jobs.tasks import Task
+from safety.limits import Limits
+from safety.problems import Problem, stopped
+from safety.repository import HubModel, fetch
 
 __all__ = ["duration", "is_here", "run"]
 
@@ -76,7 +76,7 @@ def lent() -> Any:
 
 def on_gpu(task: Task, folder: str, limits: Limits) -> Iterator[dict[str, Any]]:
     """Do a job, and give its messages as they come."""
-    from worker import work
+    from jobs.worker import work
 
     forget_owner()
     messages: SimpleQueue[dict[str, Any] | None] = SimpleQueue()

@@ -10,11 +10,11 @@ import gradio as gr
 
 from depthscope.report.measures import MEASURES
 from depthscope.settings import SCORE_NAMES, SPARSITY_NAMES
-from limits import Limits
-from problems import Problem
-from start_stop import QUIETLY
-from tasks import PRECISIONS, make_text, read_text_file
-from visitor import Choices
+from jobs.tasks import PRECISIONS, make_text, read_text_file
+from jobs.visitor import Choices
+from page.start_stop import QUIETLY
+from safety.limits import Limits
+from safety.problems import Problem
 
 __all__ = ["DEFAULT_SCORES", "DEFAULT_TOKENS", "ChoicesPanel", "default_block_size"]
 

@@ -13,17 +13,17 @@ from typing import Any
 
 import anyio
 
-import zero_gpu
 from depthscope import LayerReport
-from estimate import Estimator
-from jobs import WATCH_SECONDS, Jobs, Results, has_left
-from limits import Limits
-from problems import Problem, stopped
-from processes import own_folder, run
-from readers import Readers
-from repository import HubModel
-from result_store import result_store
-from visitor import Choices, Planned, from_hub, from_upload, progress_bar, still_there
+from jobs import zero_gpu
+from jobs.estimate import Estimator
+from jobs.processes import own_folder, run
+from jobs.queue import WATCH_SECONDS, Jobs, Results, has_left
+from jobs.readers import Readers
+from jobs.result_store import result_store
+from jobs.visitor import Choices, Planned, from_hub, from_upload, progress_bar, still_there
+from safety.limits import Limits
+from safety.problems import Problem, stopped
+from safety.repository import HubModel
 
 __all__ = ["EXAMPLES", "Service", "Visit"]
 

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from depthscope import Settings, SettingsError
-from limits import Limits
-from problems import Problem
-from repository import HubModel
+from safety.limits import Limits
+from safety.problems import Problem
+from safety.repository import HubModel
 
 __all__ = [
     "DTYPES",

@@ -7,13 +7,13 @@ from typing import Any
 
 import gradio as gr
 
-import shown
-from depth_figure import Point, against_depth
 from depthscope.report.measures import EXPLAINED
+from page.results import parts
+from page.results.depth_figure import Point, against_depth
 
 __all__ = ["build"]
 
-NUMBERS = Path(__file__).with_name("depth_sweep.json")
+NUMBERS = Path(parts.__file__).with_name("depth_sweep.json")
 PAPER = "https://arxiv.org/abs/2603.15389"
 LIMITS = (
     (
@@ -76,7 +76,7 @@ def build() -> None:
         figure = against_depth(points, references)
         if figure is not None:
             gr.HTML(f"<h3>{escape(title)}</h3>")
-            gr.Plot(shown.plot_data(figure, name), show_label=False, container=False, elem_id=f"plot-{name}")
+            gr.Plot(parts.plot_data(figure, name), show_label=False, container=False, elem_id=f"plot-{name}")
     gr.HTML(f"<p class='ds-caption'>{escape(sweep['reading'])}</p>")
     limits = "".join(f"<li><strong>{escape(title)}</strong> {escape(words)}</li>" for title, words in LIMITS)
     gr.HTML(f"<h2>What these scores cannot tell</h2><ul class='ds-limits'>{limits}</ul>")

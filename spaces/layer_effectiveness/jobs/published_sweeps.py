@@ -18,11 +18,11 @@ from huggingface_hub import HfApi, hf_hub_download
 from huggingface_hub.hf_api import RepoFile
 
 from depthscope import LayerReport, ReportError
-from limits import Limits
-from problems import Problem
-from processes import run_apart
-from repository import hub_problems
-from tasks import DATASET
+from jobs.processes import run_apart
+from jobs.tasks import DATASET
+from safety.limits import Limits
+from safety.problems import Problem
+from safety.repository import hub_problems
 
 __all__ = ["Course", "Sweep", "read_sweep", "sweep_of", "tell_sweep"]
 

@@ -10,8 +10,8 @@ from typing import Any, NoReturn
 import gradio as gr
 import psutil
 
-from processes import remove_own_folders
-from service import Service
+from jobs.processes import remove_own_folders
+from jobs.service import Service
 
 __all__ = ["serve"]
 

@@ -10,9 +10,9 @@ import zipfile
 import zlib
 from pathlib import Path, PurePosixPath
 
-from limits import Limits
-from model_files import is_model_file, is_weights
-from problems import NO_ROOM, Problem, no_room
+from safety.limits import Limits
+from safety.model_files import is_model_file, is_weights
+from safety.problems import NO_ROOM, Problem, no_room
 
 __all__ = ["unpack"]
 

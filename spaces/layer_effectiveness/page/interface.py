@@ -10,15 +10,12 @@ from gradio.exceptions import ComponentProcessingError, InvalidPathError
 from gradio_client.utils import is_file_obj_with_meta, is_http_url_like, traverse
 from starlette.middleware import Middleware
 
-import analyze_tab
-import compare_tab
-import endpoints
-import explain_tab
-import shown
-from file_input import leave_no_empty_files
-from readers import Listening
-from receiving import Receiving
-from service import Service
+from jobs.readers import Listening
+from jobs.service import Service
+from page import analyze_tab, compare_tab, endpoints, explain_tab
+from page.file_input import leave_no_empty_files
+from page.receiving import Receiving
+from page.results import parts
 
 __all__ = ["build", "launch_options"]
 
@@ -75,7 +72,7 @@ def build(service: Service) -> gr.Blocks:
                     "through the same queue and limits.</p>"
                 )
                 place = os.environ.get("SPACE_ID", "NAMESPACE/NAME")
-                gr.HTML(shown.listing(endpoints.EXAMPLES.format(place=place), "Examples"))
+                gr.HTML(parts.listing(endpoints.EXAMPLES.format(place=place), "Examples"))
                 gr.HTML(f"<p class='ds-caption'>{escape(_limits(service))}</p>")
         endpoints.build(service)
 

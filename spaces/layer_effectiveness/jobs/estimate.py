@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from config_check import Sizes, require_sane_numbers
 from depthscope import Settings
-from limits import Limits
-from tasks import stages
+from jobs.tasks import stages
+from safety.config import Sizes, require_sane_numbers
+from safety.limits import Limits
 
 __all__ = ["Estimator", "Shape", "in_words", "shape_of", "work"]
 

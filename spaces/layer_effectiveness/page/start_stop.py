@@ -7,9 +7,9 @@ from typing import Any
 
 import gradio as gr
 
-from problems import Problem
-from service import Service, Visit
-from visitor import failed
+from jobs.service import Service, Visit
+from jobs.visitor import failed
+from safety.problems import Problem
 
 __all__ = ["QUIETLY", "StartStop", "with_token"]
 

@@ -9,19 +9,19 @@ import anyio
 import gradio as gr
 import pandas as pd
 
-import shown
-from choices_panel import ChoicesPanel
-from depth_figure import COURSE_EXPLANATION, against_depth, of_reports, over_training
-from depth_figure import EXPLANATION as DEPTH_EXPLANATION
 from depthscope import LayerReport, compare
 from depthscope.report.measures import GLOBAL_SCORES
 from depthscope.views.plots.report import EXPLANATIONS, compare_layers
 from depthscope.wording.numbers import format_with_error
-from problems import Problem
-from published_sweeps import Sweep, read_sweep
-from service import Service, Visit
-from start_stop import QUIETLY, StartStop
-from visitor import failed, progress_bar, read_report
+from jobs.published_sweeps import Sweep, read_sweep
+from jobs.service import Service, Visit
+from jobs.visitor import failed, progress_bar, read_report
+from page.choices_panel import ChoicesPanel
+from page.results import parts
+from page.results.depth_figure import COURSE_EXPLANATION, against_depth, of_reports, over_training
+from page.results.depth_figure import EXPLANATION as DEPTH_EXPLANATION
+from page.start_stop import QUIETLY, StartStop
+from safety.problems import Problem
 
 __all__ = ["build", "compared"]
 
@@ -89,7 +89,7 @@ def build(service: Service, kept: gr.State) -> None:
 
     def show(found: Sequence[LayerReport], read: Sweep | None) -> dict[Any, Any]:
         drawn = compared(found, read)
-        files = shown.files(found)
+        files = parts.files(found)
         return {
             area: gr.update(visible=True),
             title: drawn["title"],
@@ -176,9 +176,9 @@ def compared(reports: Sequence[LayerReport], sweep: Sweep | None = None) -> dict
         rows.append(cells)
     return {
         "title": f"<h2>{escape(' and '.join(comparison.labels))}</h2>{listed}",
-        "layers": shown.plot_data(compare_layers(reports), "comparison"),
-        "depth": None if depth is None else shown.plot_data(depth, "against-depth"),
-        "course": shown.plot_data(over_training(courses), "over-training") if courses else None,
+        "layers": parts.plot_data(compare_layers(reports), "comparison"),
+        "depth": None if depth is None else parts.plot_data(depth, "against-depth"),
+        "course": parts.plot_data(over_training(courses), "over-training") if courses else None,
         "table": pd.DataFrame(rows),
     }
 

@@ -8,8 +8,8 @@ from typing import Any
 import anyio
 from starlette.formparsers import MultiPartException
 
-from jobs import DESERTED_SECONDS
-from processes import is_own
+from jobs.processes import is_own
+from jobs.queue import DESERTED_SECONDS
 
 __all__ = ["Receiving"]
 

@@ -8,13 +8,13 @@ from typing import Any
 import anyio
 import gradio as gr
 
-from choices_panel import ChoicesPanel
 from depthscope import LayerReport
-from problems import Problem
-from results_panel import ResultsPanel
-from service import Service, Visit
-from start_stop import QUIETLY, StartStop, with_token
-from visitor import failed, progress_bar, read_report
+from jobs.service import Service, Visit
+from jobs.visitor import failed, progress_bar, read_report
+from page.choices_panel import ChoicesPanel
+from page.results.panel import ResultsPanel
+from page.start_stop import QUIETLY, StartStop, with_token
+from safety.problems import Problem
 
 __all__ = ["build"]
 

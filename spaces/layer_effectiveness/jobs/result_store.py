@@ -13,7 +13,7 @@ from huggingface_hub import HfApi, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HTTPError
 
 from depthscope import LayerReport, ReportError
-from tasks import Task
+from jobs.tasks import Task
 
 __all__ = ["ResultStore", "result_store"]
 

@@ -17,10 +17,10 @@ from typing import Any
 
 import anyio
 
-import processes
-from limits import MIB, Limits, seconds
-from problems import Problem, deserted, stopped
-from tasks import Task
+from jobs import processes
+from jobs.tasks import Task
+from safety.limits import MIB, Limits, seconds
+from safety.problems import Problem, deserted, stopped
 
 __all__ = ["DESERTED_SECONDS", "Job", "Jobs", "Results", "has_left"]
 

@@ -20,16 +20,16 @@ from transformers import (
     AutoModelForCausalLM,
 )
 
-from config_check import read_object
 from depthscope import Blocks, LayerReport, LoadedModel, Settings, analyze, load_blocks, load_model
 from depthscope.loading.failures import LOAD_FAILURES
-from drops import measure_drop
-from estimate import Shape, work
-from limits import Limits
-from problems import Problem
-from repository import HubModel
-from tasks import Task, Text, stages
-from uploads import Model
+from jobs.drops import measure_drop
+from jobs.estimate import Shape, work
+from jobs.tasks import Task, Text, stages
+from safety.config import read_object
+from safety.limits import Limits
+from safety.problems import Problem
+from safety.repository import HubModel
+from safety.uploads import Model
 
 __all__ = ["load", "measure", "merge", "read_text"]
 

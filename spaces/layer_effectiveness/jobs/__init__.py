@@ -1,0 +1,1 @@
+"""Analyses: what one is, how long it takes, whose turn it is, and the process that does it."""

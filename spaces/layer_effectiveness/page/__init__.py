@@ -1,0 +1,1 @@
+"""What a visitor sees and what a program calls, and the server that answers both."""

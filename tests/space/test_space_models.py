@@ -13,7 +13,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GPT2Config, GPTNeoXConfig, MixtralConfig
 
-from depthscope import CorpusError, DepthLMConfig, LayerReport, ModelLoadError, NoLayerStackError, load_model
+from depthscope import (
+    CorpusError,
+    DepthLMConfig,
+    LayerReport,
+    ModelLoadError,
+    NoLayerStackError,
+    OutOfMemoryError,
+    load_model,
+)
 from depthscope.errors import NotCausalError
 from jobs import measuring, zero_gpu
 from jobs.processes import run, run_apart
@@ -212,6 +220,11 @@ def test_a_sweep_that_is_not_there_is_no_missing_model(hub, tmp_path):
     assert "There is no dataset ada/no-such-sweep on the Hub" in told[-1]["message"]
 
 
+def because(error, cause):
+    error.__cause__ = cause
+    return error
+
+
 @pytest.mark.parametrize(
     ("error", "kind"),
     [
@@ -220,6 +233,9 @@ def test_a_sweep_that_is_not_there_is_no_missing_model(hub, tmp_path):
         (CorpusError("too short"), "text"),
         (ModelLoadError("cut off"), "broken_weights"),
         (OSError(errno.ENOSPC, "No space left on device"), "crashed"),
+        (OutOfMemoryError("lower something"), "out_of_memory"),
+        (because(ModelLoadError("cannot be loaded"), RuntimeError("can't allocate memory")), "out_of_memory"),
+        (because(RuntimeError("a layer failed"), MemoryError()), "out_of_memory"),
     ],
 )
 def test_the_kind_of_a_problem_is_that_of_its_message(error, kind, tmp_path):

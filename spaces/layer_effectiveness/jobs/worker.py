@@ -105,31 +105,23 @@ def _problems(folder: Path, task: Task) -> Iterator[None]:
     """Turn depthscope's errors into a `Problem` that speaks of the model by the visitor's name for it."""
     try:
         yield
-    except DepthscopeError as error:
-        if any(_is_about_memory(cause) for cause in _causes(error)):
+    except (DepthscopeError, MemoryError, RuntimeError) as error:
+        if _is_about_memory(error):
             raise Problem("out_of_memory", OUT_OF_MEMORY) from error
+        if not isinstance(error, DepthscopeError):
+            raise
         kind: Kind = next((kind for family, kind in KINDS.items() if isinstance(error, family)), "crashed")
         raise Problem(kind, _without_places(str(error), folder, task.name)) from error
     except OSError as error:
         if error.errno not in NO_ROOM:
             raise
         raise no_room() from error
-    except (MemoryError, RuntimeError) as error:
-        if not _is_about_memory(error):
-            raise
-        raise Problem("out_of_memory", OUT_OF_MEMORY) from error
-
-
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__
 
 
 def _is_about_memory(error: BaseException) -> bool:
-    from depthscope.loading.out_of_memory import is_out_of_memory  # torch takes seconds
+    from depthscope.loading.failures import causes, is_out_of_memory  # torch takes seconds
 
-    return isinstance(error, OutOfMemoryError) or is_out_of_memory(error)
+    return any(isinstance(cause, OutOfMemoryError) or is_out_of_memory(cause) for cause in causes(error))
 
 
 def _without_places(message: str, folder: Path, name: str) -> str:

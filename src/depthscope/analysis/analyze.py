@@ -4,8 +4,7 @@ Under `torchrun` each process takes its share of the blocks; the sums that the s
 end, so that a report does not depend on the number of processes.
 """
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +14,14 @@ from torch import Tensor, nn
 from depthscope.analysis.assemble import assemble
 from depthscope.analysis.measure import AnalysisInterrupted, measure, require_finite, total_work
 from depthscope.console.progress import Listener, showing_progress, showing_status
-from depthscope.errors import CorpusError, OutOfMemoryError, SettingsError
+from depthscope.errors import CorpusError, SettingsError
 from depthscope.layers.facts import model_facts, text_only_notes
 from depthscope.layers.modes import evaluating
 from depthscope.layers.stack import LayerStack
 from depthscope.layers.tracing import input_embeddings, text_config
+from depthscope.loading import failures
 from depthscope.loading.load import load_model, require_for_loading
 from depthscope.loading.loaded import LoadedModel
-from depthscope.loading.out_of_memory import is_out_of_memory
 from depthscope.processes import Processes
 from depthscope.report.report import MAX_MAPPED_LAYERS, LayerReport
 from depthscope.scores import SCORES
@@ -196,16 +195,9 @@ def _require_positions(model: nn.Module, block_size: int, virtual: int = 0) -> N
         )
 
 
-@contextmanager
-def memory_errors(settings: Settings) -> Iterator[None]:
+def memory_errors(settings: Settings) -> AbstractContextManager[None]:
     """Say what to lower when the device runs out of memory."""
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
-            raise
-        lower = [f"batch_size (now {settings.batch_size or 'chosen by itself'})", f"block_size ({settings.block_size})"]
-        raise OutOfMemoryError(
-            f"The device ran out of memory. Lower {' or '.join(lower)}, use a narrower dtype (bfloat16), split the "
-            'model over devices with device="auto", or leave out the jacobian score.'
-        ) from error
+    size = settings.batch_size or "chosen by itself"
+    return failures.memory_errors(
+        f"batch_size (now {size}) or block_size ({settings.block_size})", "leave out the jacobian score"
+    )

@@ -17,12 +17,12 @@ from torch import nn
 from depthscope.console.progress import showing_status
 from depthscope.console.quiet import quiet
 from depthscope.downstream.tasks import Selection, load_tasks, require_lm_eval, select
-from depthscope.errors import AnalysisError, OutOfMemoryError, SettingsError
+from depthscope.errors import AnalysisError, SettingsError
 from depthscope.layers.facts import model_facts, text_only_notes
 from depthscope.layers.modes import evaluating
+from depthscope.loading.failures import memory_errors
 from depthscope.loading.load import load_model, require_for_loading
 from depthscope.loading.loaded import LoadedModel
-from depthscope.loading.out_of_memory import is_out_of_memory
 from depthscope.processes import Processes
 from depthscope.report.accuracy import Accuracy, Downstream
 from depthscope.wording.messages import one_line
@@ -229,14 +229,8 @@ def _random_state_kept() -> Iterator[None]:
 @contextmanager
 def _run_errors(batch_size: int) -> Iterator[None]:
     try:
-        yield
-    except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
-            raise
-        raise OutOfMemoryError(
-            f"The device ran out of memory. Lower the batch size (now {batch_size}), use a narrower dtype (bfloat16), "
-            'or split the model over devices with device="auto".'
-        ) from error
+        with memory_errors(f"the batch size (now {batch_size})"):
+            yield
     except (ValueError, LookupError, AssertionError) as error:
         if isinstance(error, SettingsError):
             raise

@@ -1,26 +1,28 @@
-"""Why transformers could not load a model: its exceptions turned into one message for each cause.
+"""Why a model could not be loaded or run: others' exceptions turned into one message for each cause.
 
 Causes are told apart by exception classes, and by looking at the files again after a failure; the wording of others'
-messages changes from version to version and decides nothing here, but for memory (`depthscope.loading.out_of_memory`).
+messages changes from version to version and decides nothing here, but for memory, for which PyTorch has no class but
+that of CUDA.
 """
 
+import errno
 import struct
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
 import transformers
 from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalEntryNotFoundError, StrictDataclassError
 from safetensors import SafetensorError
 
-from depthscope.errors import ModelLoadError
+from depthscope.errors import ModelLoadError, OutOfMemoryError
 from depthscope.loading.checkpoint import CONFIG, Checkpoint, damaged_file, explain_hub_error
 from depthscope.loading.gguf.header import read_header
-from depthscope.loading.out_of_memory import is_out_of_memory
 from depthscope.wording.messages import listed, one_line
 
-__all__ = ["LOAD_FAILURES", "load_errors"]
+__all__ = ["LOAD_FAILURES", "causes", "is_out_of_memory", "load_errors", "memory_errors"]
 
 # What transformers raises for a config, weights or a tokenizer that it cannot make anything of.
 LOAD_FAILURES = (
@@ -39,6 +41,8 @@ LOAD_FAILURES = (
     SafetensorError,
 )
 HUB_FAILURES = (HfHubHTTPError, HTTPError, LocalEntryNotFoundError, ConnectionError, TimeoutError)
+# Of a processor (Linux, macOS; Windows), of MPS and of a CUDA call outside the allocator, of cuBLAS and cuDNN.
+OUT_OF_MEMORY_SIGNS = ("allocate memory", "not enough memory", "out of memory", "_ALLOC_FAILED")
 
 
 @contextmanager
@@ -55,8 +59,37 @@ def load_errors(checkpoint: Checkpoint, part: str) -> Iterator[None]:
         raise ModelLoadError(_explain(checkpoint, part, error)) from error
 
 
+@contextmanager
+def memory_errors(lower: str, *others: str) -> Iterator[None]:
+    """Turn an error by which memory ran out into an `OutOfMemoryError` that says what to lower, or else to do."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        steps = [f"Lower {lower}", "use a narrower dtype (bfloat16)", 'split the model over devices with device="auto"']
+        *steps, last = *steps, *others
+        raise OutOfMemoryError(f"The device ran out of memory. {', '.join(steps)}, or {last}.") from error
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out, of whatever device."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    return isinstance(error, RuntimeError | SafetensorError) and any(sign in str(error) for sign in OUT_OF_MEMORY_SIGNS)
+
+
+def causes(error: BaseException | None) -> Iterator[BaseException]:
+    """An error, what it came of, and so on."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
 def _explain(checkpoint: Checkpoint, part: str, error: BaseException) -> str:
-    for cause in _causes(error):
+    for cause in causes(error):
         if isinstance(cause, HUB_FAILURES):
             return explain_hub_error(cause, checkpoint.name, checkpoint.revision)
     what = _unmade_weights(error) or f"{type(error).__name__}: {one_line(error)}"
@@ -89,12 +122,6 @@ def _unmade_weights(error: BaseException) -> str:
                 which = f"{len(names)} weight{'s' * (len(names) > 1)}"
                 return f"{which} cannot be put together from what is stored: {listed(names)}. {reason}"
     return ""
-
-
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__
 
 
 def _explain_gguf(checkpoint: Checkpoint, what: str) -> str:

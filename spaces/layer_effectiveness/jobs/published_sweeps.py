@@ -21,7 +21,7 @@ from depthscope import LayerReport, ReportError
 from jobs.processes import run_apart
 from jobs.tasks import DATASET
 from safety.limits import Limits
-from safety.problems import Problem
+from safety.problems import Problem, too_long
 from safety.repository import hub_problems
 
 __all__ = ["Course", "Sweep", "read_sweep", "sweep_of", "tell_sweep"]
@@ -108,9 +108,7 @@ def _download(name: str, file: str, kind: str, folder: Path) -> Path:
         if not found:
             raise Problem("report", f"{name} has no {file}, so it is no dataset of reports that depthscope push wrote.")
         if not isinstance(found[0], RepoFile) or found[0].size > MOST_BYTES:
-            raise Problem(
-                "report", f"{file} of {name} is larger than {MOST_BYTES / 2**20:g} MiB, the most that is read here."
-            )
+            raise too_long("report", f"{file} of {name}", MOST_BYTES)
         return Path(hf_hub_download(name, file, repo_type=kind, local_dir=folder / "model", token=False))
 
 

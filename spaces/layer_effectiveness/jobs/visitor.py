@@ -13,9 +13,9 @@ from jobs.estimate import Estimator, Shape, in_words, shape_of
 from jobs.tasks import DTYPES, SAMPLE, Task, Text, choose_settings
 from safety.config import read_object
 from safety.limits import Limits
-from safety.problems import Problem
+from safety.problems import Problem, too_long
 from safety.repository import HubModel, dataset_commit, look_up
-from safety.uploads import fingerprint, require_upload
+from safety.uploads import fingerprint, require_size, require_upload
 from safety.weights import gguf_facts
 
 __all__ = ["Choices", "Planned", "failed", "from_hub", "from_upload", "progress_bar", "read_report", "still_there"]
@@ -74,12 +74,7 @@ def from_hub(
     """
     model = look_up(name, revision.strip() or None, token, limits)
     parameters = model.weight_bytes / _bytes_a_weight(model.config)
-    if parameters > 1.05 * limits.max_parameters:
-        raise Problem(
-            "too_large",
-            f"{model.name} has about {parameters / 1e9:.3g} billion parameters, and this Space takes at most "
-            f"{limits.max_parameters / 1e9:.3g} billion. Analyse it on your own machine: pip install depthscope.",
-        )
+    require_size(parameters, limits, f"{model.name} has about", slack=1.05)
     shape = shape_of(model.config, parameters, limits)
     settings = _settings(choices, shape, limits)
     task = Task(model.name, model, model.sha, _pinned(choices.text), settings, choices.dtype, token)
@@ -150,9 +145,7 @@ def read_report(path: str | None, limits: Limits) -> LayerReport:
     with still_there():
         size = file.stat().st_size
     if size > limits.max_report_bytes:
-        raise Problem(
-            "report", f"The report is larger than {limits.max_report_bytes / 2**20:g} MiB, the most that is read here."
-        )
+        raise too_long("report", "The report", limits.max_report_bytes)
     try:
         report = LayerReport.load(file)
     except ReportError as error:

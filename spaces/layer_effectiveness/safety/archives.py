@@ -12,7 +12,7 @@ from pathlib import Path, PurePosixPath
 
 from safety.limits import Limits
 from safety.model_files import is_model_file, is_weights
-from safety.problems import NO_ROOM, Problem, no_room
+from safety.problems import NO_ROOM, Problem, no_room, too_large
 
 __all__ = ["unpack"]
 
@@ -129,11 +129,7 @@ def _check_kind(entry: zipfile.ZipInfo) -> None:
 
 def _check_size(entry: zipfile.ZipInfo, total: int, limits: Limits) -> None:
     if total > limits.max_unpacked_bytes:
-        raise Problem(
-            "too_large",
-            f"Unpacked, the archive is larger than {limits.max_unpacked_bytes / 2**30:.3g} GiB, the most that this "
-            "Space takes. Analyse the model on your own machine: pip install depthscope.",
-        )
+        raise too_large("Unpacked, the archive", limits.max_unpacked_bytes)
     if entry.file_size > SMALL and entry.file_size > limits.max_ratio * max(entry.compress_size, 1):
         raise Problem(
             "upload",

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from safety.limits import Limits
-from safety.problems import Problem
+from safety.model_files import CONFIG, INDEX
+from safety.problems import Problem, too_long
 
 __all__ = ["Sizes", "clean_config", "clean_tokenizer", "read_object", "require_sane_numbers"]
 
@@ -105,10 +106,10 @@ def clean_tokenizer(folder: Path, limits: Limits) -> None:
             named = {key for key in content if key.endswith(("_file", "_files"))}
             kept = {key: value for key, value in _without_unsafe(content).items() if key not in named}
             path.write_text(json.dumps(kept), encoding="utf-8")
-        elif path.suffix == ".json" and path.name not in ("config.json", "model.safetensors.index.json"):
+        elif path.suffix == ".json" and path.name not in (CONFIG, INDEX):
             read_object(path, limits.max_tokenizer_bytes, "broken_tokenizer")
         elif path.suffix in (".txt", ".model") and path.stat().st_size > limits.max_tokenizer_bytes:
-            raise _too_large(path, limits.max_tokenizer_bytes, "broken_tokenizer")
+            raise too_long("broken_tokenizer", path.name, limits.max_tokenizer_bytes)
 
 
 def read_object(path: Path, most_bytes: int, kind: Any) -> dict[str, Any]:
@@ -118,7 +119,7 @@ def read_object(path: Path, most_bytes: int, kind: Any) -> dict[str, Any]:
         Problem: (of the given `kind`) the file is too large, no JSON, nested too deep, or no object.
     """
     if path.stat().st_size > most_bytes:
-        raise _too_large(path, most_bytes, kind)
+        raise too_long(kind, path.name, most_bytes)
     try:
         content = json.loads(path.read_bytes())
     except RecursionError as error:
@@ -178,10 +179,6 @@ def _without_unsafe(value: Any, level: int = 0) -> Any:
     if isinstance(value, list):
         return [_without_unsafe(item, level + 1) for item in value]
     return value
-
-
-def _too_large(path: Path, most_bytes: int, kind: Any) -> Problem:
-    return Problem(kind, f"{path.name} is larger than {most_bytes / 2**20:g} MiB, the most that is read here.")
 
 
 def _shown(value: int) -> str:

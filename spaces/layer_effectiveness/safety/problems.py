@@ -3,7 +3,7 @@
 import errno
 from typing import Literal, get_args
 
-__all__ = ["KINDS", "NO_ROOM", "Kind", "Problem", "deserted", "no_room", "stopped"]
+__all__ = ["KINDS", "NO_ROOM", "Kind", "Problem", "deserted", "no_room", "stopped", "too_large", "too_long"]
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -42,6 +42,20 @@ class Problem(Exception):
     def __init__(self, kind: Kind, message: str) -> None:
         super().__init__(message)
         self.kind = kind
+
+
+def too_long(kind: Kind, what: str, most_bytes: int) -> Problem:
+    """A file of more bytes than are read of one of its kind."""
+    return Problem(kind, f"{what} is larger than {most_bytes / 2**20:g} MiB, the most that is read here.")
+
+
+def too_large(what: str, most_bytes: int) -> Problem:
+    """A model of more bytes than are taken."""
+    return Problem(
+        "too_large",
+        f"{what} is larger than {most_bytes / 2**30:.3g} GiB, the most that this Space takes. Analyse the model on "
+        "your own machine: pip install depthscope.",
+    )
 
 
 def stopped() -> Problem:

@@ -27,8 +27,8 @@ from huggingface_hub.utils import validate_repo_id
 
 from safety.config import read_object
 from safety.limits import Limits
-from safety.model_files import GGUF, TOKENIZER_FILES, is_model_file, is_pickle, is_weights
-from safety.problems import Kind, Problem
+from safety.model_files import CONFIG, GGUF, INDEX, TOKENIZER_FILES, WEIGHTS, is_model_file, is_pickle, is_weights
+from safety.problems import Kind, Problem, too_long
 
 __all__ = ["HubModel", "dataset_commit", "fetch", "hub_problems", "look_up"]
 
@@ -127,7 +127,7 @@ def _files_to_fetch(name: str, sizes: dict[str, int], limits: Limits) -> list[st
     weights = [file for file in sizes if is_weights(file)]
     if "adapter_config.json" in sizes and not weights:
         raise Problem("no_safetensors", f"{name} is an adapter. Name its base model, or one that it was merged into.")
-    if "config.json" not in sizes:
+    if CONFIG not in sizes:
         ggufs = any(file.lower().endswith(GGUF) for file in sizes)
         hint = (
             "It holds GGUF files: download one and upload it here."
@@ -140,17 +140,15 @@ def _files_to_fetch(name: str, sizes: dict[str, int], limits: Limits) -> list[st
         raise Problem(
             "no_safetensors", f"{name} holds {what}; safetensors weights are needed. Name another version of it."
         )
-    if "model.safetensors" in weights:  # what transformers takes, whatever else is there
-        weights = ["model.safetensors"]
+    if WEIGHTS in weights:  # what transformers takes, whatever else is there
+        weights = [WEIGHTS]
     files = [file for file in sizes if is_model_file(file) and (file in weights or not is_weights(file))]
     if len(files) > limits.max_files:
         raise Problem("too_large", f"{name} has {len(files)} files, and at most {limits.max_files} are taken here.")
     for file in files:
         most = limits.max_tokenizer_bytes if file in TOKENIZER_FILES else limits.max_json_bytes
-        if not is_weights(file) and file != "model.safetensors.index.json" and sizes[file] > most:
-            raise Problem(
-                "too_large", f"{file} of {name} is larger than {most / 2**20:g} MiB, the most that is read here."
-            )
+        if not is_weights(file) and file != INDEX and sizes[file] > most:
+            raise too_long("too_large", f"{file} of {name}", most)
     if (total := sum(sizes[file] for file in files)) > limits.max_download_bytes:
         raise Problem(
             "too_large",

@@ -20,13 +20,12 @@ from pathlib import Path
 from safety.archives import unpack
 from safety.config import clean_config, clean_tokenizer, read_object, require_sane_numbers
 from safety.limits import Limits
-from safety.model_files import GGUF, is_model_file, is_pickle
-from safety.problems import Problem
+from safety.model_files import CONFIG, GGUF, INDEX, is_model_file, is_pickle
+from safety.problems import Problem, too_large
 from safety.weights import count_safetensors, gguf_facts
 
-__all__ = ["Model", "check_model", "fingerprint", "receive", "require_upload"]
+__all__ = ["Model", "check_model", "fingerprint", "receive", "require_size", "require_upload"]
 
-INDEX = "model.safetensors.index.json"
 CHUNK = 1 << 20
 LEAST_BYTES_A_PARAMETER = 0.2  # below this a file cannot hold what it says
 
@@ -60,11 +59,7 @@ def require_upload(paths: Sequence[Path], limits: Limits) -> None:
         if not stat.S_ISREG(path.lstat().st_mode):
             raise Problem("upload", f"{path.name} is not a plain file.")
     if sum(path.stat().st_size for path in paths) > limits.max_upload_bytes:
-        raise Problem(
-            "too_large",
-            f"The upload is larger than {limits.max_upload_bytes / 2**30:.3g} GiB, the most that this Space takes. "
-            "Analyse the model on your own machine: pip install depthscope.",
-        )
+        raise too_large("The upload", limits.max_upload_bytes)
     kinds = {path.suffix.lower() for path in paths}
     if len(paths) > 1 and kinds & {".zip", GGUF}:
         raise Problem(
@@ -118,9 +113,9 @@ def check_model(folder: Path, limits: Limits) -> Model:
     ggufs = sorted(name for name in names if name.lower().endswith(GGUF))
     if ggufs:
         return _checked_gguf(folder / ggufs[0], limits)
-    if "config.json" not in names:
+    if CONFIG not in names:
         raise Problem("broken_config", "There is no config.json among the files. Add it, as save_pretrained wrote it.")
-    clean_config(folder / "config.json", limits)
+    clean_config(folder / CONFIG, limits)
     if INDEX in names:
         _check_index(folder / INDEX, names, limits)
     clean_tokenizer(folder, limits)
@@ -133,7 +128,7 @@ def check_model(folder: Path, limits: Limits) -> Model:
             "loaded here.",
         )
     parameters = sum(count_safetensors(folder / name, limits) for name in weights)
-    _require_size(parameters, limits)
+    require_size(parameters, limits)
     return Model(folder, parameters)
 
 
@@ -192,14 +187,19 @@ def _checked_gguf(path: Path, limits: Limits) -> Model:
         raise Problem("broken_weights", "The GGUF file names no architecture. Convert the model again.")
     if parameters * LEAST_BYTES_A_PARAMETER > path.stat().st_size:
         raise Problem("broken_weights", "The GGUF file is smaller than the weights that its header speaks of.")
-    _require_size(parameters, limits)
+    require_size(parameters, limits)
     return Model(path, parameters)
 
 
-def _require_size(parameters: int, limits: Limits) -> None:
-    if parameters > limits.max_parameters:
+def require_size(parameters: float, limits: Limits, what: str = "The model has", slack: float = 1.0) -> None:
+    """Refuse a model of too many parameters; `what` begins the sentence, `slack` is for a number that is a guess.
+
+    Raises:
+        Problem: it has too many.
+    """
+    if parameters > slack * limits.max_parameters:
         raise Problem(
             "too_large",
-            f"The model has {parameters / 1e9:.3g} billion parameters, and this Space takes at most "
+            f"{what} {parameters / 1e9:.3g} billion parameters, and this Space takes at most "
             f"{limits.max_parameters / 1e9:.3g} billion. Analyse it on your own machine: pip install depthscope.",
         )

@@ -35,11 +35,15 @@ from depthscope.loading.gguf.split import cut_into_pieces
 from depthscope.wording.messages import listed, one_line
 
 __all__ = [
+    "CONFIG",
+    "INDEX",
+    "WEIGHTS",
     "Checkpoint",
     "damaged_file",
     "explain_hub_error",
     "find_checkpoint",
     "folder_meant",
+    "is_pickle",
     "local_base",
     "require_weights",
 ]
@@ -217,6 +221,11 @@ def damaged_file(checkpoint: Checkpoint) -> tuple[str, str] | None:
     return None
 
 
+def is_pickle(name: str) -> bool:
+    """Whether a file holds weights in a form that can run code."""
+    return name.lower().endswith(PICKLE_SUFFIXES) and not NOT_WEIGHTS.search(name)
+
+
 @contextmanager
 def hub_errors(name: str, revision: str | None = None) -> Iterator[None]:
     """Turn what the Hub's client raises into a `ModelLoadError` that names the cause."""
@@ -361,10 +370,7 @@ def _unreachable(name: str) -> str:
 
 
 def _no_weights(checkpoint: Checkpoint) -> str:
-    pickles = sorted(
-        file for file in checkpoint.files if file.lower().endswith(PICKLE_SUFFIXES) and not NOT_WEIGHTS.search(file)
-    )
-    if pickles:
+    if pickles := sorted(filter(is_pickle, checkpoint.files)):
         return _pickle_only(checkpoint.name, pickles)
     if checkpoint.source == "hub" and checkpoint.is_local:
         return (

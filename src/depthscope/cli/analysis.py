@@ -168,12 +168,13 @@ def show(
 
 
 def _show_run(run: Path, html: Path | None) -> None:
-    from depthscope.views.run_page import write_run_page
     from depthscope.views.run_terminal import RunHistory, print_run
 
     history = RunHistory.load(run)
     print_run(history, terminal())
     if html is not None:
+        from depthscope.views.run_page import write_run_page
+
         write_run_page(html, history)
         say(f"Page: {html}")
 
@@ -187,7 +188,6 @@ def compare(
     with errors_for_people():
         from depthscope.report.comparison import compare as hold
         from depthscope.report.report import LayerReport
-        from depthscope.views.page import write_page
         from depthscope.views.terminal import print_comparison
 
         if len(reports) < 2:
@@ -196,6 +196,8 @@ def compare(
         loaded = [LayerReport.load(path) for path in reports]
         print_comparison(hold(loaded), terminal())
         if html is not None:
+            from depthscope.views.page import write_page
+
             write_page(html, loaded)
             say(f"Page: {html}")
 
@@ -220,7 +222,6 @@ def deliver(report: "LayerReport", out: Path | None, html: Path | None, quiet: b
         quiet: whether to print nothing.
         saved: where the report lies already, if it does.
     """
-    from depthscope.views.page import write_page
     from depthscope.views.terminal import print_report
 
     failure: ReportError | None = None
@@ -230,6 +231,8 @@ def deliver(report: "LayerReport", out: Path | None, html: Path | None, quiet: b
             saved = report.save(out)
             written.append(f"Report: {out}")
         if html is not None:
+            from depthscope.views.page import write_page
+
             write_page(html, report)
             written.append(f"Page:   {html}")
     except ReportError as error:

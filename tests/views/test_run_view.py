@@ -11,8 +11,9 @@ from depthscope import ReportError
 from depthscope.callbacks import VarianceCallback, read_history
 from depthscope.cli import app
 from depthscope.runs.history import FILE
+from depthscope.views.plots.run import run_figures
 from depthscope.views.run_page import render_run_page, summary
-from depthscope.views.run_terminal import RunHistory, print_run, run_figures
+from depthscope.views.run_terminal import RunHistory, print_run
 from models import tiny_llama
 from runs import trainer
 

@@ -9,7 +9,7 @@ from plotly.subplots import make_subplots
 from depthscope.errors import ReportError, SettingsError
 from depthscope.report.report import LayerReport
 from depthscope.theory.recursion import VariancePrediction
-from depthscope.views.plots.report import BLUE, GREEN, GRID_GREY, ORANGE, TEXT_GREY, VERMILION
+from depthscope.views.plots.style import BLUE, GREEN, ORANGE, TEXT_GREY, VERMILION, finish
 from depthscope.wording.numbers import format_number
 
 __all__ = ["EXPLANATION", "variance_theory"]
@@ -99,21 +99,18 @@ def _drawable(value: float | None) -> float | None:
 
 def _laid_out(figure: go.Figure, rows: int, layers: int) -> go.Figure:
     """Give the figure the fonts, grid and transparent ground of the other figures."""
-    figure.update_layout(
-        template=go.layout.Template(),
-        title={"text": "Variance, measured (solid) and predicted (dashed)", "x": 0, "xref": "paper"},
-        title_font_size=17,
-        meta=EXPLANATION,
-        paper_bgcolor="rgba(0, 0, 0, 0)",
-        plot_bgcolor="rgba(0, 0, 0, 0)",
-        font={"family": "system-ui, sans-serif", "size": 12, "color": TEXT_GREY},
+    title = {"text": "Variance, measured (solid) and predicted (dashed)", "x": 0, "xref": "paper"}
+    figure.update_layout(title=title, title_font_size=17)
+    finish(
+        figure,
+        EXPLANATION,
         height=PANEL_HEIGHT * rows + 140,
         autosize=True,
         margin={"l": 62, "r": 12, "t": 70, "b": 75},
         legend={"orientation": "h", "x": 0, "y": 0, "yref": "container", "yanchor": "bottom"},
     )
-    figure.update_xaxes(gridcolor=GRID_GREY, zeroline=False, dtick=1 if layers <= 16 else None)
+    figure.update_xaxes(zeroline=False, dtick=1 if layers <= 16 else None)
     figure.update_xaxes(title_text="layer", title_standoff=4, row=rows, col=1)
     # Powers of ten, and twice and five times them where a panel spans little.
-    figure.update_yaxes(type="log", dtick="D2", tickformat=",~g", gridcolor=GRID_GREY, automargin=True)
+    figure.update_yaxes(type="log", dtick="D2", tickformat=",~g", automargin=True)
     return figure

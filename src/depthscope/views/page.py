@@ -28,7 +28,8 @@ from depthscope.report.comparison import Comparison, compare, require_reports
 from depthscope.report.measures import GLOBAL_SCORES, LAYER_SCORES, Term, format_score
 from depthscope.report.report import LayerReport
 from depthscope.report.summary import of_layers, summarize
-from depthscope.views.plots.report import EXPLANATIONS, TITLE_HEIGHT, compare_layers, figures
+from depthscope.views.plots.report import EXPLANATIONS, compare_layers, figures
+from depthscope.views.plots.style import TITLE_HEIGHT
 from depthscope.wording.numbers import format_number, format_with_error
 
 __all__ = [

@@ -8,8 +8,9 @@ from markupsafe import Markup
 
 from depthscope.files.atomic import write_atomically
 from depthscope.views.page import embedded, environment, plotly_script, script_hash, source
-from depthscope.views.plots.report import TITLE_HEIGHT
-from depthscope.views.run_terminal import RunHistory, run_figures, term
+from depthscope.views.plots.run import run_figures
+from depthscope.views.plots.style import TITLE_HEIGHT
+from depthscope.views.run_terminal import RunHistory, term
 from depthscope.wording.numbers import format_number
 
 __all__ = ["render_run_page", "write_run_page"]

@@ -1,8 +1,4 @@
-"""The history of a training run (`layer_stats.jsonl`) as a table in a terminal and as figures over time.
-
-The figures are those of the paper (arXiv 2603.15389): variance by layer over training, one line a layer, and the same
-as a map of layers over steps.
-"""
+"""The history of a training run (`layer_stats.jsonl`) as a table in a terminal."""
 
 import math
 import os
@@ -11,8 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import plotly.graph_objects as go
-from plotly.colors import sample_colorscale
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -23,7 +17,7 @@ from depthscope.report.measures import LAYER_SCORES, Term, shown_in
 from depthscope.runs.history import read_history
 from depthscope.wording.numbers import format_number
 
-__all__ = ["RunHistory", "print_run", "run_figures"]
+__all__ = ["SHOWN", "RunHistory", "print_run", "term"]
 
 SPARKS = "▁▂▃▄▅▆▇█"
 SPARK_WIDTH = 16
@@ -39,7 +33,6 @@ TERMS = {
     "outliers": Term("outliers", "", "share of features beyond three standard deviations"),
 }
 SHOWN = shown_in("run", LAYER_SCORES | TERMS)
-LOGARITHMIC = ("variance", "attention_variance", "mlp_variance", "max_activation", "update_norm")
 
 
 @dataclass(frozen=True)
@@ -112,20 +105,6 @@ def print_run(run: RunHistory, console: Console | None = None) -> None:
     console.print(Group(*parts))
 
 
-def run_figures(run: RunHistory) -> dict[str, go.Figure]:
-    """Figures by name, each with its title, and in `layout.meta` the sentence that says how to read it."""
-    figures = {}
-    for metric in run.metrics:
-        if metric not in SHOWN:
-            continue
-        steps, values = run.over_time(metric)
-        if len(steps) > 1:
-            figures[f"{metric}_over_time"] = _lines(metric, steps, values)
-        if metric == "variance" and len(steps) > 1:
-            figures["variance_map"] = _map(steps, values)
-    return figures
-
-
 def _table(run: RunHistory, width: int) -> Table:
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
     table.add_column("layer", justify="right", no_wrap=True)
@@ -178,93 +157,6 @@ def _spark(values: Sequence[float]) -> str:
         return SPARKS[round(share * (len(SPARKS) - 1))]
 
     return "".join(map(height, picked))
-
-
-def _lines(metric: str, steps: list[int], values: list[list[float | None]]) -> go.Figure:
-    """One line a layer over the steps, from the first layer (dark) to the last (light)."""
-    count = len(values[-1])
-    colors = sample_colorscale("Viridis", [layer / max(count - 1, 1) * 0.9 for layer in range(count)])
-    figure = go.Figure()
-    for layer in range(count):
-        figure.add_scatter(
-            x=steps,
-            y=[row[layer] for row in values],
-            mode="lines",
-            name=f"layer {layer}",
-            line={"color": colors[layer], "width": 1.6},
-            hovertemplate=f"layer {layer}, step %{{x}}: %{{y:.4g}}<extra></extra>",
-            showlegend=False,
-        )
-    # A colour bar in place of a legend of a hundred lines.
-    figure.add_scatter(
-        x=[None],
-        y=[None],
-        mode="markers",
-        marker={
-            "colorscale": "Viridis",
-            "cmin": 0,
-            "cmax": max(count - 1, 1) / 0.9,
-            "color": [0],
-            "showscale": True,
-            "colorbar": {"title": {"text": "layer"}, "thickness": 10, "outlinewidth": 0},
-        },
-        hoverinfo="skip",
-        showlegend=False,
-    )
-    known = [value for row in values for value in row if value is not None]
-    log = metric in LOGARITHMIC and known and min(known) > 0
-    figure.update_yaxes(title_text=term(metric).unit or term(metric).label, type="log" if log else "linear")
-    figure.update_xaxes(title_text="optimiser step")
-    reading = "One line a layer, dark for the first and light for the last"
-    return _finished(figure, f"{_capital(term(metric).label)} over training", f"{reading}: {term(metric).phrase}.")
-
-
-def _map(steps: list[int], values: list[list[float | None]]) -> go.Figure:
-    """The variance of every layer (rows) at every log (columns), on a logarithmic scale."""
-    logs = [
-        [math.log10(row[layer]) if row[layer] else None for row in values]  # type: ignore[arg-type]
-        for layer in range(len(values[-1]))
-    ]
-    shown = [[format_number(_float(row[layer]), 4) for row in values] for layer in range(len(values[-1]))]
-    figure = go.Figure(
-        go.Heatmap(
-            x=steps,
-            y=list(range(len(logs))),
-            z=logs,
-            text=shown,
-            colorscale="Viridis",
-            colorbar={"title": {"text": "log₁₀"}, "thickness": 10, "outlinewidth": 0},
-            hovertemplate="layer %{y}, step %{x}: variance %{text}<extra></extra>",
-        )
-    )
-    figure.update_xaxes(title_text="optimiser step")
-    figure.update_yaxes(title_text="layer")
-    explanation = "Rows are layers, columns are logs: bright where the residual stream's variance is large."
-    return _finished(figure, "Variance of every layer over training", explanation)
-
-
-def _finished(figure: go.Figure, title: str, explanation: str) -> go.Figure:
-    from depthscope.views.plots.report import GRID_GREY, TEXT_GREY, TITLE_HEIGHT
-
-    figure.update_layout(
-        template=go.layout.Template(),
-        title={"text": title, "x": 0, "xref": "paper", "y": 1, "yref": "container", "yanchor": "top", "pad": {"t": 12}},
-        title_font_size=17,
-        meta=explanation,
-        paper_bgcolor="rgba(0, 0, 0, 0)",
-        plot_bgcolor="rgba(0, 0, 0, 0)",
-        font={"family": "system-ui, sans-serif", "size": 12, "color": TEXT_GREY},
-        hovermode="closest",
-        height=380,
-        margin={"l": 62, "r": 12, "t": TITLE_HEIGHT + 20, "b": 48},
-    )
-    figure.update_xaxes(gridcolor=GRID_GREY, zeroline=False, automargin=True)
-    figure.update_yaxes(gridcolor=GRID_GREY, automargin=True)
-    return figure
-
-
-def _capital(text: str) -> str:
-    return text[:1].upper() + text[1:]
 
 
 def _float(value: float | None) -> float:

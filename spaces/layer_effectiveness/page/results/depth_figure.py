@@ -8,7 +8,7 @@ from plotly.subplots import make_subplots
 
 from depthscope import LayerReport
 from depthscope.report.measures import GLOBAL_SCORES
-from depthscope.views.plots.report import BLUE, DASHES, GRID_GREY, PALETTE, TEXT_GREY, VERMILION, plotly_text
+from depthscope.views.plots.style import BLUE, DASHES, GRID_GREY, PALETTE, TEXT_GREY, VERMILION, plotly_text
 from depthscope.wording.numbers import format_with_error
 
 __all__ = ["COURSE_EXPLANATION", "EXPLANATION", "Point", "against_depth", "of_reports", "over_training"]

@@ -5,7 +5,8 @@ from plotly.subplots import make_subplots
 
 from depthscope import LayerReport
 from depthscope.report.measures import LAYER_SCORES
-from depthscope.views.plots.report import FEW_LAYERS, GRID_GREY, PALETTE, TEXT_GREY
+from depthscope.views.plots.report import FEW_LAYERS
+from depthscope.views.plots.style import GRID_GREY, PALETTE, TEXT_GREY
 from depthscope.wording.numbers import format_with_error
 
 __all__ = ["EXPLANATION", "sparsity"]

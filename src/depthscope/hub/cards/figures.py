@@ -20,7 +20,7 @@ from depthscope.errors import DepthscopeError
 from depthscope.files.atomic import write_atomically
 from depthscope.hub.cards.data import Course, DepthCardData, LayerCourse
 from depthscope.report.report import LayerReport
-from depthscope.views.plots.report import (
+from depthscope.views.plots.style import (
     BLUE,
     GREEN,
     PALETTE,
@@ -28,8 +28,8 @@ from depthscope.views.plots.report import (
     SMALLEST_COST,
     TINY,
     VERMILION,
-    _is_wide,
-    _log_ticks,
+    is_wide,
+    log_ticks,
 )
 
 if TYPE_CHECKING:
@@ -172,7 +172,7 @@ def _effectiveness(data: DepthCardData) -> "Figure":
             else:
                 _line(axes, values, errors, color=PALETTE[index % len(PALETTE)], floor=floor)
         every = [value for each in drawn for value in each.column(panel.score)]
-        if _is_wide(panel, every):
+        if is_wide(panel, every):
             _log_axis(axes)
         else:
             axes.set_ylim(bottom=min(0.0, *(value for value in every if value is not None)))
@@ -293,7 +293,7 @@ def _log_axis(axes: "Axes") -> None:
     drawn = drawn[drawn > TINY]
     axes.set_yscale("log")
     if drawn.size:
-        ticks = _log_ticks(float(drawn.min()), float(drawn.max()))
+        ticks = log_ticks(float(drawn.min()), float(drawn.max()))
         low, high = axes.get_ylim()
         axes.set_yticks(ticks, [f"{tick:,.15g}" for tick in ticks])
         axes.yaxis.set_minor_locator(NullLocator())

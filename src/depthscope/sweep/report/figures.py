@@ -25,11 +25,11 @@ from depthscope.sweep.report.derived import COLUMNS
 from depthscope.sweep.report.families import Layout, Line, Place, cell
 from depthscope.sweep.report.paper import PaperSeries, paper_series
 from depthscope.sweep.report.results import Curve, PointResult, SweepResults
-from depthscope.views.plots.report import (
+from depthscope.views.plots.style import (
     BLUE,
     DASHES,
     GREEN,
-    GRID_GREY,
+    HOVER,
     ORANGE,
     PALETTE,
     PURPLE,
@@ -37,8 +37,11 @@ from depthscope.views.plots.report import (
     SMALLEST_COST,
     TEXT_GREY,
     VERMILION,
-    _log_ticks,
+    capital,
+    finish,
+    log_ticks,
     plotly_text,
+    rounded,
 )
 from depthscope.wording.numbers import format_number, format_with_error
 
@@ -46,6 +49,7 @@ __all__ = ["Drawn", "Key", "course_figures", "layer_figures", "panel_key", "pape
 
 # From cool to warm, for variants that have an order.
 ORDERED = (BLUE, SKY, GREEN, ORANGE, VERMILION, PURPLE)
+DIGITS = 5  # significant; more cannot be seen
 PANEL_HEIGHT = 220
 LAYER_HEIGHT = 320
 MOST_STEPS = 200  # of a curve; more cannot be told apart
@@ -102,7 +106,7 @@ def score_panels(results: SweepResults, layout: Layout) -> list[Drawn]:
     drawn = []
     for name in PANELS:
         if any(cell(results, place.variant, name).mean is not None for place in layout.places):
-            drawn.append(Drawn(name, _capital(COLUMNS[name].label), _score_panel(results, layout, name)))
+            drawn.append(Drawn(name, capital(COLUMNS[name].label), _score_panel(results, layout, name)))
     return drawn
 
 
@@ -133,7 +137,7 @@ def _score_panel(results: SweepResults, layout: Layout, name: str) -> go.Figure:
     log = name in LOGARITHMIC or _is_wide(drawn)
     _y_axis(figure, drawn, number.unit, log, zero=name != "loss")
     _x_axis(figure, layout)
-    return _finished(figure, f"{_capital(number.phrase)}.", _panel_height(layout))
+    return _finished(figure, f"{capital(number.phrase)}.", _panel_height(layout))
 
 
 def _draw_means(
@@ -152,10 +156,10 @@ def _draw_means(
     down = [min(deviation, 0.9 * abs(mean)) for deviation, (_, _, mean) in zip(spread, known, strict=True)]
     figure.add_scatter(
         x=[place.position for place, _, _ in known],
-        y=_rounded([mean for _, _, mean in known]),
+        y=rounded([mean for _, _, mean in known], DIGITS),
         error_y={
-            "array": _rounded(spread),
-            "arrayminus": _rounded(down if name in LOGARITHMIC else spread),
+            "array": rounded(spread, DIGITS),
+            "arrayminus": rounded(down if name in LOGARITHMIC else spread, DIGITS),
             "color": color,
             "thickness": 1.4,
             "width": 4,
@@ -183,7 +187,7 @@ def _draw_seeds(figure: go.Figure, results: SweepResults, line: Line, name: str,
         return []
     figure.add_scatter(
         x=[position for position, _, _ in marks],
-        y=_rounded([value for _, value, _ in marks]),
+        y=rounded([value for _, value, _ in marks], DIGITS),
         mode="markers",
         marker={"size": 6, "color": color, "symbol": "circle-open", "opacity": 0.75},
         hovertext=[f"seed {seed}: {format_number(value)}" for _, value, seed in marks],
@@ -202,7 +206,7 @@ def _draw_control(
     ordered = layout.axis.is_ordered
     figure.add_scatter(
         x=[place.position for place, _ in known],
-        y=_rounded([value for _, value in known]),
+        y=rounded([value for _, value in known], DIGITS),
         mode="lines" if ordered and len(known) > 1 else "markers",
         line={"color": color, "width": 1.5, "dash": "dot"},
         marker={"symbol": "line-ew", "size": 16, "line": {"color": color, "width": 2}},
@@ -228,7 +232,7 @@ def paper_panels(layout: Layout) -> list[Drawn]:
 
 def _paper_title(series: PaperSeries) -> str:
     note = f" ({series.note})" if series.note else ""
-    return f"{_capital(COLUMNS[series.score].label)}{note}"
+    return f"{capital(COLUMNS[series.score].label)}{note}"
 
 
 def _paper_panel(series: PaperSeries) -> go.Figure:
@@ -252,7 +256,7 @@ def _paper_panel(series: PaperSeries) -> go.Figure:
     figure.update_xaxes(title_text=series.axis, tickvals=positions, ticktext=list(series.positions))
     figure.update_xaxes(range=[-0.4, len(positions) - 0.6], showgrid=False)
     read_off = " Read off a plot." if series.read_off else ""
-    return _finished(figure, f"{_capital(COLUMNS[series.score].phrase)}.{read_off}", PANEL_HEIGHT)
+    return _finished(figure, f"{capital(COLUMNS[series.score].phrase)}.{read_off}", PANEL_HEIGHT)
 
 
 # -------------------------------------------------------------------------------------------------------- over training
@@ -372,7 +376,7 @@ def _layer_figure(
         )
     _y_axis(figure, drawn, "%" if cost else "", True, zero=False)
     figure.update_xaxes(title_text="relative depth, 0 embeddings to 1 head" if relative else "layer")
-    what = _capital(LAYER_SCORES[score].phrase)
+    what = capital(LAYER_SCORES[score].phrase)
     if cost:
         what = f"{what}, as a rise in percent on a logarithmic axis; {COST}"
     return _finished(figure, f"{what}. A line a variant: the mean over seeds, and each seed faintly.", LAYER_HEIGHT)
@@ -440,7 +444,7 @@ def _line_color(index: int) -> str:
 def _faint(figure: go.Figure, x: Sequence[float], y: Sequence[float | None], style: dict[str, Any]) -> None:
     figure.add_scatter(
         x=list(x),
-        y=_rounded(y),
+        y=rounded(y, DIGITS),
         mode="lines",
         line={"color": style["color"], "width": 1},
         opacity=0.35,
@@ -454,7 +458,7 @@ def _strong(
 ) -> None:
     figure.add_scatter(
         x=list(x),
-        y=_rounded(y),
+        y=rounded(y, DIGITS),
         mode="lines+markers" if style.get("marks") else "lines",
         line={"color": style["color"], "width": style.get("width", 2), "dash": style["dash"]},
         marker={"size": 5, "color": style["color"]},
@@ -493,7 +497,7 @@ def _panel_height(layout: Layout) -> int:
 
 def _token_axis(figure: go.Figure) -> None:
     tokens = [at for trace in figure.data for at in trace.x if at > 0]
-    ticks = _log_ticks(min(tokens), max(tokens)) if tokens else []
+    ticks = log_ticks(min(tokens), max(tokens)) if tokens else []
     figure.update_xaxes(
         title_text="tokens", type="log", tickvals=ticks, ticktext=[_short_count(tick) for tick in ticks]
     )
@@ -510,7 +514,7 @@ def _short_count(value: float) -> str:
 def _y_axis(figure: go.Figure, values: Sequence[float], unit: str, log: bool, *, zero: bool) -> None:
     positive = [value for value in values if value > TINY]
     if log and positive and max(positive) > NARROW * min(positive):
-        ticks = _log_ticks(min(positive), max(positive))
+        ticks = log_ticks(min(positive), max(positive))
         figure.update_yaxes(type="log", tickvals=ticks, ticktext=[f"{tick:,.15g}" for tick in ticks])
     elif zero:
         figure.update_yaxes(rangemode="tozero", nticks=6, exponentformat="e")
@@ -529,21 +533,18 @@ def _is_wide(values: Sequence[float]) -> bool:
 def _finished(figure: go.Figure, explanation: str, height: int) -> go.Figure:
     """Give a figure what all figures share."""
     zeroline = bool(figure.layout.yaxis.zeroline)
-    figure.update_layout(
-        template=go.layout.Template(),
-        meta=explanation,
-        paper_bgcolor="rgba(0, 0, 0, 0)",
-        plot_bgcolor="rgba(0, 0, 0, 0)",
-        font={"family": "system-ui, sans-serif", "size": 12, "color": TEXT_GREY},
-        hoverlabel={"font": {"family": "system-ui, sans-serif", "size": 13}, "align": "left"},
+    finish(
+        figure,
+        explanation,
+        hoverlabel=HOVER,
         hovermode="closest",
         autosize=True,
         height=height,
         margin={"l": 50, "r": 10, "t": 10, "b": 42},
         showlegend=False,
     )
-    figure.update_xaxes(gridcolor=GRID_GREY, zeroline=False, automargin=True, title_standoff=4)
-    figure.update_yaxes(gridcolor=GRID_GREY, zeroline=zeroline, automargin=True, title_standoff=4)
+    figure.update_xaxes(zeroline=False, automargin=True, title_standoff=4)
+    figure.update_yaxes(zeroline=zeroline, automargin=True, title_standoff=4)
     return figure
 
 
@@ -558,12 +559,3 @@ def _thinned(curve: Curve) -> Curve:
 def _mean(values: Sequence[float | None]) -> float | None:
     known = [value for value in values if value is not None]
     return fmean(known) if known and len(known) == len(values) else None
-
-
-def _rounded(values: Sequence[float | None]) -> list[float | None]:
-    """Keep five significant digits: more cannot be seen."""
-    return [None if value is None or not math.isfinite(value) else float(f"{value:.5g}") for value in values]
-
-
-def _capital(text: str) -> str:
-    return text[:1].upper() + text[1:]

@@ -12,47 +12,57 @@ colours are Okabe and Ito's, which colour-blind people tell apart, and the maps 
 sentence of `EXPLANATIONS` that says how to read the figure. Names out of reports are escaped, as plotly reads HTML.
 """
 
-import html
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from statistics import median
 
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from depthscope.errors import ReportError
 from depthscope.report.comparison import compare, relative_depth
-from depthscope.report.measures import LAYER_SCORES, shown_in
+from depthscope.report.measures import LAYER_SCORES
 from depthscope.report.report import LayerReport, Matrix
+from depthscope.views.plots.style import (
+    BLUE,
+    DASHES,
+    GREEN,
+    HOVER,
+    ORANGE,
+    PALETTE,
+    PANELS,
+    SKY,
+    SMALLEST_COST,
+    TEXT_GREY,
+    TINY,
+    TITLE_HEIGHT,
+    VARIANCE_PANEL,
+    VERMILION,
+    LayerPanel,
+    finish,
+    is_wide,
+    log_ticks,
+    plotly_text,
+    rounded,
+)
 from depthscope.wording.numbers import format_number, format_with_error
 
 __all__ = [
     "EXPLANATIONS",
     "FIGURES",
-    "PALETTE",
     "causal_map",
     "compare_layers",
     "effectiveness",
     "figures",
     "permutation_map",
-    "plotly_text",
     "skip_cost",
     "variance_growth",
 ]
 
-BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"
-PALETTE = (BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY)
-DASHES = ("solid", "dash", "dot", "dashdot")
-TEXT_GREY = "#767b85"
-GRID_GREY = "rgba(128, 128, 128, 0.22)"
 PANEL_HEIGHT = 150
 MAP_HEIGHT = 520
-TITLE_HEIGHT = 34
 MAP_SCALE = "Viridis"
-SMALLEST_COST = 1e-4  # loss increases below 0.01% are drawn there: a logarithmic axis has no zero
 FEW_LAYERS = 12  # up to here every layer has its tick
-TINY = 1e-100  # as good as zero, and its logarithm is still safe
 MOST_NAMED = 40  # characters of a model's name
 
 EXPLANATIONS = {
@@ -73,28 +83,6 @@ EXPLANATIONS = {
 }
 
 
-@dataclass(frozen=True)
-class _Panel:
-    """One panel of small multiples: what to draw, its title and the unit of its axis."""
-
-    score: str
-    title: str
-    unit: str
-    cost: bool = False  # drawn as (ratio - 1), as a percentage on a logarithmic axis
-    log: bool = False  # always on a logarithmic axis
-
-
-def _panel(score: str) -> _Panel:
-    """The panel that a score's record describes."""
-    panel = LAYER_SCORES[score].panel
-    assert panel is not None
-    return _Panel(score, panel.title, panel.unit, panel.cost, panel.log)
-
-
-PANELS = tuple(map(_panel, shown_in("panel")))
-VARIANCE_PANEL = _panel("variance")
-
-
 def effectiveness(report: LayerReport) -> go.Figure:
     """Draw every score over the layers, one panel a score.
 
@@ -109,7 +97,7 @@ def effectiveness(report: LayerReport) -> go.Figure:
         series = _series(report, panel)
         color = PALETTE[(row - 1) % len(PALETTE)]
         positions = list(range(len(series.values)))
-        _draw(figure, row, positions, series, color=color, name=panel.title, log=_is_wide(panel, series.values))
+        _draw(figure, row, positions, series, color=color, name=panel.title, log=is_wide(panel, series.values))
         _scale(figure, row, panel, [series.values])
     _layer_axis(figure, len(panels), len(report.layers))
     return _finish(figure, "effectiveness", "How much each layer contributes", legend=False)
@@ -129,7 +117,7 @@ def variance_growth(report: LayerReport) -> go.Figure:
     names = {"variance": "stream", "attention_variance": "attention", "mlp_variance": "MLP"}
     for (score, name), color in zip(names.items(), (BLUE, VERMILION, GREEN), strict=True):
         if report.has(score):
-            series = _series(report, _Panel(score, name, "variance"))
+            series = _series(report, LayerPanel(score, name, "variance"))
             _draw(figure, 1, list(range(len(series.values))), series, color=color, name=name, log=True, legend=True)
     every = [value for score in names for value in report.column(score)]
     _log_axis(figure, 1, "variance", every)
@@ -245,7 +233,7 @@ def compare_layers(reports: Sequence[LayerReport]) -> go.Figure:
                 color=PALETTE[index % len(PALETTE)],
                 dash=DASHES[index % len(DASHES)],
                 name=_safe_name(comparison.labels[index]),
-                log=_is_wide(panel, every),
+                log=is_wide(panel, every),
                 legend=row == 1,
                 group=str(index),
             )
@@ -292,7 +280,7 @@ class _Series:
     clamped: list[bool]
 
 
-def _series(report: LayerReport, panel: _Panel) -> _Series:
+def _series(report: LayerReport, panel: LayerPanel) -> _Series:
     """Take one score of every layer as its panel draws it: as it is, or as a percentage by which the loss rises."""
     raw, errors = report.column(panel.score), report.column(f"{panel.score}_se")
     label = LAYER_SCORES[panel.score].label
@@ -313,14 +301,6 @@ def _series(report: LayerReport, panel: _Panel) -> _Series:
 def _percent(ratio: float | None, shift: float) -> float | None:
     """Turn a loss ratio into a rise in percent, no less than what a logarithmic axis shows."""
     return None if ratio is None else 100 * max(ratio + shift - 1, SMALLEST_COST)
-
-
-def _is_wide(panel: _Panel, values: Sequence[float | None]) -> bool:
-    """Tell whether values are better seen on a logarithmic axis: some always, others when one dwarfs the rest."""
-    known = [value for value in values if value is not None]
-    if panel.cost or panel.log:
-        return True
-    return bool(known) and min(known) > 0 and max(known) > 8 * median(known)
 
 
 def _readable_top(costs: list[float]) -> float:
@@ -387,7 +367,7 @@ def _draw(
     )
     figure.add_scatter(
         x=list(positions),
-        y=_rounded(series.values),
+        y=rounded(series.values),
         mode="lines+markers",
         line={"color": color, "width": 2, "dash": dash},
         marker={
@@ -422,7 +402,7 @@ def _band(positions: Sequence[float], series: _Series, log: bool) -> tuple[list[
         back = run[::-1]
         x += [*(positions[i] for i in run), *(positions[i] for i in back), None]
         y += [*(series.high[i] for i in run), *(series.low[i] for i in back), None]
-    return x, _rounded(y)
+    return x, rounded(y)
 
 
 def _layer_axis(figure: go.Figure, rows: int, num_layers: int) -> None:
@@ -432,10 +412,10 @@ def _layer_axis(figure: go.Figure, rows: int, num_layers: int) -> None:
         figure.update_xaxes(dtick=1)
 
 
-def _scale(figure: go.Figure, row: int, panel: _Panel, values: Sequence[Sequence[float | None]]) -> None:
+def _scale(figure: go.Figure, row: int, panel: LayerPanel, values: Sequence[Sequence[float | None]]) -> None:
     """Choose a panel's axis."""
     every = [value for series in values for value in series]
-    if _is_wide(panel, every):
+    if is_wide(panel, every):
         _log_axis(figure, row, panel.unit, every)
     else:
         figure.update_yaxes(title_text=panel.unit, rangemode="tozero", row=row, col=1)
@@ -444,20 +424,10 @@ def _scale(figure: go.Figure, row: int, panel: _Panel, values: Sequence[Sequence
 def _log_axis(figure: go.Figure, row: int, unit: str, values: Sequence[float | None]) -> None:
     """Make a panel's axis logarithmic, labelled at powers of ten, or at 1, 2 and 5 times them where these are few."""
     known = [value for value in values if value is not None and value > TINY]
-    ticks = _log_ticks(min(known), max(known)) if known else []
+    ticks = log_ticks(min(known), max(known)) if known else []
     figure.update_yaxes(
         title_text=unit, type="log", tickvals=ticks, ticktext=[f"{tick:,.15g}" for tick in ticks], row=row, col=1
     )
-
-
-def _log_ticks(low: float, high: float) -> list[float]:
-    """Choose ticks on a logarithmic axis between two positive values, about equally far apart."""
-    exponents = range(math.floor(math.log10(low)) - 1, math.ceil(math.log10(high)) + 2)
-    decades = math.log10(high) - math.log10(low)
-    steps = (1, 2, 5) if decades < 2.2 else (1,)
-    every = max(1, round(decades / 5))
-    ticks = [step * 10.0**exponent for exponent in exponents if exponent % every == 0 for step in steps]
-    return [tick for tick in ticks if low * 0.8 <= tick <= high * 1.25] or [float(f"{high:.2g}")]
 
 
 def _draw_growth(figure: go.Figure, report: LayerReport) -> None:
@@ -481,7 +451,7 @@ def _draw_growth(figure: go.Figure, report: LayerReport) -> None:
         values = columns[name]
         figure.add_bar(
             x=layers,
-            y=_rounded([None if v is None or s is None else v / s for v, s in zip(values, scales, strict=True)]),
+            y=rounded([None if v is None or s is None else v / s for v, s in zip(values, scales, strict=True)]),
             customdata=[format_number(value) for value in values],
             hovertemplate=f"layer %{{x}}: {label} = %{{customdata}}<extra></extra>",
             marker={"color": color, "line": {"width": 0}},
@@ -491,7 +461,7 @@ def _draw_growth(figure: go.Figure, report: LayerReport) -> None:
         )
     figure.add_scatter(
         x=layers,
-        y=_rounded(sums),
+        y=rounded(sums),
         mode="markers",
         marker={"symbol": "diamond", "size": 6, "color": VERMILION},
         hovertemplate="layer %{x}: variance changes by %{y:+.1%} of the larger<extra></extra>",
@@ -521,7 +491,7 @@ def _map(report: LayerReport, name: str, *, title: str, axes: tuple[str, str], h
         go.Heatmap(
             x=layers,
             y=layers,
-            z=[_rounded([None if v is None else math.log10(max(v, floor)) for v in row]) for row in matrix],
+            z=[rounded([None if v is None else math.log10(max(v, floor)) for v in row]) for row in matrix],
             zmin=math.log10(floor),
             zmax=math.log10(top),
             customdata=[
@@ -558,7 +528,7 @@ def _is_drawable(matrix: Matrix | None) -> bool:
 
 def _colorbar(floor: float, top: float, unit: str) -> dict[str, object]:
     """Label a logarithmic colour bar with the values that its colours stand for."""
-    ticks = [tick for tick in _log_ticks(floor, top) if floor <= tick <= top * 1.001] or [top]
+    ticks = [tick for tick in log_ticks(floor, top) if floor <= tick <= top * 1.001] or [top]
     return {
         "title": {"text": unit, "side": "right"},
         "tickvals": [round(math.log10(tick), 6) for tick in ticks],
@@ -569,16 +539,11 @@ def _colorbar(floor: float, top: float, unit: str) -> dict[str, object]:
 
 
 def _finish(figure: go.Figure, name: str, title: str, legend: bool = True) -> go.Figure:
-    """Give a figure what all figures share: title, explanation, fonts, grid and transparent ground."""
-    figure.update_layout(
-        template=go.layout.Template(),
-        title={"text": title, "x": 0, "xref": "paper", "y": 1, "yref": "container", "yanchor": "top", "pad": {"t": 12}},
-        title_font_size=17,
-        meta=EXPLANATIONS[name],
-        paper_bgcolor="rgba(0, 0, 0, 0)",
-        plot_bgcolor="rgba(0, 0, 0, 0)",
-        font={"family": "system-ui, sans-serif", "size": 12, "color": TEXT_GREY},
-        hoverlabel={"font": {"family": "system-ui, sans-serif", "size": 13}, "align": "left"},
+    finish(
+        figure,
+        EXPLANATIONS[name],
+        title,
+        hoverlabel=HOVER,
         hovermode="closest",
         autosize=True,
         margin={"l": 62, "r": 12, "t": TITLE_HEIGHT + 30, "b": 95 if legend else 48},
@@ -590,27 +555,14 @@ def _finish(figure: go.Figure, name: str, title: str, legend: bool = True) -> go
             **{"y": 0, "yref": "container", "yanchor": "bottom"},
         },
     )
-    figure.update_xaxes(gridcolor=GRID_GREY, zeroline=False, automargin=True, title_standoff=4)
-    figure.update_yaxes(gridcolor=GRID_GREY, automargin=True, title_standoff=6)
+    figure.update_xaxes(zeroline=False, automargin=True, title_standoff=4)
+    figure.update_yaxes(automargin=True, title_standoff=6)
     return figure
-
-
-def _rounded(values: Sequence[float | None]) -> list[float | None]:
-    """Keep six significant digits: more cannot be seen, and would double the size of a page."""
-    return [None if value is None or not math.isfinite(value) else float(f"{value:.6g}") for value in values]
 
 
 def _transparent(color: str) -> str:
     red, green, blue = (int(color[start : start + 2], 16) for start in (1, 3, 5))
     return f"rgba({red}, {green}, {blue}, 0.2)"
-
-
-def plotly_text(text: str) -> str:
-    """Escape a text that plotly draws: it reads markup and links, in hovers %{...}, but shows `&quot;` as it stands.
-
-    Source: plotly.js, src/lib/svg_text_utils.js (the entities that it knows) and src/lib/index.js (hovertemplate).
-    """
-    return html.escape(text, quote=False).replace("%{", "%&#123;")
 
 
 def _safe_name(name: str) -> str:

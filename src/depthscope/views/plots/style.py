@@ -1,0 +1,108 @@
+"""What all figures have in common, whatever draws them: colours, panels, scales, and the ground that they stand on."""
+
+import html
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+from depthscope.report.measures import LAYER_SCORES, shown_in
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
+
+BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"
+PALETTE = (BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY)
+DASHES = ("solid", "dash", "dot", "dashdot")
+TEXT_GREY = "#767b85"
+GRID_GREY = "rgba(128, 128, 128, 0.22)"
+TITLE_HEIGHT = 34
+FONT = "system-ui, sans-serif"
+HOVER = {"font": {"family": FONT, "size": 13}, "align": "left"}
+SMALLEST_COST = 1e-4  # loss increases below 0.01% are drawn there: a logarithmic axis has no zero
+TINY = 1e-100  # as good as zero, and its logarithm is still safe
+
+
+@dataclass(frozen=True)
+class LayerPanel:
+    """One panel of small multiples: what to draw, its title and the unit of its axis."""
+
+    score: str
+    title: str
+    unit: str
+    cost: bool = False  # drawn as (ratio - 1), as a percentage on a logarithmic axis
+    log: bool = False  # always on a logarithmic axis
+
+
+def layer_panel(score: str) -> LayerPanel:
+    """The panel that a score's record describes."""
+    panel = LAYER_SCORES[score].panel
+    assert panel is not None
+    return LayerPanel(score, panel.title, panel.unit, panel.cost, panel.log)
+
+
+PANELS = tuple(map(layer_panel, shown_in("panel")))
+VARIANCE_PANEL = layer_panel("variance")
+
+
+def is_wide(panel: LayerPanel, values: Sequence[float | None]) -> bool:
+    """Tell whether values are better seen on a logarithmic axis: some always, others when one dwarfs the rest."""
+    known = [value for value in values if value is not None]
+    if panel.cost or panel.log:
+        return True
+    return bool(known) and min(known) > 0 and max(known) > 8 * median(known)
+
+
+def log_ticks(low: float, high: float) -> list[float]:
+    """Choose ticks on a logarithmic axis between two positive values, about equally far apart."""
+    exponents = range(math.floor(math.log10(low)) - 1, math.ceil(math.log10(high)) + 2)
+    decades = math.log10(high) - math.log10(low)
+    steps = (1, 2, 5) if decades < 2.2 else (1,)
+    every = max(1, round(decades / 5))
+    ticks = [step * 10.0**exponent for exponent in exponents if exponent % every == 0 for step in steps]
+    return [tick for tick in ticks if low * 0.8 <= tick <= high * 1.25] or [float(f"{high:.2g}")]
+
+
+def rounded(values: Sequence[float | None], digits: int = 6) -> list[float | None]:
+    """Keep so many significant digits: more cannot be seen, and would double the size of a page."""
+    return [None if value is None or not math.isfinite(value) else float(f"{value:.{digits}g}") for value in values]
+
+
+def plotly_text(text: str) -> str:
+    """Escape a text that plotly draws: it reads markup and links, in hovers %{...}, but shows `&quot;` as it stands.
+
+    Source: plotly.js, src/lib/svg_text_utils.js (the entities that it knows) and src/lib/index.js (hovertemplate).
+    """
+    return html.escape(text, quote=False).replace("%{", "%&#123;")
+
+
+def capital(text: str) -> str:
+    """The text with a capital letter at its beginning."""
+    return text[:1].upper() + text[1:]
+
+
+def finish(figure: "go.Figure", meaning: str, title: str | None = None, **layout: Any) -> None:
+    """Give a plotly figure what all of them share: fonts, grid, transparent ground, and what it says in `meta`.
+
+    Args:
+        figure: what was drawn.
+        meaning: the sentence that says how to read it.
+        title: what stands above it.
+        layout: what else this figure wants, as plotly's `update_layout` takes it.
+    """
+    import plotly.graph_objects as go
+
+    if title is not None:
+        top = {"y": 1, "yref": "container", "yanchor": "top", "pad": {"t": 12}}
+        figure.update_layout(title={"text": title, "x": 0, "xref": "paper", **top}, title_font_size=17)
+    figure.update_layout(
+        template=go.layout.Template(),
+        meta=meaning,
+        paper_bgcolor="rgba(0, 0, 0, 0)",
+        plot_bgcolor="rgba(0, 0, 0, 0)",
+        font={"family": FONT, "size": 12, "color": TEXT_GREY},
+        **layout,
+    )
+    figure.update_xaxes(gridcolor=GRID_GREY)
+    figure.update_yaxes(gridcolor=GRID_GREY)

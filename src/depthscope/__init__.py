@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from depthscope.report.report import LayerReport
     from depthscope.settings import Settings
     from depthscope.text.blocks import Blocks, load_blocks
-    from depthscope.views.page import write_page
+    from depthscope.views.report_page import write_page
 
 # Where each public name lives. They are imported when first used: torch and transformers take seconds.
 _PLACES = {
@@ -66,7 +66,7 @@ _PLACES = {
     "loading.load": ("load_model",),
     "loading.loaded": ("LoadedModel",),
     "models": ("DepthLMConfig", "DepthLMForCausalLM", "DepthLMModel"),
-    "views.page": ("write_page",),
+    "views.report_page": ("write_page",),
     "recipes": ("Recipe", "recipe"),
     "report.report": ("LayerReport",),
     "settings": ("Settings",),

@@ -15,7 +15,7 @@ from depthscope.cli import app
 from depthscope.errors import SettingsError
 from depthscope.report.comparison import compare
 from depthscope.text.special_tokens import SpecialTokens
-from depthscope.views.page import reproduce
+from depthscope.views.report_page import reproduce
 
 WORDS = ["the", "layers", "of", "a", "model", "pass", "on", "stream", "and", "each", "adds", "something", "to", "it"]
 TEXT = [" ".join(WORDS[(7 * i + i // 5) % len(WORDS)] for i in range(400))]

@@ -11,7 +11,7 @@ import pytest
 
 from depthscope.errors import ReportError
 from depthscope.report.report import LayerReport
-from depthscope.views.page import render_page, reproduce, write_page
+from depthscope.views.report_page import render_page, reproduce, write_page
 from html_page import EVIL, Page
 from reports import ALL_SCORES, sample_content, sample_report
 

@@ -196,7 +196,7 @@ def compare(
         loaded = [LayerReport.load(path) for path in reports]
         print_comparison(hold(loaded), terminal())
         if html is not None:
-            from depthscope.views.page import write_page
+            from depthscope.views.report_page import write_page
 
             write_page(html, loaded)
             say(f"Page: {html}")
@@ -231,7 +231,7 @@ def deliver(report: "LayerReport", out: Path | None, html: Path | None, quiet: b
             saved = report.save(out)
             written.append(f"Report: {out}")
         if html is not None:
-            from depthscope.views.page import write_page
+            from depthscope.views.report_page import write_page
 
             write_page(html, report)
             written.append(f"Page:   {html}")

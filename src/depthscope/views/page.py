@@ -1,243 +1,93 @@
-"""One self-contained HTML page of one or several reports: words, interactive figures, tables, how to reproduce them.
+"""What every HTML page has in common: one file that asks nothing of the network and runs no script but its own two.
 
-The page asks nothing of the network: plotly.js, style and script are inside it, and its content security policy forbids
-every request and every script but its own two. Texts come from strangers' reports, so the template escapes them and the
-figures' JSON cannot close its script element. The same reports give the same bytes.
+plotly.js, style and script are inside it, and its content security policy forbids every request and every other script.
+Texts come from strangers, so the templates escape them and the figures' JSON cannot close its script element. The same
+content gives the same bytes.
 """
 
 import base64
 import hashlib
 import json
-import os
 import re
-import shlex
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
-from pathlib import Path
 from typing import Any
 
-import plotly.graph_objects as go
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
-from depthscope.files.atomic import write_atomically
-from depthscope.report.comparison import Comparison, compare, require_reports
-from depthscope.report.measures import GLOBAL_SCORES, LAYER_SCORES, Term, format_score
-from depthscope.report.report import LayerReport
-from depthscope.report.summary import of_layers, summarize
-from depthscope.views.plots.report import EXPLANATIONS, compare_layers, figures
+from depthscope.report.measures import format_score
 from depthscope.views.plots.style import TITLE_HEIGHT
 from depthscope.wording.numbers import format_number, format_with_error
 
-__all__ = [
-    "embedded",
-    "environment",
-    "plotly_script",
-    "render_page",
-    "reproduce",
-    "script_hash",
-    "source",
-    "write_page",
-]
-
-# Figures that stand side by side where the page is wide.
-NARROW_FIGURES = frozenset({"causal_map", "permutation_map"})
-EMBEDDED_TEXT = "python-stdlib"
-BLOCK_SETTINGS = ("fit_blocks", "eval_blocks", "block_size")
-VALUED_OPTIONS = (*BLOCK_SETTINGS, "pairs", "probes", "threshold", "ridge", "seed")
+__all__ = ["framed", "render"]
 
 
-@dataclass(frozen=True)
-class _Plot:
-    """A figure on the page: its element's id, its title as a heading, the sentence below it, and how wide it is."""
+def render(template: str, drawn: dict[str, Any], **content: Any) -> str:
+    """Render a page.
 
-    element: str
-    title: str
-    explanation: str
-    height: int
-    narrow: bool
-
-
-@dataclass(frozen=True)
-class _Section:
-    """One report as the template shows it."""
-
-    report: LayerReport
-    label: str
-    summary: list[str]
-    tiles: list[tuple[str, str, str]]
-    plots: list[_Plot]
-    columns: dict[str, Term]
-    near: frozenset[int]
-    criterion: str
-    command: str
-
-
-def render_page(reports: LayerReport | Sequence[LayerReport]) -> str:
-    """Render one report, or several with a comparison before them, as one HTML page.
-
-    Raises:
-        ReportError: no report is given, or the reports share no score that could be drawn together.
+    Args:
+        template: the name of its file in `templates/`.
+        drawn: its figures by the ids of their elements, as `framed` gives them.
+        content: what the template shows.
     """
-    require_reports([reports] if isinstance(reports, LayerReport) else reports)
-    listed = [reports] if isinstance(reports, LayerReport) else list(reports)
-    drawn: dict[str, Any] = {}
-    comparison = compare(listed) if len(listed) > 1 else None
-    compared = []
-    if comparison and comparison.layer_scores:
-        compared = _plots({"compare_layers": compare_layers(listed)}, "all", drawn)
-    labels = comparison.labels if comparison else [report.model["name"] for report in listed]
-    sections = [
-        _section(report, label, f"report{index}", drawn)
-        for index, (report, label) in enumerate(zip(listed, labels, strict=True))
-    ]
-    plotly_js, script = plotly_script(), source("report.js")
-    page = environment().get_template("report.html.j2")
-    return page.render(
-        title=" and ".join(labels) if len(labels) < 3 else f"{len(labels)} models",
-        sections=sections,
-        comparison=comparison,
-        compared=compared,
-        style=Markup(source("report.css")),
-        plotly_js=Markup(plotly_js),
-        script=Markup(script),
-        script_hashes=[script_hash(plotly_js), script_hash(script)],
-        figures=embedded(drawn),
+    plotly_js, script = _plotly_script(), _source("report.js")
+    return (
+        _environment()
+        .get_template(template)
+        .render(
+            **content,
+            style=Markup(_source("report.css")),
+            plotly_js=Markup(plotly_js),
+            script=Markup(script),
+            script_hashes=[_script_hash(plotly_js), _script_hash(script)],
+            figures=_embedded(drawn),
+        )
     )
 
 
-def write_page(path: str | os.PathLike[str], reports: LayerReport | Sequence[LayerReport]) -> Path:
-    """Write the page of one or several reports to a file, whole or not at all.
+def framed(figure: Any, *, square: bool = False) -> tuple[str, int, dict[str, Any]]:
+    """A plotly figure for a page: its title, which moves into the page and wraps there, its height, and the rest.
 
-    Raises:
-        ReportError: the file cannot be written, or the page cannot be rendered (see `render_page`).
+    Args:
+        figure: with a title.
+        square: whether the style sheet keeps it square, so that it has no height of its own.
     """
-    return write_atomically(path, render_page(reports))
+    content = figure.to_plotly_json()
+    layout = dict(content["layout"])
+    title = layout.pop("title")["text"]
+    layout["margin"] = {**layout["margin"], "t": layout["margin"]["t"] - TITLE_HEIGHT}
+    height = int(layout.pop("height")) - TITLE_HEIGHT
+    if not square:
+        layout["height"] = height
+    return title, height, {"data": content["data"], "layout": layout}
 
 
-def reproduce(report: LayerReport) -> str:
-    """Give the command, or for a model given as an object the Python call, that makes the report again.
-
-    TEXT stands for the text where it is not the embedded one: a report knows its name and fingerprint, not its place.
-    """
-    report_settings, data, model = report.settings, report.data, report.model
-    if model.get("source") == "object":
-        arguments = [f"    {name}={value!r}," for name, value in report_settings.items() if name != "batch_size"]
-        return "\n".join(["depthscope.analyze(", "    model,", "    tokenizer,", *arguments, ")"])
-    options: list[tuple[str, ...]] = []
-    if model.get("source") == "hub" and model.get("revision"):
-        options.append(("--revision", str(model["revision"])))
-    if not data["name"].startswith(EMBEDDED_TEXT):
-        options.append(("--text", "TEXT"))
-    facts = {**report_settings, **{key: value for key, value in data.items() if key in BLOCK_SETTINGS}}
-    if isinstance(scores := report_settings.get("scores"), list):
-        options.append(("--scores", ",".join(map(str, scores))))
-    options += [(_flag(key), str(facts[key])) for key in VALUED_OPTIONS if facts.get(key) is not None]
-    # Before there was the option, no block began with BOS.
-    if (bos := report_settings.get("bos", "no")) != "auto":
-        options.append(("--bos", str(bos)))
-    options += [(_flag(key),) for key in ("in_sample", "paper_code") if report_settings.get(key) is True]
-    if model.get("dtype"):
-        options.append(("--dtype", model["dtype"]))
-    lines = [shlex.join(option) for option in options]
-    name = shlex.quote(model["name"])
-    # After "--", a model whose name starts with a dash cannot pass for an option.
-    words = (
-        ["depthscope analyze", *lines, f"-- {name}"]
-        if model["name"].startswith("-")
-        else [f"depthscope analyze {name}", *lines]
-    )
-    return " \\\n    ".join(words)
-
-
-def _flag(key: str) -> str:
-    return f"--{key.replace('_', '-')}"
-
-
-def _section(report: LayerReport, label: str, element: str, drawn: dict[str, Any]) -> _Section:
-    near = report.near_identity()
-    return _Section(
-        report=report,
-        label=label,
-        summary=summarize(report).removeprefix(f"{report.model['name']}: ").splitlines(),
-        tiles=_tiles(report),
-        plots=_plots(figures(report), element, drawn),
-        columns={name: LAYER_SCORES[name] for name in report.layer_scores if name in LAYER_SCORES},
-        near=frozenset(near.layers) if near else frozenset(),
-        criterion=near.criterion if near else "",
-        command=reproduce(report),
-    )
-
-
-def _tiles(report: LayerReport) -> list[tuple[str, str, str]]:
-    """Choose up to four numbers for the head of the page: the number, what it is of, and what it says."""
-    tiles = []
-    for name, score in (("effective_depth_skip", "skip_ratio"), ("effective_depth_linear", "usefulness_ratio")):
-        depth = report.scores.get(name)
-        if depth is not None:
-            tiles.append((format_number(depth, 2), of_layers(report, score), "effective depth"))
-            break
-    near = report.near_identity()
-    if near:
-        tiles.append((str(len(near.layers)), of_layers(report, near.score), "near the identity"))
-    if ranked := report.ranked("skip_ratio"):
-        layer, ratio = ranked[0]
-        tiles.append((f"layer {layer}", f"loss ×{ratio:.4f} without it", "cheapest to leave out"))
-    growth = report.scores.get("variance_growth")
-    if growth is not None:
-        tiles.append((f"×{format_number(growth, 3)}", "first layer to last", "variance growth"))
-    return tiles
-
-
-def _plots(available: Mapping[str, go.Figure], element: str, drawn: dict[str, Any]) -> list[_Plot]:
-    """Put figures into `drawn` by the ids of their elements, and say how the page frames them.
-
-    The titles move from the figures into the page, where they wrap on a narrow screen.
-    """
-    plots = []
-    for name, figure in available.items():
-        content = figure.to_plotly_json()
-        layout = dict(content["layout"])
-        title = layout.pop("title")["text"]
-        layout["margin"] = {**layout["margin"], "t": layout["margin"]["t"] - TITLE_HEIGHT}
-        height = int(layout["height"]) - TITLE_HEIGHT
-        if name in NARROW_FIGURES:  # the style sheet keeps them square
-            del layout["height"]
-        else:
-            layout["height"] = height
-        identity = f"{element}-{name.replace('_', '-')}"
-        drawn[identity] = {"data": content["data"], "layout": layout}
-        plots.append(_Plot(identity, title, EXPLANATIONS[name], height, name in NARROW_FIGURES))
-    return plots
-
-
-def embedded(content: Any) -> Markup:
+def _embedded(content: Any) -> Markup:
     """Encode JSON so that it can stand in a script element: nothing in it can close the element or break a line."""
     text = json.dumps(content, sort_keys=True, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
     return Markup(text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026"))
 
 
 @cache
-def plotly_script() -> str:
+def _plotly_script() -> str:
     """Plotly's own script, made safe to stand in an HTML page."""
     return re.sub(r"</(script)", r"<\\/\1", get_plotlyjs(), flags=re.IGNORECASE)
 
 
-def source(name: str) -> str:
+def _source(name: str) -> str:
     """Read a file beside the template that goes into the page as it is."""
     return (files("depthscope") / "templates" / name).read_text(encoding="utf-8")
 
 
-def script_hash(script: str) -> str:
+def _script_hash(script: str) -> str:
     """Give a script's hash as a content security policy wants it."""
     return f"sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}"
 
 
 @cache
-def environment() -> Environment:
+def _environment() -> Environment:
     """The templates, with the filters that they use."""
     made = Environment(
         loader=PackageLoader("depthscope", "templates"),
@@ -249,46 +99,9 @@ def environment() -> Environment:
     )
     made.filters["number"] = format_number
     made.filters["value"] = _as_text
-    made.globals["score_rows"] = _score_rows
-    made.globals["compared_rows"] = _compared_rows
     made.globals["format_score"] = format_score
     made.globals["format_with_error"] = format_with_error
     return made
-
-
-def _score_rows(report: LayerReport) -> list[tuple[Term, str]]:
-    """List a report's global scores as terms and values with errors."""
-    return [
-        (
-            GLOBAL_SCORES.get(name, Term(name, "", "")),
-            format_with_error(report.scores[name], report.scores.get(f"{name}_se")),
-        )
-        for name in report.global_scores
-    ]
-
-
-def _compared_rows(comparison: Comparison) -> list[tuple[Term, list[tuple[str, str, bool]]]]:
-    """List compared scores: the term and, for each report, the value, the difference and whether it is significant."""
-    return [
-        (
-            GLOBAL_SCORES.get(row.name, Term(row.name, "", "")),
-            [
-                (
-                    format_with_error(value, error),
-                    "" if index == 0 or difference is None else _signed(difference),
-                    bool(exceeds),
-                )
-                for index, (value, error, difference, exceeds) in enumerate(
-                    zip(row.values, row.errors, row.differences, row.exceeds, strict=True)
-                )
-            ],
-        )
-        for row in comparison.scores
-    ]
-
-
-def _signed(value: float) -> str:
-    return f"{'+' if value > 0 else ''}{format_number(value, 3)}"
 
 
 def _as_text(value: object) -> str:

@@ -4,12 +4,11 @@ import os
 from pathlib import Path
 from typing import Any
 
-from markupsafe import Markup
+import plotly.graph_objects as go
 
 from depthscope.files.atomic import write_atomically
-from depthscope.views.page import embedded, environment, plotly_script, script_hash, source
+from depthscope.views.page import framed, render
 from depthscope.views.plots.run import run_figures
-from depthscope.views.plots.style import TITLE_HEIGHT
 from depthscope.views.run_terminal import RunHistory, term
 from depthscope.wording.numbers import format_number
 
@@ -28,27 +27,19 @@ def write_run_page(path: str | os.PathLike[str], run: RunHistory) -> Path:
 def render_run_page(run: RunHistory) -> str:
     """Render the page of a run; it asks nothing of the network."""
     drawn: dict[str, Any] = {}
-    plots = [_framed(name, figure.to_plotly_json(), drawn) for name, figure in run_figures(run).items()]
+    plots = [_plot(name, figure, drawn) for name, figure in run_figures(run).items()]
     columns = []
     for metric in run.metrics:
         _, values = run.over_time(metric)
         columns.append((term(metric).label, term(metric).phrase, values[-1]))
-    plotly_js, script = plotly_script(), source("report.js")
-    return (
-        environment()
-        .get_template("run.html.j2")
-        .render(
-            title=run.name,
-            summary=summary(run),
-            plots=plots,
-            columns=columns,
-            num_layers=max((len(column) for _, _, column in columns), default=0),
-            style=Markup(source("report.css")),
-            plotly_js=Markup(plotly_js),
-            script=Markup(script),
-            script_hashes=[script_hash(plotly_js), script_hash(script)],
-            figures=embedded(drawn),
-        )
+    return render(
+        "run.html.j2",
+        drawn,
+        title=run.name,
+        summary=summary(run),
+        plots=plots,
+        columns=columns,
+        num_layers=max((len(column) for _, _, column in columns), default=0),
     )
 
 
@@ -71,12 +62,8 @@ def summary(run: RunHistory) -> list[str]:
     return lines
 
 
-def _framed(name: str, content: dict[str, Any], drawn: dict[str, Any]) -> dict[str, Any]:
-    """Put a figure into `drawn` by the id of its element, its title moved into the page."""
-    layout = dict(content["layout"])
-    title = layout.pop("title")["text"]
-    layout["margin"] = {**layout["margin"], "t": layout["margin"]["t"] - TITLE_HEIGHT}
-    layout["height"] = int(layout["height"]) - TITLE_HEIGHT
+def _plot(name: str, figure: go.Figure, drawn: dict[str, Any]) -> dict[str, Any]:
+    """Put a figure into `drawn` by the id of its element, and say how the page frames it."""
     element = f"run-{name.replace('_', '-')}"
-    drawn[element] = {"data": content["data"], "layout": layout}
-    return {"element": element, "title": title, "explanation": layout["meta"], "height": layout["height"]}
+    title, height, drawn[element] = framed(figure)
+    return {"element": element, "title": title, "explanation": figure.layout.meta, "height": height}

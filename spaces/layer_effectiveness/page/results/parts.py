@@ -16,9 +16,9 @@ from gradio.components.plot import PlotData
 from depthscope import LayerReport, compare, write_page
 from depthscope.files.csv_cells import csv_of_frame
 from depthscope.report.measures import LAYER_SCORES
-from depthscope.views.page import reproduce
 from depthscope.views.plots.report import EXPLANATIONS, figures
 from depthscope.views.plots.style import TITLE_HEIGHT
+from depthscope.views.report_page import reproduce
 from depthscope.wording.numbers import format_number, format_with_error
 from jobs.processes import own_folder, own_folders
 from page.results.sparsity_figure import EXPLANATION as SPARSITY_EXPLANATION

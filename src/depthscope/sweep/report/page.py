@@ -13,8 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from markupsafe import Markup
-
 from depthscope.errors import SweepError
 from depthscope.files.atomic import remove_leftovers, write_atomically
 from depthscope.sweep.report.derived import COLUMNS
@@ -41,7 +39,7 @@ from depthscope.sweep.report.tables import (
     to_parquet,
 )
 from depthscope.sweep.report.words import family_words, noise_words, standing, titled
-from depthscope.views.page import embedded, environment, plotly_script, script_hash, source
+from depthscope.views.page import render
 
 __all__ = ["render_sweep_page", "write_report"]
 
@@ -111,25 +109,17 @@ def render_sweep_page(results: SweepResults) -> str:
     """Render the page of a sweep."""
     drawn: dict[str, Any] = {}
     sections = [_section(results, family, f"family{index}", drawn) for index, family in enumerate(results.families)]
-    plotly_js, script = plotly_script(), source("report.js")
-    return (
-        environment()
-        .get_template("sweep.html.j2")
-        .render(
-            results=results,
-            swept=_swept(results),
-            standing=standing(results),
-            noise=noise_words(results),
-            sections=sections,
-            paper=SOURCE,
-            numbers=list(COLUMNS.values()),
-            facts=_facts(results),
-            style=Markup(source("report.css")),
-            plotly_js=Markup(plotly_js),
-            script=Markup(script),
-            script_hashes=[script_hash(plotly_js), script_hash(script)],
-            figures=embedded(drawn),
-        )
+    return render(
+        "sweep.html.j2",
+        drawn,
+        results=results,
+        swept=_swept(results),
+        standing=standing(results),
+        noise=noise_words(results),
+        sections=sections,
+        paper=SOURCE,
+        numbers=list(COLUMNS.values()),
+        facts=_facts(results),
     )
 
 

@@ -8,6 +8,7 @@ import torch
 from transformers import AutoTokenizer
 
 from depthscope.cli import app
+from depthscope.report.measures import measures_markdown
 from models import WIDTH, random_blocks, tiny_llama
 from runs import Sentences
 from tiny_tokenizer import save_tokenizer
@@ -51,3 +52,7 @@ def test_the_commands_that_the_readme_names_exist() -> None:
     blocks = re.findall(r"```\n(.*?)```", README, flags=re.DOTALL)
     for command in re.findall(r"^depthscope (\w+)", "\n".join(blocks), flags=re.MULTILINE):
         assert command in {name.name or name.callback.__name__ for name in app.registered_commands} | {"sweep"}
+
+
+def test_the_readme_shows_every_measure() -> None:
+    assert measures_markdown() in README

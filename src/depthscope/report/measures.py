@@ -7,6 +7,7 @@ record; docs/architecture.md shows one.
 `LAYER_SCORES` and `GLOBAL_SCORES` are all numbers by name, in the order in which a report lists them.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,13 +31,14 @@ __all__ = [
     "Where",
     "format_score",
     "in_order",
+    "measures_markdown",
     "shown_in",
 ]
 
 # Where a number is shown, beside the report itself, its CSV and its page, which hold all of them: the table of layers
-# of a terminal and of the Space; two reports side by side; the course of a training; a model card's table and its
-# model-index; the panels of figures; the Space's figure over the depth of models.
-Where = Literal["table", "compared", "run", "card", "index", "panel", "space", "depth"]
+# of a terminal; two reports side by side; the course of a training; a model card's table and its
+# model-index; the panels of figures; the table of a sweep; the Space's table, and its figure over the depth of models.
+Where = Literal["table", "compared", "run", "card", "index", "panel", "sweep", "space", "depth"]
 Kind = Literal["effectiveness", "sparsity", "derived", "baseline"]
 LAST = 1000  # the position of a number that names none: after all that do
 
@@ -158,6 +160,12 @@ SPARSITY_SCORES = tuple(name for measure in MEASURES.values() if measure.kind ==
 def shown_in(place: Where, terms: Mapping[str, Term] = LAYER_SCORES) -> tuple[str, ...]:
     """The names of the numbers that are shown in a place, in its order."""
     return tuple(sorted((name for name in terms if place in terms[name].at), key=lambda name: terms[name].at[place]))
+
+
+def measures_markdown() -> str:
+    """A table of all measures, each with the beginning of its meaning; README shows it."""
+    rows = [f"| {measure.title} | {re.split(r'[.:] | [(]', measure.meaning)[0]}. |" for measure in EXPLAINED]
+    return "\n".join(["| score | in a sentence |", "| --- | --- |", *rows])
 
 
 def in_order(names: set[str], known: Mapping[str, Term]) -> list[str]:

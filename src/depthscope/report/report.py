@@ -30,6 +30,7 @@ from depthscope.files.strict_json import canonical, encode, parse
 from depthscope.report.accuracy import Accuracy
 from depthscope.report.measures import GLOBAL_SCORES, LAYER_SCORES, format_score, in_order
 from depthscope.report.summary import summarize
+from depthscope.wording.markdown import inline
 from depthscope.wording.numbers import format_with_error
 
 if TYPE_CHECKING:
@@ -317,14 +318,14 @@ class LayerReport(BaseModel):
         parts: dict[str, Mapping[str, list[Any]]] = {"string": text, "int64": counts, "float64": numbers}
         return {name: (kind, values) for kind, part in parts.items() for name, values in part.items()}
 
-    def to_markdown(self) -> str:
+    def toinline(self) -> str:
         """Write the global scores and the layers as two Markdown tables, for cards and notes."""
         lines = ["| score | value | meaning |", "| --- | ---: | --- |"]
         for name in self.global_scores:
             term = GLOBAL_SCORES.get(name)
             value = format_with_error(self.scores[name], self.scores.get(f"{name}_se"))
             phrase = " ".join(filter(None, (term.phrase, f"({term.unit})" if term.unit else ""))) if term else ""
-            lines.append(f"| {_markdown(term.label if term else name)} | {value} | {_markdown(phrase)} |")
+            lines.append(f"| {inline(term.label if term else name)} | {value} | {inline(phrase)} |")
         names = [name for name in self.layer_scores if name in LAYER_SCORES]
         labels = [LAYER_SCORES[name].label for name in names]
         lines += ["", f"| {' | '.join(['layer', *labels])} |", f"| {' | '.join(['---:'] * (len(names) + 1))} |"]
@@ -398,9 +399,3 @@ def _first_problem(error: ValidationError) -> str:
 
 def _with_errors(names: Sequence[str] | Mapping[str, Any]) -> list[str]:
     return [column for name in names for column in (name, f"{name}_se")]
-
-
-def _markdown(text: str) -> str:
-    """Make a text safe as one cell of a Markdown table."""
-    escaped = re.sub(r"([\\`*_\[\]<>|&~$])", r"\\\1", text)
-    return " ".join(escaped.split())

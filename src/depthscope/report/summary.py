@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from depthscope.wording.messages import counted
 from depthscope.wording.numbers import format_number, format_with_error
 
 if TYPE_CHECKING:
@@ -46,8 +47,8 @@ def of_layers(report: "LayerReport", score: str) -> str:
     """Say of how many layers a number is that was counted over those which have `score`."""
     layers, scored = report.model["num_layers"], len(report.ranked(score))
     if scored in (0, layers):  # 0: the report holds the number only
-        return f"of {_count(layers, 'layer')}"
-    return f"of the {_count(scored, 'layer')} with a score ({layers} in all)"
+        return f"of {counted(layers, 'layer')}"
+    return f"of the {counted(scored, 'layer')} with a score ({layers} in all)"
 
 
 def beginning(data: Mapping[str, Any]) -> str:
@@ -71,9 +72,9 @@ def ranges(numbers: Sequence[int]) -> str:
 def _subject(report: "LayerReport") -> str:
     data, size = report.data, ""
     if "eval_blocks" in data and "block_size" in data:
-        size = f", {_count(data['eval_blocks'], 'block')} of {_count(data['block_size'], 'token')}"
+        size = f", {counted(data['eval_blocks'], 'block')} of {counted(data['block_size'], 'token')}"
         size += f", {words}" if (words := beginning(data)) else ""
-    layers = _count(report.model["num_layers"], "layer")
+    layers = counted(report.model["num_layers"], "layer")
     return f"{report.model['name']}: {layers}, measured on {data['name']}{size}."
 
 
@@ -122,7 +123,3 @@ def _variance(report: "LayerReport") -> str:
     if peak > max(first, last):
         text += f", with its peak of {format_number(peak, 3)} after layer {layer}"
     return f"{text}."
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from depthscope.report.measures import GLOBAL_SCORES, LAYER_SCORES
+from depthscope.report.measures import GLOBAL_SCORES, LAYER_SCORES, shown_in
 from depthscope.report.report import LayerReport
 
 __all__ = ["COLUMNS", "LOW_THRESHOLD", "SCORES", "Number", "Numbers", "derive"]
@@ -249,6 +249,7 @@ def _scores() -> list[Number]:
         *_over_all("block_influence", "block_influence", "block influence", 0.0, "1 - cosine"),
         _global("effective_depth_skip", "(sum e)^2 / sum e^2, e = max(s_l - 1, 0)"),
         _global("effective_depth_linear", "(sum e)^2 / sum e^2, e = max(r_l - 1, 0)"),
+        *(_global(name, "as in the report") for name in shown_in("sweep", GLOBAL_SCORES)),
     ]
 
 

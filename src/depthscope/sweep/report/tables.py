@@ -10,7 +10,6 @@ same bytes.
 
 import csv
 import io
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -21,12 +20,13 @@ from rich.text import Text
 
 from depthscope.console.terminal import terminal
 from depthscope.files.csv_cells import csv_cell
-from depthscope.report.measures import LAYER_SCORES
+from depthscope.report.measures import GLOBAL_SCORES, LAYER_SCORES, shown_in
 from depthscope.report.report import UNPRINTABLE, LayerReport
 from depthscope.sweep.report.derived import COLUMNS, SCORES
 from depthscope.sweep.report.families import Cell, as_number, axis_label, cell, lay_out, shown_value
 from depthscope.sweep.report.results import Family, PointResult, SweepResults
 from depthscope.sweep.report.words import family_words, noise_words, standing, titled
+from depthscope.wording.markdown import inline
 from depthscope.wording.numbers import format_number, format_with_error
 
 if TYPE_CHECKING:
@@ -51,6 +51,7 @@ MAIN = (
     "permutation_no0",
     "jacobian_mean_no0",
     "effective_depth_skip",
+    *shown_in("sweep", GLOBAL_SCORES),
 )
 CONTROL = tuple(name for name in MAIN if name not in ("perplexity", "usefulness", "usefulness_at_1.01"))
 # What a narrow terminal keeps longest comes first.
@@ -297,9 +298,7 @@ def _markdown_table(table: FamilyTable) -> list[str]:
 
 
 def _safe(text: str) -> str:
-    """A text that Markdown reads as it is, on one line."""
-    escaped = re.sub(r"([\\`*_\[\]<>|&~$#])", r"\\\1", UNPRINTABLE.sub("\ufffd", text))
-    return " ".join(escaped.split())
+    return inline(UNPRINTABLE.sub("\ufffd", text))
 
 
 # ------------------------------------------------------------------------------------------------------- in a terminal

@@ -318,7 +318,7 @@ class LayerReport(BaseModel):
         parts: dict[str, Mapping[str, list[Any]]] = {"string": text, "int64": counts, "float64": numbers}
         return {name: (kind, values) for kind, part in parts.items() for name, values in part.items()}
 
-    def toinline(self) -> str:
+    def to_markdown(self) -> str:
         """Write the global scores and the layers as two Markdown tables, for cards and notes."""
         lines = ["| score | value | meaning |", "| --- | ---: | --- |"]
         for name in self.global_scores:

@@ -1,5 +1,6 @@
 """What all tests share: one thread a worker, no network, no writes to the user's cache, and the data they may use."""
 
+import gc
 import os
 import signal
 import tempfile
@@ -20,12 +21,28 @@ from without_depthscope import Elsewhere, make_elsewhere
 pytest_plugins = ["hub_fixture"]
 
 torch.set_num_threads(1)
+gc.disable()  # until all tests are collected: what they import stays
 
 # A shell starts what runs in its background (`nohup make test &`) with Ctrl-C ignored, which would be inherited.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 DATA = Path(os.environ.get("DEPTHSCOPE_DATA", Path(__file__).parents[2] / "shared" / "data"))
+
+
+def pytest_collection_finish() -> None:
+    """Let garbage collections pass over what was imported: every Trainer asks for several, of a second each."""
+    gc.collect()
+    gc.freeze()
+    gc.enable()
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
+    """And over what the tests of a file imported besides."""
+    if nextitem is not None and nextitem.path != item.path:
+        gc.collect()
+        gc.freeze()
 
 
 @pytest.fixture(scope="session")

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from depthscope import Settings, SettingsError
+from depthscope.report.measures import SCORE_NAMES
 from safety.limits import Limits
 from safety.problems import Problem
 from safety.repository import HubModel
@@ -39,6 +40,9 @@ STAGES: dict[str, tuple[str, ...]] = {
     "Estimating Jacobians": ("jacobian",),
     "Swapping layers": ("permutation",),
 }
+# A score that no stage names is measured with the first.
+_WATCHED = next(iter(STAGES))
+STAGES[_WATCHED] += tuple(name for name in SCORE_NAMES if not any(name in names for names in STAGES.values()))
 PRECISIONS = {"as the hardware likes it": "auto", "float32": "float32", "bfloat16": "bfloat16", "float16": "float16"}
 DTYPES = frozenset(PRECISIONS.values())
 DATASET = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?(:[\w.-]+)?", re.ASCII)

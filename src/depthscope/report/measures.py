@@ -116,6 +116,11 @@ class Measure:
     layers: Mapping[str, Term] = field(default_factory=dict)
     model: Mapping[str, Term] = field(default_factory=dict)
 
+    @property
+    def better(self) -> str:
+        """Which way means that layers contribute more: "higher", "lower", or "" where neither does."""
+        return next((term.better for term in (self.layers or self.model).values()), "")
+
 
 # The loader in C is ten times as fast; what is loaded is our own, and both know plain values only.
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)

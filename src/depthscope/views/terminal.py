@@ -147,7 +147,10 @@ def print_measures(measures: Iterable[Measure], console: Console | None = None) 
     parts: list[RenderableType] = []
     for measure in measures:
         title = Text(measure.title, style=HEADLINE_STYLE).append(f"  {measure.name}", style=NEAR_STYLE)
-        details = Text(f"{measure.formula}\nunit: {measure.unit} · source: {measure.source}", style="dim")
+        facts = [f"unit: {measure.unit}", f"source: {measure.source}"]
+        if measure.better:
+            facts.insert(1, f"{measure.better} where layers contribute more")
+        details = Text(f"{measure.formula}\n{' · '.join(facts)}", style="dim")
         parts += [title, Padding(Group(Text(measure.meaning), details), (0, 0, 1, 2))]
     _print(Group(*parts), console)
 

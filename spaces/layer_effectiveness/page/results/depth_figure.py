@@ -7,7 +7,7 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from depthscope import LayerReport
-from depthscope.report.measures import GLOBAL_SCORES
+from depthscope.report.measures import GLOBAL_SCORES, shown_in
 from depthscope.views.plots.style import BLUE, DASHES, GRID_GREY, PALETTE, TEXT_GREY, VERMILION, plotly_text
 from depthscope.wording.numbers import format_with_error
 
@@ -21,10 +21,7 @@ EXPLANATION = (
 COURSE_EXPLANATION = (
     "The variance of the residual stream after the last layer while the models of the sweep were trained."
 )
-SCORES = (
-    *("loss", "effective_depth_skip", "skip_ratio", "usefulness_ratio", "causal", "permutation", "jacobian"),
-    *("variance", "usefulness"),
-)
+SCORES = shown_in("depth", GLOBAL_SCORES)
 COLUMNS = 2
 PANEL_HEIGHT = 210
 

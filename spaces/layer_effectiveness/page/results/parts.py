@@ -15,7 +15,7 @@ from gradio.components.plot import PlotData
 
 from depthscope import LayerReport, compare, write_page
 from depthscope.files.csv_cells import csv_of_frame
-from depthscope.report.measures import LAYER_SCORES
+from depthscope.report.measures import LAYER_SCORES, shown_in
 from depthscope.views.plots.report import EXPLANATIONS, figures
 from depthscope.views.plots.style import TITLE_HEIGHT
 from depthscope.views.report_page import reproduce
@@ -56,11 +56,6 @@ CONFIG = {
 MAP_HEIGHT = 430  # two maps side by side are about as wide
 FILES = "files"
 COPIED_SECONDS = 600
-TABLE_SCORES = (
-    *("skip_ratio", "usefulness_ratio", "causal", "permutation", "jacobian", "block_influence", "variance"),
-    *("angular_distance", "update_norm", "update_cosine", "attention_variance", "mlp_variance"),
-    *("weights_below_10pct", "attention_below_fair", "attention_context", "expert_load_max", "experts_dead"),
-)
 
 
 def explanation(name: str) -> str:
@@ -94,7 +89,7 @@ def layer_table(report: LayerReport) -> pd.DataFrame:
     columns: dict[str, list[Any]] = {"layer": list(range(len(report.layers)))}
     if near is not None:
         columns["near the identity"] = ["yes" if layer in near.layers else "" for layer in columns["layer"]]
-    for name in TABLE_SCORES:
+    for name in shown_in("space"):
         if report.has(name):
             columns[LAYER_SCORES[name].label] = [
                 None if value is None else float(f"{value:.4g}" if "ratio" not in name else f"{value:.5f}")

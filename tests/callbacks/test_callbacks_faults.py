@@ -14,7 +14,8 @@ import torch
 from transformers import Trainer, TrainerCallback
 
 from depthscope.callbacks import EffectivenessCallback, SparsityCallback, VarianceCallback, read_history
-from depthscope.runs.history import FILE, History
+from depthscope.runs.history import History
+from depthscope.runs.layout import HISTORY
 from models import random_blocks, tiny_llama
 from runs import trainer
 
@@ -47,7 +48,7 @@ def test_a_full_disk_does_not_end_the_training(tmp_path: Path, caplog: pytest.Lo
     full = Path("/dev/full")
     callback = VarianceCallback()
     run = trainer(
-        tiny_llama(), tmp_path, [callback, At(0, lambda: (tmp_path / FILE).symlink_to(full))], logging_steps=2
+        tiny_llama(), tmp_path, [callback, At(0, lambda: (tmp_path / HISTORY).symlink_to(full))], logging_steps=2
     )
     with caplog.at_level(logging.WARNING):
         run.train()
@@ -108,7 +109,7 @@ def test_a_line_that_a_full_disk_cut_off_is_taken_back(tmp_path: Path) -> None:
 
 def test_a_line_that_is_not_whole_is_skipped_alone(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     lines = [json.dumps({"step": step, "kind": "variance", "values": {}, "layers": {}}) for step in (1, 2, 3, 4)]
-    (tmp_path / FILE).write_text("\n".join([lines[0], lines[1][:20], "[1]", lines[2]]) + "\n" + lines[3][:9])
+    (tmp_path / HISTORY).write_text("\n".join([lines[0], lines[1][:20], "[1]", lines[2]]) + "\n" + lines[3][:9])
     with caplog.at_level(logging.WARNING):
         assert [row["step"] for row in read_history(tmp_path)] == [1, 3]
     assert "skipped: line 2, 3." in caplog.text
@@ -229,4 +230,4 @@ def test_a_removed_callback_may_be_at_work_elsewhere(tmp_path: Path) -> None:
     other: Trainer = trainer(second, tmp_path / "two", [callback, At(3, lambda: one.train())])
     other.train()
     assert [row["step"] for row in read_history(tmp_path / "two")] == [4, 8]
-    assert not (tmp_path / "one" / FILE).exists()
+    assert not (tmp_path / "one" / HISTORY).exists()

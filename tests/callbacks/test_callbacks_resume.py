@@ -13,7 +13,8 @@ import pytest
 from transformers.trainer_utils import get_last_checkpoint
 
 from depthscope.callbacks import EffectivenessCallback, SparsityCallback, VarianceCallback, read_history
-from depthscope.runs.history import FILE, History
+from depthscope.runs.history import History
+from depthscope.runs.layout import HISTORY
 from models import random_blocks, tiny_llama
 from runs import trainer
 
@@ -133,9 +134,9 @@ def test_checkpoints_that_an_evaluation_brings_about(tmp_path: Path) -> None:
 
 def test_a_training_from_the_start_keeps_the_earlier_history_aside(tmp_path: Path) -> None:
     train(tmp_path)
-    earlier = (tmp_path / FILE).read_text()
+    earlier = (tmp_path / HISTORY).read_text()
     train(tmp_path)
-    assert (tmp_path / FILE).read_text() == earlier
+    assert (tmp_path / HISTORY).read_text() == earlier
     assert (tmp_path / "layer_stats.previous.jsonl").read_text() == earlier
 
 

@@ -21,6 +21,7 @@ from typer.testing import CliRunner, Result
 from depthscope.cli import app
 from depthscope.errors import SweepError
 from depthscope.models import DepthLMConfig, DepthLMForCausalLM
+from depthscope.runs import layout
 from depthscope.sweep import point as point_module
 from depthscope.sweep.data import Sequences, open_corpus
 from depthscope.sweep.grid import expand
@@ -163,8 +164,8 @@ def test_a_point_that_fails_is_recorded_and_tried_again(tmp_path: Path, monkeypa
 def test_weights_are_kept_at_early_steps_and_then_at_every_nth(
     finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert point_module.EARLY_STEPS == (0, 1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
-    monkeypatch.setattr(point_module, "EARLY_STEPS", (0, 1, 2, 4))
+    assert layout.EARLY_STEPS == (0, 1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+    monkeypatch.setattr(layout, "EARLY_STEPS", (0, 1, 2, 4))
     run(tmp_path, tmp_path / "out", only=("depth-L2",), tracking={"publish_every": 3})
     folder = tmp_path / "out/points" / POINTS[0]
     assert {path.name for path in (folder / "steps").iterdir()} == {f"step-{step}" for step in (0, 1, 2, 4, 6, 9, 12)}

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 from depthscope import ReportError
 from depthscope.callbacks import VarianceCallback, read_history
 from depthscope.cli import app
-from depthscope.runs.history import FILE
+from depthscope.runs.layout import HISTORY
 from depthscope.views.plots.run import run_figures
 from depthscope.views.run_page import render_run_page, summary
 from depthscope.views.run_terminal import RunHistory, print_run
@@ -72,7 +72,7 @@ def test_a_data_frame_has_a_row_for_each_step_and_layer(run: Path) -> None:
 
 
 def test_the_command_shows_a_folder_and_a_file(run: Path, tmp_path: Path) -> None:
-    for path in (run, run / FILE):
+    for path in (run, run / HISTORY):
         result = CliRunner().invoke(app, ["show", str(path), "--html", str(tmp_path / "run.html")])
         assert result.exit_code == 0, result.output
         assert "steps 3 to 9" in result.output
@@ -82,7 +82,7 @@ def test_the_command_shows_a_folder_and_a_file(run: Path, tmp_path: Path) -> Non
 def test_values_that_were_not_finite_are_named(tmp_path: Path) -> None:
     rows = [{"step": step, "kind": "variance", "layers": {"variance": [1.0, None]}, "values": {}} for step in (1, 2)]
     rows[1]["not_finite"] = {"step": 2, "layer": 1}
-    (tmp_path / FILE).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / HISTORY).write_text("".join(json.dumps(row) + "\n" for row in rows))
     history = RunHistory.load(tmp_path)
     console = Console(width=80, record=True)
     print_run(history, console)
@@ -93,7 +93,7 @@ def test_values_that_were_not_finite_are_named(tmp_path: Path) -> None:
 def test_a_folder_without_a_history_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ReportError, match=r"There is no layer_stats\.jsonl"):
         RunHistory.load(tmp_path)
-    (tmp_path / FILE).write_text('{"step": 1, "kin')
+    (tmp_path / HISTORY).write_text('{"step": 1, "kin')
     with pytest.raises(ReportError, match="is empty"):
         RunHistory.load(tmp_path)
     result = CliRunner().invoke(app, ["show", str(tmp_path)])

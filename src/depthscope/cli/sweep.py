@@ -10,6 +10,7 @@ from rich.text import Text
 from depthscope.cli.paths import FILLS, READS
 from depthscope.cli.shared import Program, app, errors_for_people, say
 from depthscope.console.terminal import terminal
+from depthscope.runs.layout import FAILED
 from depthscope.wording.messages import counted
 
 if TYPE_CHECKING:
@@ -81,7 +82,7 @@ def report(folder: Folder) -> None:
     """
     with errors_for_people():
         results = _report(folder)
-        if results.is_damaged or results.with_status("failed"):
+        if results.is_damaged or results.with_status(FAILED):
             raise typer.Exit(AMISS)
 
 

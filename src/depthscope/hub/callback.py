@@ -25,13 +25,13 @@ from depthscope.hub.commit import push_trees
 from depthscope.hub.push import client
 from depthscope.hub.retry import Patience, hide_tokens
 from depthscope.hub.tree import Tree
+from depthscope.runs.layout import is_published
 from depthscope.wording.messages import one_line
 
-__all__ = ["EARLY_STEPS", "HubCheckpointCallback"]
+__all__ = ["HubCheckpointCallback"]
 
 logger = logging.getLogger(__name__)
 
-EARLY_STEPS = (0, *(2**power for power in range(10)))  # 0, 1, 2, 4, ..., 512
 LAST_WAIT = 10.0  # seconds, for the request that is under way when the patience is at its end
 
 
@@ -145,8 +145,7 @@ class HubCheckpointCallback(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Push the weights if it is a step to be published."""
-        step = state.global_step
-        if step in EARLY_STEPS or (step > EARLY_STEPS[-1] and step % self.every == 0):
+        if is_published(state.global_step, self.every):
             self._publish(state, kwargs)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -4,18 +4,19 @@ What a Trainer leaves beside them (optimizer, random states, training_args.bin) 
 others.
 """
 
-import re
 from fnmatch import fnmatch
 from pathlib import Path
 
 from depthscope.errors import HubError
+from depthscope.loading.checkpoint import ADAPTER_CONFIG, CONFIG
+from depthscope.runs.layout import checkpoints, published_steps
 
 __all__ = ["find_steps", "has_weights", "model_files"]
 
 FILES = (
-    "config.json",
+    CONFIG,
     "generation_config.json",
-    "adapter_config.json",
+    ADAPTER_CONFIG,
     "*.safetensors",
     "*.safetensors.index.json",
     "*.py",
@@ -32,7 +33,6 @@ FILES = (
     "processor_config.json",
 )
 PICKLED = ("*.bin", "*.pt", "*.pth")
-STEP = re.compile(r"(?:step|checkpoint)-(\d{1,15})")
 
 
 def model_files(folder: Path) -> dict[str, Path]:
@@ -49,7 +49,7 @@ def model_files(folder: Path) -> dict[str, Path]:
         ]
         why = f"its weights are pickled ({pickled[0]}); save them with safetensors" if pickled else "no *.safetensors"
         raise HubError(f"{str(folder)!r} holds no model that can be pushed: {why}. Save one with save_pretrained.")
-    if not {"config.json", "adapter_config.json"} & files.keys():
+    if not {CONFIG, ADAPTER_CONFIG} & files.keys():
         raise HubError(f"{str(folder)!r} has weights but no config.json: save the model with save_pretrained.")
     return files
 
@@ -61,6 +61,5 @@ def has_weights(folder: Path) -> bool:
 
 def find_steps(folder: Path) -> dict[int, Path]:
     """The checkpoints of a training, by step: those that a sweep keeps in `steps`, or a Trainer as `checkpoint-N`."""
-    places = [*folder.glob("steps/step-*"), *folder.glob("checkpoint-*")]
-    found = {int(match[1]): path for path in places if (match := STEP.fullmatch(path.name)) and has_weights(path)}
-    return dict(sorted(found.items()))
+    places = (*published_steps(folder).items(), *checkpoints(folder).items())
+    return dict(sorted((step, path) for step, path in places if has_weights(path)))

@@ -17,26 +17,25 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from depthscope.errors import ConversionError, HubError, SettingsError
-from depthscope.files.atomic import read_text
-from depthscope.files.strict_json import parse
+from depthscope.files.validation import read_object
 from depthscope.hub.cards.data import DepthCardData
 from depthscope.hub.cards.figures import write_figures
-from depthscope.hub.cards.read import MODEL, read_card_data
+from depthscope.hub.cards.read import read_card_data
 from depthscope.hub.cards.render import render_card
 from depthscope.hub.collection import LONGEST_TITLE, PAPER, CollectionPlan, Item
 from depthscope.hub.layer_stats import PARQUET, write_layer_stats
 from depthscope.hub.model_files import find_steps, model_files
 from depthscope.hub.names import model_repository
-from depthscope.hub.reports_dataset import REPORTS, Reported, reports_tree
+from depthscope.hub.reports_dataset import Reported, reports_tree
 from depthscope.hub.tree import MAIN, Tree
-from depthscope.runs.history import FILE as HISTORY_FILE
+from depthscope.loading.checkpoint import CONFIG
+from depthscope.runs.layout import FINISHED, HISTORY, MODEL, NOT_RUN, POINT, REPORTS, RESULT, SWEEP_INDEX, point_folder
+from depthscope.runs.read import MAX_BYTES
 from depthscope.wording.messages import one_line
 
 __all__ = ["Options", "Plan", "check_names", "make_plan"]
 
-MAX_BYTES = 64 * 2**20  # of a JSON file
 NATIVE = "-native"
-FINISHED = "finished"
 
 
 @dataclass(frozen=True)
@@ -87,7 +86,7 @@ def make_plan(source: Path, to: str, work: Path, options: Options) -> Plan:
     source = source.resolve()  # the names of `.` and of a link are those of the folder
     namespace, _, name = to.partition("/")
     plan = Plan()
-    if (source / "sweep.json").is_file():
+    if (source / SWEEP_INDEX).is_file():
         if name:
             raise SettingsError(f"A sweep becomes several repositories: give --to {namespace}, without a name.")
         _add_sweep(plan, source, namespace, work, options)
@@ -115,7 +114,7 @@ def check_names(to: str, space: str | None = None) -> None:
 
 
 def _add_sweep(plan: Plan, source: Path, namespace: str, work: Path, options: Options) -> None:
-    index = _json(source / "sweep.json")
+    index = read_object(source / SWEEP_INDEX, MAX_BYTES)
     sweep = str(index.get("name") or source.name)
     listed = [point for point in index.get("points") or [] if isinstance(point, dict)]
     wanted = [point for point in listed if _is_wanted(point, options.only)]
@@ -124,8 +123,8 @@ def _add_sweep(plan: Plan, source: Path, namespace: str, work: Path, options: Op
         raise SettingsError(f"--only {' '.join(options.only)} matches no point. There are {names}.")
     points, left = [], []
     for facts in wanted:
-        folder = source / "points" / _folder_name(str(facts.get("point")))
-        status = _json(folder / "result.json").get("status", "not run")
+        folder = point_folder(source, _folder_name(str(facts.get("point"))))
+        status = read_object(folder / RESULT, MAX_BYTES).get("status", NOT_RUN)
         if status == FINISHED and (folder / MODEL).is_dir():
             points.append(Reported(folder, facts, model_repository(namespace, sweep, str(facts["point"]))))
         else:
@@ -157,7 +156,7 @@ def _is_wanted(point: dict[str, Any], only: Sequence[str]) -> bool:
 
 def _folder_name(point: str) -> str:
     if Path(point).name != point or point in ("", ".", ".."):
-        raise HubError(f"sweep.json names the point {point!r}, which is no name of a folder; it is damaged.")
+        raise HubError(f"{SWEEP_INDEX} names the point {point!r}, which is no name of a folder; it is damaged.")
     return point
 
 
@@ -178,7 +177,7 @@ def _add_run(plan: Plan, source: Path, repo_id: str, work: Path, options: Option
 
 def _run_name(source: Path, namespace: str) -> str:
     """The name of a run's repository: a point's has that of its sweep before it, any other run's is its folder's."""
-    index = _json(source.parent.parent / "sweep.json") if (source / "point.json").is_file() else {}
+    index = read_object(source.parent.parent / SWEEP_INDEX, MAX_BYTES) if (source / POINT).is_file() else {}
     if index:
         return model_repository(namespace, str(index.get("name")), source.name).partition("/")[2]
     return source.name
@@ -214,7 +213,7 @@ def _add_model(
     branches = [Tree(repo_id, "model", f"step{step}", model_files(path)) for step, path in steps.items()]
     plan.repositories.append([*branches, Tree(repo_id, "model", MAIN, files | measured | _card(data, work / "card"))])
     if native is not None:
-        config = _json(native / "config.json")
+        config = read_object(native / CONFIG, MAX_BYTES)
         derived = read_card_data(folder, repo_id=repo_id + NATIVE, base_model=repo_id, **shared)
         derived = derived.model_copy(update={"config": config})
         reports = {name: path for name, path in measured.items() if name in REPORTS}
@@ -224,8 +223,8 @@ def _add_model(
 
 def _measured(folder: Path, work: Path) -> dict[str, Path]:
     files = {name: folder / name for name in REPORTS if (folder / name).is_file()}
-    if (folder / HISTORY_FILE).is_file():
-        write_layer_stats(folder / HISTORY_FILE, work / PARQUET)
+    if (folder / HISTORY).is_file():
+        write_layer_stats(folder / HISTORY, work / PARQUET)
         files[PARQUET] = work / PARQUET
     return files
 
@@ -266,12 +265,3 @@ def _require_different(plan: Plan) -> None:
         repo_id, kind = trees[-1].repo_id, trees[-1].kind
         if (before := seen.setdefault((kind, repo_id.lower()), repo_id)) is not repo_id:
             raise SettingsError(f"Two models would be {before} and {repo_id}, which is one repository: rename a point.")
-
-
-def _json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    content = parse(read_text(path, MAX_BYTES), repr(str(path)), not_finite_is_null=True)
-    if not isinstance(content, dict):
-        raise HubError(f"{str(path)!r} is JSON but no object; it is damaged.")
-    return content

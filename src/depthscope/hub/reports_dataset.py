@@ -20,12 +20,12 @@ from depthscope.errors import HubError, ReportError
 from depthscope.hub.tree import MAIN, Tree
 from depthscope.report.measures import GLOBAL_SCORES
 from depthscope.report.report import LayerReport
+from depthscope.runs.layout import REPORTS, TRAINED_REPORT
 from depthscope.wording.markdown import inline
 from depthscope.wording.messages import one_line
 
-__all__ = ["REPORTS", "Reported", "reports_tree"]
+__all__ = ["Reported", "reports_tree"]
 
-REPORTS = {"layer_report.json": True, "untrained_report.json": False}  # by whether the model is trained
 CONFIGS = ("reports", "layers")
 NAMED = {"point": "string", "variant": "string", "seed": "int64", "trained": "bool", "model": "string"}
 # As `datasets` writes parquet: pages that begin where the content says, so that a change sends little.
@@ -65,7 +65,7 @@ def reports_tree(
         if (point.folder / name).is_file()
     ]
     if not found:
-        raise HubError(f"No point of the sweep {sweep!r} has a layer_report.json: there is nothing to make data of.")
+        raise HubError(f"No point of the sweep {sweep!r} has a {TRAINED_REPORT}: there is nothing to make data of.")
     work.mkdir(parents=True, exist_ok=True)
     files = {f"{name}.parquet": work / f"{name}.parquet" for name in CONFIGS}
     _write_parquet(files["reports.parquet"], _reports(found))

@@ -6,6 +6,7 @@ from pathlib import Path
 from depthscope.errors import ReportError
 from depthscope.files.atomic import write_together
 from depthscope.recipes.rule import Recipe
+from depthscope.runs.layout import SWEEP_FILE
 from depthscope.wording.messages import listed
 
 __all__ = ["write_recipe"]
@@ -26,7 +27,7 @@ def write_recipe(recipe: Recipe, folder: Path) -> list[Path]:
     contents = {
         "config.json": recipe.config.to_json_string(),
         "training_arguments.json": recipe.training_json(),
-        "sweep.yaml": recipe.sweep_yaml(),
+        SWEEP_FILE: recipe.sweep_yaml(),
         REASONS: recipe.to_markdown(),
     }
     there = [name for name in contents if os.path.lexists(folder / name)]

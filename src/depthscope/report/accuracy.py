@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, m
 from depthscope.errors import ReportError, SettingsError
 from depthscope.files.atomic import read_text, write_atomically
 from depthscope.files.strict_json import canonical, encode, parse
+from depthscope.files.validation import first_problem
 from depthscope.wording.scalars import plain_scalars
 
 if TYPE_CHECKING:
@@ -159,9 +160,7 @@ class Downstream(BaseModel):
         try:
             return cls.model_validate(content)
         except ValidationError as error:
-            first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-            where = ".".join(map(str, first["loc"])) or "the file"
             raise ReportError(
-                f"{source} is not a record of downstream accuracies: {where}: {first['msg'][:200]}. Give a file "
-                "written by depthscope evaluate --out."
+                f"{source} is not a record of downstream accuracies: {first_problem(error, 'the file')}. Give a "
+                "file written by depthscope evaluate --out."
             ) from error

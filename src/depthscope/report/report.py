@@ -13,7 +13,6 @@ and bounds everything: see `LayerReport.load`.
 """
 
 import os
-import re
 import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ from typing_extensions import NotRequired, TypedDict
 from depthscope.errors import ReportError
 from depthscope.files.atomic import read_text, write_atomically
 from depthscope.files.strict_json import canonical, encode, parse
+from depthscope.files.validation import cleaned, first_value
 from depthscope.report.accuracy import Accuracy
 from depthscope.report.measures import GLOBAL_SCORES, LAYER_SCORES, format_score, in_order
 from depthscope.report.summary import summarize
@@ -41,20 +41,14 @@ __all__ = ["SCHEMA_VERSION", "DataFacts", "LayerReport", "Matrix", "ModelFacts",
 
 SCHEMA_VERSION: Final = 1
 MAX_BYTES = 256 * 2**20
-MAX_TEXT = 20_000  # characters of one string
 MAX_DEPTH = 8  # levels of lists and mappings inside each other
 MAX_LAYERS = 10_000
 MAX_MAPPED_LAYERS = 1600  # with four matrices of as many rows and columns, each number of 25 bytes, within MAX_BYTES
-MAX_INTEGER = 2**63 - 1
-MAX_FLOAT = 1e100  # beyond any measurement, and far enough from overflow to compute with
 
 # A layer counts as near the identity when leaving it out raises the loss by less than this share.
 NEAR_SKIP_RATIO = 1.02
 # The same without skip ratios: 1 - cosine of the layer's input and output.
 NEAR_BLOCK_INFLUENCE = 0.05
-
-# Control characters could drive a terminal, and bidirectional ones disguise a name; a lone surrogate cannot be written.
-UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 Matrix: TypeAlias = list[list[float | None]]
 Row: TypeAlias = dict[str, Any]
@@ -133,7 +127,7 @@ class LayerReport(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _bound_and_clean(cls, values: Any) -> Any:
-        return _cleaned(values, "report") if isinstance(values, dict) else values
+        return cleaned(values, "report", max_depth=MAX_DEPTH) if isinstance(values, dict) else values
 
     @field_validator("created")
     @classmethod
@@ -225,7 +219,7 @@ class LayerReport(BaseModel):
         try:
             return cls.model_validate(content)
         except ValidationError as error:
-            raise ReportError(f"{source} is not a valid report: {_first_problem(error)}.") from error
+            raise ReportError(f"{source} is not a valid report: {first_value(error)}.") from error
 
     # ---------------------------------------------------------------------------------------------------- reading
 
@@ -336,27 +330,6 @@ class LayerReport(BaseModel):
         return "\n".join(lines) + "\n"
 
 
-def _cleaned(value: Any, where: str, depth: int = 0) -> Any:
-    """Copy a JSON-like value with unprintable characters replaced; refuse what is too deep, too long or not finite."""
-    if depth > MAX_DEPTH:
-        raise ValueError(f"{where} is nested deeper than {MAX_DEPTH} levels")
-    if isinstance(value, str):
-        if len(value) > MAX_TEXT:
-            raise ValueError(f"{where} is a text of {len(value):,} characters, at most {MAX_TEXT:,} are allowed")
-        return UNPRINTABLE.sub("\ufffd", value)
-    if isinstance(value, float) and not abs(value) <= MAX_FLOAT:
-        raise ValueError(f"{where} is {value}, expected null or a finite number of at most {MAX_FLOAT:g}")
-    if isinstance(value, int) and abs(value) > MAX_INTEGER:
-        raise ValueError(f"{where} is an integer beyond 64 bits")
-    if isinstance(value, Mapping):
-        items = ((_cleaned(key, f"a name in {where}", depth + 1), item) for key, item in value.items())
-        prefix = "" if depth == 0 else f"{where}."
-        return {key: _cleaned(item, f"{prefix}{key}", depth + 1) for key, item in items}
-    if isinstance(value, (list, tuple)):
-        return [_cleaned(item, f"{where}[{index}]", depth + 1) for index, item in enumerate(value)]
-    return value
-
-
 def _checked_row(row: Row, index: int) -> Row:
     """Check one row of `layers`: its number, its kind, and that each known score is a number (made a float) or null."""
     if row.get("layer") != index or isinstance(row["layer"], bool):
@@ -380,21 +353,6 @@ def _check_version(version: Any, source: str) -> None:
             f"{source} was written by a newer depthscope: schema {reprlib.repr(version)}, this one reads "
             f"{SCHEMA_VERSION}; upgrade with pip install --upgrade depthscope."
         )
-
-
-def _first_problem(error: ValidationError) -> str:
-    """Say the first thing that is wrong with a report, by the name of its field."""
-    problems = error.errors(include_url=False, include_context=False)
-    first = problems[0]
-    field = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in first["loc"]).lstrip(".")
-    message = first["msg"].removeprefix("Value error, ")
-    given = first["input"]
-    if isinstance(given, (str, int, float, type(None))) and first["type"] not in ("missing", "value_error"):
-        message += f", not {reprlib.repr(given)}"
-    more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-    joint = "" if message.startswith("[") or not field else ": "
-    shown = UNPRINTABLE.sub("\ufffd", f"{field}{joint}{message}")
-    return f"{shown[:500]}{more}"
 
 
 def _with_errors(names: Sequence[str] | Mapping[str, Any]) -> list[str]:

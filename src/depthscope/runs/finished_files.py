@@ -9,14 +9,14 @@ import zlib
 from pathlib import Path
 
 from depthscope.errors import ReportError
-from depthscope.files.atomic import read_text, says_nothing_of_content, write_atomically
-from depthscope.files.checksums import is_whole, sealed
-from depthscope.files.strict_json import parse
+from depthscope.files.atomic import says_nothing_of_content, write_atomically
+from depthscope.files.checksums import sealed
 from depthscope.report.report import LayerReport
+from depthscope.runs.layout import CHECKSUMS
+from depthscope.runs.read import read_record
 
-__all__ = ["FILE", "keep_checksums", "known_checksums", "report_checksum"]
+__all__ = ["keep_checksums", "known_checksums", "report_checksum"]
 
-FILE = "checksums.json"
 MAX_BYTES = 4 * 2**20
 
 
@@ -32,7 +32,7 @@ def keep_checksums(folder: Path, found: dict[str, str]) -> None:
         if says_nothing_of_content(error):
             raise
         kept = {}
-    write_atomically(folder / FILE, json.dumps(sealed({"files": kept | found}), indent=1) + "\n")
+    write_atomically(folder / CHECKSUMS, json.dumps(sealed({"files": kept | found}), indent=1) + "\n")
 
 
 def known_checksums(folder: Path) -> dict[str, str] | None:
@@ -41,12 +41,11 @@ def known_checksums(folder: Path) -> dict[str, str] | None:
     Raises:
         ReportError: the file that keeps them is damaged, or cannot be read.
     """
-    if not (folder / FILE).exists():
+    if not (folder / CHECKSUMS).exists():
         return None
-    content = parse(read_text(folder / FILE, MAX_BYTES), FILE)
-    files = content.get("files") if isinstance(content, dict) and is_whole(content) else None
+    files = read_record(folder / CHECKSUMS, MAX_BYTES).get("files")
     if not isinstance(files, dict):
-        raise ReportError(f"{FILE} is not what was written")
+        raise ReportError(f"{CHECKSUMS} is not what was written.")
     return {str(name): str(value) for name, value in files.items()}
 
 

@@ -22,12 +22,12 @@ from typing import Any, ClassVar
 
 from depthscope.errors import ReportError
 from depthscope.files.atomic import require_path, write_atomically
+from depthscope.runs.layout import HISTORY
 
-__all__ = ["FILE", "History", "read_history"]
+__all__ = ["History", "read_history"]
 
 logger = logging.getLogger(__name__)
 
-FILE = "layer_stats.jsonl"
 WAITING = 1000  # lines, at most: they are memory of the training
 
 
@@ -38,7 +38,7 @@ class History:
     _open: ClassVar[dict[Path, "weakref.ref[Any]"]] = {}
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
-        self.path = Path(folder, FILE).absolute()
+        self.path = Path(folder, HISTORY).absolute()
         self._waiting: list[tuple[int, bytes]] = []  # steps and lines that could not be written yet
         self._lost: list[int] = []  # steps whose lines will not be
         self._told = False
@@ -59,7 +59,7 @@ class History:
             if not self.path.exists():
                 return
             if step == 0:
-                self.path.replace(self.path.with_name(FILE.replace(".", ".previous.")))
+                self.path.replace(self.path.with_name(HISTORY.replace(".", ".previous.")))
                 return
             self._keep(lambda row: row["step"] <= step)
 
@@ -136,10 +136,10 @@ def read_history(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
         ReportError: there is no history there.
     """
     require_path(path)
-    file = Path(path, FILE) if Path(path).is_dir() else Path(path)
+    file = Path(path, HISTORY) if Path(path).is_dir() else Path(path)
     if not file.is_file():
         raise ReportError(
-            f"There is no {FILE} in {path}: is it the output_dir of a training run with a depthscope callback?"
+            f"There is no {HISTORY} in {path}: is it the output_dir of a training run with a depthscope callback?"
         )
     return sorted((row for _, row in _lines(file)), key=lambda row: row["step"])
 

@@ -19,12 +19,12 @@ from depthscope.errors import SweepError
 from depthscope.files.atomic import MISSING, reason, require_opens, says_nothing_of_content, write_atomically
 from depthscope.files.checksums import checksums, damaged_file, is_whole, sealed
 from depthscope.processes import Processes
+from depthscope.runs.layout import COMPLETE, TRAINER_STATE, checkpoints
 
-__all__ = ["COMPLETE", "mark_complete", "remove_checkpoints", "unreadable_file", "usable_checkpoint"]
+__all__ = ["mark_complete", "remove_checkpoints", "unreadable_file", "usable_checkpoint"]
 
-COMPLETE = "complete"
 # What a checkpoint of an older version, which has no checksums, has to hold at least.
-PARTS = ("trainer_state.json", "scheduler.pt", "rng_state*.pth", "optimizer*", "*model*")
+PARTS = (TRAINER_STATE, "scheduler.pt", "rng_state*.pth", "optimizer*", "*model*")
 
 
 def mark_complete(checkpoint: Path) -> None:
@@ -47,7 +47,7 @@ def usable_checkpoint(folder: Path, processes: Processes, noted: Callable[[str],
     if processes.is_main:
         usable: Path | None = None
         damaged = []
-        for path in sorted(_checkpoints(folder), key=_step, reverse=True):
+        for path in reversed(checkpoints(folder).values()):
             try:
                 whole, name = _is_marked(path), _damage(path) if usable is None else None
             except OSError as error:
@@ -67,12 +67,12 @@ def usable_checkpoint(folder: Path, processes: Processes, noted: Callable[[str],
             noted(f"{', '.join(damaged)}; {then}")
     if processes.count > 1:
         torch.distributed.barrier()
-    return max(_checkpoints(folder), key=_step, default=None)
+    return max(checkpoints(folder).items(), default=(0, None))[1]
 
 
 def remove_checkpoints(folder: Path) -> None:
     """Remove all checkpoints in the folder of a point."""
-    for checkpoint in _checkpoints(folder):
+    for checkpoint in checkpoints(folder).values():
         shutil.rmtree(checkpoint)
 
 
@@ -105,14 +105,6 @@ def unreadable_file(folder: Path) -> str | None:
         if not whole:
             return path.relative_to(folder).as_posix()
     return None
-
-
-def _checkpoints(folder: Path) -> list[Path]:
-    return [path for path in folder.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdecimal()]
-
-
-def _step(checkpoint: Path) -> int:
-    return int(checkpoint.name.removeprefix("checkpoint-"))
 
 
 def _is_marked(checkpoint: Path) -> bool:

@@ -37,6 +37,8 @@ from depthscope.console.quiet import quiet
 from depthscope.errors import CorpusError, SettingsError, SweepError
 from depthscope.files.atomic import reason, says_nothing_of_content, write_atomically
 from depthscope.files.checksums import checksum, damaged_file, sealed
+from depthscope.files.validation import first_problem
+from depthscope.runs.layout import DATA, DATA_PART, DATA_RECORD
 from depthscope.sweep.grid import Grid, digest
 from depthscope.sweep.recorded import Tokens, read_record
 from depthscope.sweep.specification import Sweep, Text
@@ -52,7 +54,7 @@ __all__ = ["Corpus", "Sequences", "open_corpus", "prepare_corpus", "require_text
 HELD_OUT_SHARE = 20  # one document in so many
 PIECE_CHARACTERS = 50_000  # longer documents are cut at a line, to be tokenized piece by piece
 END = "<|endoftext|>"
-DATA, HELD_OUT_DATA = ("data",), ("data", "held_out")  # where the sweep's file says them
+OF_DATA, OF_HELD_OUT = ("data",), ("data", "held_out")  # where the sweep's file says them
 
 
 @dataclass(frozen=True)
@@ -153,9 +155,9 @@ def require_text(sweep: Sweep, out: Path) -> None:
         CorpusError: naming the line of what is missing or cannot be read.
     """
     data = sweep.specification.data
-    if (out / "data" / "data.json").is_file():
+    if (out / DATA / DATA_RECORD).is_file():
         return
-    for where, text in ((DATA, data), (HELD_OUT_DATA, data.held_out)):
+    for where, text in ((OF_DATA, data), (OF_HELD_OUT, data.held_out)):
         if text is None or text.text is None:
             continue
         source = _source(sweep, text, where)
@@ -180,10 +182,10 @@ def prepare_corpus(sweep: Sweep, grid: Grid, out: Path, said: Callable[[str], No
         CorpusError: the text is missing, unreadable or too short; the message says by how much.
         SweepError: the folder holds the tokens of other text, or is damaged.
     """
-    folder, needed = out / "data", needs(sweep, grid)
+    folder, needed = out / DATA, needs(sweep, grid)
     made_from = _made_from(sweep, needed)
     if not os.path.lexists(folder) or (folder.is_dir() and not any(folder.iterdir())):
-        part = out / "data.part"
+        part = out / DATA_PART
         _make(sweep, grid, part, needed, made_from, said)
         os.replace(part, folder)
     facts = _facts(folder)
@@ -202,7 +204,7 @@ def open_corpus(out: Path, longest: int) -> Corpus:
     Raises:
         SweepError: a file is missing, has another length or cannot be read.
     """
-    folder = out / "data"
+    folder = out / DATA
     facts = _facts(folder)
     try:
         with quiet():
@@ -264,7 +266,7 @@ def _remedy(folder: Path) -> str:
 
 
 def _damaged(path: Path, how: str) -> SweepError:
-    folder = next(parent for parent in path.parents if parent.name == "data")
+    folder = next(parent for parent in path.parents if parent.name == DATA)
     return SweepError(f"{path} is damaged: {how}. {_remedy(folder)}")
 
 
@@ -277,17 +279,15 @@ def _unread(path: Path, error: Exception) -> SweepError:
 
 
 def _facts(folder: Path) -> _Facts:
-    path = folder / "data.json"
+    path = folder / DATA_RECORD
     if folder.is_dir() and not path.exists():
-        raise SweepError(f"{folder} is damaged: it has no data.json. {_remedy(folder)}")
+        raise SweepError(f"{folder} is damaged: it has no {DATA_RECORD}. {_remedy(folder)}")
     content = read_record(path, _remedy(folder))
     try:
         return _Facts.model_validate(content)
     except ValidationError as error:
-        problem = error.errors(include_url=False, include_context=False, include_input=False)[0]
-        where = ".".join(map(str, problem["loc"]))
         raise SweepError(
-            f"{path} is damaged, or of another version of depthscope: {where}: {problem['msg']}. {_remedy(folder)}"
+            f"{path} is damaged, or of another version of depthscope: {first_problem(error)}. {_remedy(folder)}"
         ) from error
 
 
@@ -304,7 +304,7 @@ def _serves(facts: _Facts, sweep: Sweep, needed: Needs) -> bool:
 
 
 def _make(sweep: Sweep, grid: Grid, part: Path, needed: Needs, made_from: str, said: Callable[[str], None]) -> None:
-    if left_behind(part / "data.json").get("made_from") == made_from:
+    if left_behind(part / DATA_RECORD).get("made_from") == made_from:
         return
     try:
         stream, name = _tokenize(sweep, part, needed, made_from, said)
@@ -325,7 +325,7 @@ def _make(sweep: Sweep, grid: Grid, part: Path, needed: Needs, made_from: str, s
         "tokenizer": stream.tokenizer_sums,
         "split": SPLIT,
     }
-    write_atomically(part / "data.json", json.dumps(sealed(facts), indent=1))
+    write_atomically(part / DATA_RECORD, json.dumps(sealed(facts), indent=1))
 
 
 def _tokenize(
@@ -336,13 +336,13 @@ def _tokenize(
     tokenizer = _tokenizer(sweep, part / "tokenizer", said)
     data = sweep.specification.data
     stream = TokenStream(part, tokenizer)
-    source = _source(sweep, data, DATA)
+    source = _source(sweep, data, OF_DATA)
     if data.held_out is None:
         targets = {TRAIN: needed.train, HELD_OUT: needed.held_out}
         stream.fill(_split(source, said), targets, said)
     else:
         stream.fill(((TRAIN, text) for _, text in _split(source)), {TRAIN: needed.train}, said)
-        held_out = _source(sweep, data.held_out, HELD_OUT_DATA)
+        held_out = _source(sweep, data.held_out, OF_HELD_OUT)
         stream.fill(((HELD_OUT, text) for _, text in _split(held_out)), {HELD_OUT: needed.held_out}, said)
     return stream, source.name
 
@@ -475,7 +475,7 @@ def _trained(sweep: Sweep, vocab_size: int, characters: int) -> PreTrainedTokeni
 
     data = sweep.specification.data
     trained = ByteLevelBPETokenizer()
-    texts = (text for kind, text in _split(_source(sweep, data, DATA)) if kind == TRAIN or data.held_out is not None)
+    texts = (text for kind, text in _split(_source(sweep, data, OF_DATA)) if kind == TRAIN or data.held_out is not None)
     trained.train_from_iterator(
         _first(texts, characters), vocab_size=vocab_size, special_tokens=[END], show_progress=False
     )

@@ -1,19 +1,7 @@
 """One point of a sweep: train a model with transformers' Trainer, measure it, keep the result.
 
-    OUT/points/<point>/point.json             what the grid says of it, and all that it is trained and measured with
-    OUT/points/<point>/environment.json       versions, hardware, precision, attention, seconds
-    OUT/points/<point>/checkpoint-<step>/     to go on from; gone when the model is measured
-    OUT/points/<point>/steps/step-<step>/     the weights at steps that are published
-    OUT/points/<point>/model/                 the trained model, with its tokenizer and code
-    OUT/points/<point>/log.jsonl              losses, gradient norms and learning rates by step
-    OUT/points/<point>/layer_stats.jsonl      the variance of every layer over training, and what else is tracked
-    OUT/points/<point>/layer_report.json      the scores of the trained model on held-out text
-    OUT/points/<point>/untrained_report.json  the same before training: the control
-    OUT/points/<point>/checksums.json         of the model, logs and reports (`depthscope.runs.finished_files`)
-    OUT/points/<point>/result.json            status and held-out loss; written last
-
-Whatever exists and is whole is finished: a point that was interrupted goes on from its last checkpoint or measurement.
-What is damaged is done again, and that is said.
+`depthscope.runs.layout` names the files that it leaves. Whatever exists and is whole is finished: a point that was
+interrupted goes on from its last checkpoint or measurement. What is damaged is done again, and that is said.
 """
 
 import json
@@ -52,7 +40,24 @@ from depthscope.models import DepthLMConfig, DepthLMForCausalLM, model_size
 from depthscope.processes import Processes
 from depthscope.report.report import LayerReport
 from depthscope.runs.finished_files import keep_checksums, known_checksums, report_checksum
-from depthscope.runs.history import FILE as HISTORY_FILE
+from depthscope.runs.layout import (
+    DIVERGED,
+    ENVIRONMENT,
+    FAILED,
+    FINISHED,
+    HISTORY,
+    LOG,
+    MODEL,
+    POINT,
+    RESULT,
+    TRAINED_REPORT,
+    UNREADABLE,
+    UNTRAINED_REPORT,
+    checkpoint_folder,
+    is_published,
+    point_folder,
+    step_folder,
+)
 from depthscope.scores.base import Values, block_losses
 from depthscope.scores.jackknife import values_with_errors
 from depthscope.settings import Settings
@@ -64,14 +69,8 @@ from depthscope.sweep.recorded import read_record, settings_of
 from depthscope.sweep.specification import Specification
 from depthscope.sweep.trainer_fields import trainer_fields
 
-__all__ = ["DIVERGED", "FAILED", "FINISHED", "UNREADABLE", "PointRun", "Told", "forget_measurements"]
-__all__ += ["recorded_status", "status_if_done"]
+__all__ = ["PointRun", "Told", "forget_measurements", "recorded_status", "status_if_done"]
 
-FINISHED, DIVERGED, FAILED, UNREADABLE = "finished", "diverged", "failed", "unreadable"
-MODEL = "model"
-EARLY_STEPS = (0, *(2**power for power in range(10)))  # 0, 1, 2, 4, ..., 512
-LOG = "log.jsonl"
-TRAINED_REPORT, UNTRAINED_REPORT = "layer_report.json", "untrained_report.json"
 PACKAGES = ("depthscope", "transformers", "torch", "accelerate", "datasets", "tokenizers", "numpy")
 
 # What is told of the progress: the stage, work done and all work (in steps), the last loss.
@@ -93,7 +92,7 @@ class PointRun:
     @property
     def folder(self) -> Path:
         """The folder of the point."""
-        return self.out / "points" / self.point.name
+        return point_folder(self.out, self.point.name)
 
     def run(self) -> str:
         """Do what is left to do, and return the status."""
@@ -103,8 +102,8 @@ class PointRun:
         processes = Processes.here()
         if processes.is_main:
             self.folder.mkdir(parents=True, exist_ok=True)
-            (self.folder / "result.json").unlink(missing_ok=True)  # of a failure
-            self._write("point.json", self._facts() | self._decided())
+            (self.folder / RESULT).unlink(missing_ok=True)  # of a failure
+            self._write(POINT, self._facts() | self._decided())
             self._drop_damaged_model()
         _wait(processes)
         status = FINISHED
@@ -115,7 +114,7 @@ class PointRun:
             result = self._measure(processes)
         if processes.is_main:
             remove_checkpoints(self.folder)
-            self._write("result.json", {**self._facts(), **result})
+            self._write(RESULT, {**self._facts(), **result})
         _wait(processes)
         return result["status"]
 
@@ -127,15 +126,15 @@ class PointRun:
         watch = _Watch(self, trainer)
         trainer.add_callback(watch)
         last = usable_checkpoint(self.folder, processes, self._note)
-        if processes.is_main and last is not None and (last / HISTORY_FILE).is_file():
-            write_atomically(self.folder / HISTORY_FILE, (last / HISTORY_FILE).read_bytes())
+        if processes.is_main and last is not None and (last / HISTORY).is_file():
+            write_atomically(self.folder / HISTORY, (last / HISTORY).read_bytes())
         with quiet():
             trainer.train(resume_from_checkpoint=None if last is None else str(last))
         if processes.is_main:
             lines = [json.dumps(_finite(row), sort_keys=True) for row in trainer.state.log_history if "loss" in row]
             write_atomically(self.folder / LOG, "".join(line + "\n" for line in lines))
             self._environment(trainer.args, trainer.model, time.perf_counter() - started)
-            written = [name for name in (LOG, HISTORY_FILE) if (self.folder / name).is_file()]
+            written = [name for name in (LOG, HISTORY) if (self.folder / name).is_file()]
             keep_checksums(self.folder, {name: checksum(self.folder / name) for name in written})
         if watch.diverged_at is None:
             save_model(trainer, self.folder / MODEL, processes, self._keep_model_checksums)
@@ -240,7 +239,7 @@ class PointRun:
             if says_nothing_of_content(error):
                 raise
             known = {}
-            self._note(f"{error}, so that nothing can be compared with it")
+            self._note(f"{str(error).rstrip('.')}, so that nothing can be compared with it")
         sums = {name.removeprefix(f"{MODEL}/"): value for name, value in known.items() if "/" in name}
         # Those that the scores depend on first.
         found = damaged_file(folder, dict(sorted(sums.items(), key=lambda item: not _is_needed(item[0]))))
@@ -322,7 +321,7 @@ class PointRun:
 
     def record_failure(self, error: str) -> None:
         """Record that the point could not be finished; it is tried again in the next run."""
-        self._write("result.json", {**self._facts(), "status": FAILED, "error": error})
+        self._write(RESULT, {**self._facts(), "status": FAILED, "error": error})
 
     # Records
 
@@ -346,7 +345,7 @@ class PointRun:
 
     def _environment(self, arguments: TrainingArguments, model: Any, seconds: float) -> None:
         self._write(
-            "environment.json",
+            ENVIRONMENT,
             {
                 "versions": {name: version(name) for name in PACKAGES},
                 "python": platform.python_version(),
@@ -375,7 +374,7 @@ def recorded_status(folder: Path) -> str | None:
     Raises:
         SweepError: the result is damaged; the message names it and says what to do.
     """
-    path = folder / "result.json"
+    path = folder / RESULT
     if not os.path.lexists(path):
         return None
     remedy = "Delete it and run again, which measures the trained model anew."
@@ -387,7 +386,7 @@ def recorded_status(folder: Path) -> str | None:
 
 def forget_measurements(folder: Path) -> None:
     """Remove what a point was measured to; its trained model stays."""
-    for name in ("result.json", TRAINED_REPORT, UNTRAINED_REPORT):  # the result first: without it, nothing is finished
+    for name in (RESULT, TRAINED_REPORT, UNTRAINED_REPORT):  # the result first: without it, nothing is finished
         (folder / name).unlink(missing_ok=True)
 
 
@@ -465,18 +464,17 @@ class _Watch(TrainerCallback):
         _wait(Processes.here())  # each process writes its part
         # From a checkpoint of weights that are not finite, nothing would be logged any more to find that out by.
         if state.is_world_process_zero and self.diverged_at is None:
-            checkpoint = self._run.folder / f"checkpoint-{state.global_step}"
-            history = self._run.folder / HISTORY_FILE
+            checkpoint = checkpoint_folder(self._run.folder, state.global_step)
+            history = self._run.folder / HISTORY
             if history.is_file():
-                shutil.copyfile(history, checkpoint / HISTORY_FILE)
+                shutil.copyfile(history, checkpoint / HISTORY)
             mark_complete(checkpoint)
 
     def _publish(self, state: Any) -> None:
         step = state.global_step
-        late = step > EARLY_STEPS[-1] and self._every is not None and step % self._every == 0
-        if self._every is None or not (late or step in EARLY_STEPS):
+        if self._every is None or not is_published(step, self._every):
             return
-        folder = self._run.folder / "steps" / f"step-{step}"
+        folder = step_folder(self._run.folder, step)
         if not folder.is_dir():
             save_model(self._trainer, folder, Processes.here())
 

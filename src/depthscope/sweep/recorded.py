@@ -18,6 +18,7 @@ from depthscope.errors import ReportError, SweepError
 from depthscope.files.atomic import read_text, says_nothing_of_content
 from depthscope.files.checksums import is_whole
 from depthscope.files.strict_json import parse
+from depthscope.runs.layout import POINT, point_folder
 from depthscope.sweep.grid import ANY_VOCABULARY, Grid, Point
 from depthscope.sweep.specification import Data, Scoring, Specification, Tokenizer, Training
 
@@ -154,7 +155,7 @@ def require_readable(out: Path, point: Point) -> None:
 
 
 def _known(out: Path, point: Point) -> _Record | None:
-    path = out / "points" / point.name / "point.json"
+    path = point_folder(out, point.name) / POINT
     if os.path.lexists(path.parent) and not path.parent.is_dir():
         raise SweepError(f"{path.parent} is not the folder of a point. Choose another --out, or move it away.")
     if not os.path.lexists(path):

@@ -28,29 +28,32 @@ from filelock import FileLock, Timeout
 from depthscope.errors import ReportError, SweepError
 from depthscope.files.atomic import remove_leftovers, write_atomically
 from depthscope.processes import Processes
-from depthscope.sweep.cost.requirements import require_what_is_needed
-from depthscope.sweep.data import Corpus, open_corpus, prepare_corpus
-from depthscope.sweep.grid import Grid, Point, expand
-from depthscope.sweep.point import (
+from depthscope.runs.layout import (
+    DATA,
+    DATA_PART,
+    DATA_RECORD,
     DIVERGED,
     FAILED,
     FINISHED,
+    MODEL,
+    POINTS,
+    SWEEP_FILE,
+    SWEEP_INDEX,
     UNREADABLE,
-    PointRun,
-    Told,
-    forget_measurements,
-    recorded_status,
-    status_if_done,
+    point_folder,
 )
+from depthscope.sweep.cost.requirements import require_what_is_needed
+from depthscope.sweep.data import Corpus, open_corpus, prepare_corpus
+from depthscope.sweep.grid import Grid, Point, expand
+from depthscope.sweep.point import PointRun, Told, forget_measurements, recorded_status, status_if_done
 from depthscope.sweep.progress import Shown, showing_points
 from depthscope.sweep.recorded import Differences, differences, require_readable
 from depthscope.sweep.specification import Specification, Sweep
 from depthscope.wording.messages import listed, one_line
 
-__all__ = ["FAILED", "Outcome", "default_folder", "describe", "run_point", "run_sweep", "select"]
+__all__ = ["Outcome", "default_folder", "describe", "run_point", "run_sweep", "select"]
 
 SCHEMA_VERSION = 1
-RECORD = "sweep.yaml"
 POLL = 0.5  # seconds
 
 
@@ -137,7 +140,7 @@ def run_sweep(
         _take(lock, out)
     try:
         if processes.is_main:
-            for folder in (out, out / "data", out / "data.part", *(out / "points").iterdir()):
+            for folder in (out, out / DATA, out / DATA_PART, *(out / POINTS).iterdir()):
                 remove_leftovers(folder)
             _measured_otherwise(sweep, grid, chosen, out)  # what is refused, before any text is tokenized
         with showing_points(len(chosen), visible=progress and processes.is_main) as shown:
@@ -194,7 +197,7 @@ def _run_points(
     for reason in unreadable.values():
         shown.note(reason)
     for point in chosen:
-        status = UNREADABLE if point.name in unreadable else status_if_done(out / "points" / point.name)
+        status = UNREADABLE if point.name in unreadable else status_if_done(point_folder(out, point.name))
         if status is None:
             to_do.append(point)
         else:
@@ -240,7 +243,7 @@ def _take(lock: FileLock, out: Path) -> None:
 
 def _make_folder(out: Path) -> None:
     try:
-        (out / "points").mkdir(parents=True, exist_ok=True)
+        (out / POINTS).mkdir(parents=True, exist_ok=True)
         (out / ".lock").touch()
     except OSError as error:
         raise SweepError(f"the folder {out} cannot be written: {error.strerror}. Choose another --out.") from error
@@ -251,7 +254,7 @@ def _wait_for_tokens(out: Path) -> None:
 
     Should the main process fail instead, torchrun ends the others.
     """
-    while not (out / "data" / "data.json").is_file():
+    while not (out / DATA / DATA_RECORD).is_file():
         time.sleep(POLL)
     torch.distributed.barrier()
 
@@ -275,7 +278,7 @@ def _unreadable(points: Sequence[Point], out: Path) -> dict[str, str]:
     for point in points:
         try:
             require_readable(out, point)
-            recorded_status(out / "points" / point.name)
+            recorded_status(point_folder(out, point.name))
         except SweepError as error:
             found[point.name] = str(error)
     return found
@@ -309,7 +312,7 @@ def _measured_otherwise(
     return {
         name: changes
         for name, changes in measured.items()
-        if _is_measured_anew(out / "points" / name, changes, name in wanted)
+        if _is_measured_anew(point_folder(out, name), changes, name in wanted)
     }
 
 
@@ -317,14 +320,14 @@ def _refuse_other_trainings(differing: dict[str, str], out: Path) -> None:
     if differing:
         were, those, them = ("was", "its folder", "it") if len(differing) == 1 else ("were", "their folders", "them")
         raise SweepError(
-            f"{listed(list(differing))} in {out / 'points'} {were} trained with other settings than the sweep has now: "
+            f"{listed(list(differing))} in {out / POINTS} {were} trained with other settings than the sweep has now: "
             f"{next(iter(differing.values()))}. Choose another --out, or delete {those} to train {them} anew."
         )
 
 
 def _is_measured_anew(folder: Path, changes: str, is_chosen: bool) -> bool:
     """Whether the point in a folder, which was measured with other settings, has something to be measured anew."""
-    status, has_model = status_if_done(folder), (folder / "model").is_dir()
+    status, has_model = status_if_done(folder), (folder / MODEL).is_dir()
     if status == FINISHED and not has_model:
         raise SweepError(
             f"{folder} was measured with other settings than the sweep has now ({changes}), and its trained model, to "
@@ -340,14 +343,14 @@ def _is_measured_anew(folder: Path, changes: str, is_chosen: bool) -> bool:
 
 def _measure_anew(otherwise: dict[str, str], out: Path, said: Callable[[str], None]) -> None:
     for name in otherwise:
-        forget_measurements(out / "points" / name)
+        forget_measurements(point_folder(out, name))
     if otherwise:
         said(f"Measuring {listed(list(otherwise))} anew: {next(iter(otherwise.values()))}")
 
 
 def _write_index(sweep: Sweep, grid: Grid, out: Path, corpus: Corpus) -> None:
     """Write down the settings and the points."""
-    write_atomically(out / RECORD, _record(sweep))
+    write_atomically(out / SWEEP_FILE, _record(sweep))
     content = {
         "schema_version": SCHEMA_VERSION,
         "name": sweep.specification.name,
@@ -371,7 +374,7 @@ def _write_index(sweep: Sweep, grid: Grid, out: Path, corpus: Corpus) -> None:
             for point in grid.points
         ],
     }
-    write_atomically(out / "sweep.json", json.dumps(content, indent=1) + "\n")
+    write_atomically(out / SWEEP_INDEX, json.dumps(content, indent=1) + "\n")
 
 
 def _record(sweep: Sweep) -> str:
@@ -380,7 +383,7 @@ def _record(sweep: Sweep) -> str:
 
 def _keep_source(sweep: Sweep, out: Path) -> None:
     """Refuse to write the record of a sweep over a file that it is read from, unless that is the record already."""
-    record = out / RECORD
+    record = out / SWEEP_FILE
     for file in sweep.files if record.is_file() else ():
         if file.exists() and os.path.samefile(record, file) and record.read_text(encoding="utf-8") != _record(sweep):
             raise SweepError(

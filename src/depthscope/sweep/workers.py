@@ -16,9 +16,10 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
+from depthscope.runs.layout import FAILED
 from depthscope.sweep.data import open_corpus
 from depthscope.sweep.grid import Grid, Point
-from depthscope.sweep.point import FAILED, PointRun, status_if_done
+from depthscope.sweep.point import PointRun, status_if_done
 from depthscope.sweep.progress import Shown
 from depthscope.sweep.specification import Specification
 

@@ -28,4 +28,6 @@ def finite_number(value: Any, limit: float = math.inf) -> float | int | None:
     if isinstance(value, bool) or not isinstance(value, Real):
         return None
     value = int(value) if isinstance(value, Integral) else float(value)
-    return value if math.isfinite(value) and abs(value) <= limit else None
+    # An integer of hundreds of digits is no float, and so is not asked whether it is finite.
+    is_finite = isinstance(value, int) or math.isfinite(value)
+    return value if is_finite and abs(value) <= limit else None

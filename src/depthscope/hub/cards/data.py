@@ -25,9 +25,10 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, Va
 from depthscope.errors import ReportError, SettingsError
 from depthscope.files.atomic import read_text, write_atomically
 from depthscope.files.strict_json import encode, parse
+from depthscope.files.validation import MAX_FLOAT, MAX_INTEGER, cleaned, first_problem
 from depthscope.report.accuracy import Accuracy
 from depthscope.report.measures import shown_in
-from depthscope.report.report import MAX_FLOAT, MAX_INTEGER, UNPRINTABLE, LayerReport
+from depthscope.report.report import LayerReport
 from depthscope.wording.scalars import plain_scalars
 
 __all__ = [
@@ -43,7 +44,6 @@ __all__ = [
 ]
 
 MAX_BYTES = 32 * 2**20
-MAX_TEXT = 20_000  # characters
 MAX_DEPTH = 12
 DIGITS = 8  # significant, two more than a card shows: rounding twice must not change what it shows
 LICENSE = re.compile(r"[a-z0-9][a-z0-9.+-]{0,95}")
@@ -218,7 +218,7 @@ class DepthCardData(_Part):
     @model_validator(mode="before")
     @classmethod
     def _clean(cls, values: Any) -> Any:
-        return _cleaned(plain_scalars(values))
+        return cleaned(_dumped(plain_scalars(values)), "the record", max_depth=MAX_DEPTH, numbers=False)
 
     @model_validator(mode="after")
     def _relation_has_a_base(self) -> "DepthCardData":
@@ -300,7 +300,9 @@ class DepthCardData(_Part):
         try:
             return cls.model_validate(content)
         except ValidationError as error:
-            raise ReportError(f"{os.fspath(path)!r} is not the record of a model card: {_problem(error)}.") from error
+            raise ReportError(
+                f"{os.fspath(path)!r} is not the record of a model card: {first_problem(error)}."
+            ) from error
 
     @classmethod
     def checked(cls, **values: Any) -> "DepthCardData":
@@ -312,7 +314,7 @@ class DepthCardData(_Part):
         try:
             return cls(**values)
         except ValidationError as error:
-            raise SettingsError(f"The model card cannot be made: {_problem(error)}.") from error
+            raise SettingsError(f"The model card cannot be made: {first_problem(error)}.") from error
 
 
 def rounded(value: Any) -> Any:
@@ -327,25 +329,10 @@ def rounded(value: Any) -> Any:
     return value
 
 
-def _cleaned(value: Any, depth: int = 0) -> Any:
-    """A copy of a JSON-like value with unprintable characters replaced; what is too deep or too long is refused."""
-    if depth > MAX_DEPTH:
-        raise ValueError(f"something is nested deeper than {MAX_DEPTH} levels")
-    if isinstance(value, str):
-        if len(value) > MAX_TEXT:
-            raise ValueError(f"a text has {len(value):,} characters, at most {MAX_TEXT:,} are allowed")
-        return UNPRINTABLE.sub("\ufffd", value)
+def _dumped(value: Any) -> Any:
+    """The parts of a record that are given as objects, as what they hold."""
     if isinstance(value, dict):
-        return {_cleaned(key, depth + 1): _cleaned(item, depth + 1) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_cleaned(item, depth + 1) for item in value]
-    if isinstance(value, (_Part, Accuracy)):
-        return _cleaned(value.model_dump(), depth)
-    return value
-
-
-def _problem(error: ValidationError) -> str:
-    first = error.errors(include_url=False, include_context=False)[0]
-    where = ".".join(map(str, first["loc"]))
-    message = UNPRINTABLE.sub("\ufffd", first["msg"].removeprefix("Value error, "))[:400].rstrip(".")
-    return f"{where}: {message}" if where else message
+        return {key: _dumped(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_dumped(item) for item in value]
+    return value.model_dump() if isinstance(value, (_Part, Accuracy)) else value

@@ -10,9 +10,8 @@ bound, never unpickled: training_args.bin is not opened. NaN and Infinity, which
 null.
 """
 
-import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,23 +22,33 @@ from safetensors import SafetensorError, safe_open
 
 from depthscope.errors import ReportError, SettingsError
 from depthscope.files.atomic import read_text, reason, require_opens
-from depthscope.files.strict_json import parse
-from depthscope.hub.cards.data import LAYER_COLUMNS, Course, DepthCardData, Evaluation, LayerCourse, Relation, rounded
-from depthscope.loading.checkpoint import folder_meant
+from depthscope.files.validation import MAX_FLOAT, read_object
+from depthscope.hub.cards import data as card
+from depthscope.hub.cards.data import LAYER_COLUMNS, DepthCardData, Evaluation, LayerCourse, Relation, rounded
+from depthscope.loading.checkpoint import ADAPTER_CONFIG, CONFIG, folder_meant
 from depthscope.report.accuracy import Accuracy
-from depthscope.report.report import MAX_FLOAT, LayerReport
-from depthscope.runs.history import FILE as HISTORY_FILE
-from depthscope.runs.history import read_history
+from depthscope.report.report import LayerReport
+from depthscope.runs.layout import (
+    ENVIRONMENT,
+    LOG,
+    MODEL,
+    POINT,
+    RESULT,
+    SWEEP_FILE,
+    SWEEP_INDEX,
+    TRAINED_REPORT,
+    TRAINER_STATE,
+    UNTRAINED_REPORT,
+    checkpoints,
+)
+from depthscope.runs.read import MAX_BYTES, Course, losses, losses_of, variances
 from depthscope.wording.scalars import finite_number
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
 
-__all__ = ["MODEL", "read_card_data"]
+__all__ = ["read_card_data"]
 
-MODEL = "model"  # the folder of the trained model, in that of a point
-REPORT, UNTRAINED = "layer_report.json", "untrained_report.json"
-MAX_BYTES = 64 * 2**20  # of one file
 MOST_POINTS = 100  # of a curve; more cannot be told apart
 DRAWN = {
     "layer",
@@ -124,11 +133,11 @@ def read_card_data(
     if not root.is_dir():
         raise SettingsError(f"There is no folder {str(folder)!r}: give the folder of a trained model.")
     model = root / MODEL if (root / MODEL).is_dir() else root
-    adapter = _json(model / "adapter_config.json")
+    adapter = _json(model / ADAPTER_CONFIG)
     if base_model is None and (named := _repository(adapter.get("base_model_name_or_path"), model)):
         base_model, base_model_relation = named, base_model_relation or "adapter"
-    report, untrained = _report(root / REPORT), _report(root / UNTRAINED)
-    result = _json(root / "result.json")
+    report, untrained = _report(root / TRAINED_REPORT), _report(root / UNTRAINED_REPORT)
+    result = _json(root / RESULT)
     given: Row = {
         "repo_id": repo_id,
         "license": license,
@@ -140,7 +149,7 @@ def read_card_data(
         "reports_dataset": reports_dataset,
         "collection": collection,
         "accuracies": list((report.downstream if report else []) if accuracies is None else accuracies),
-        "config": rounded(_json(model / "config.json")),
+        "config": rounded(_json(model / CONFIG)),
         "adapter": bool(adapter),
         "tokenizer": (model / "tokenizer_config.json").is_file(),
         "parameters": result.get("parameters") or _parameters(model, report),
@@ -148,7 +157,7 @@ def read_card_data(
         "report": report,
         "untrained": untrained,
     }
-    found = _of_point(root, report, result) if (root / "point.json").is_file() else _of_trainer(root)
+    found = _of_point(root, report, result) if (root / POINT).is_file() else _of_trainer(root)
     training = _of_arguments(training_args) | found.pop("training")
     if datasets is None:
         datasets = found.pop("datasets", [])
@@ -160,9 +169,9 @@ def read_card_data(
 
 
 def _of_point(root: Path, report: LayerReport | None, result: Row) -> Row:
-    point, environment = _json(root / "point.json"), _json(root / "environment.json")
+    point, environment = _json(root / POINT), _json(root / ENVIRONMENT)
     sweep = root.parent.parent
-    index, specification = _json(sweep / "sweep.json"), _yaml(sweep / "sweep.yaml")
+    index, specification = _json(sweep / SWEEP_INDEX), _yaml(sweep / SWEEP_FILE)
     settings, text = _mapping(point, "training"), _mapping(index, "data").get("name")
     batch = settings.get("batch_tokens")
     steps = settings["tokens"] // batch if batch and settings.get("tokens") else None
@@ -178,7 +187,9 @@ def _of_point(root: Path, report: LayerReport | None, result: Row) -> Row:
         **{name: environment.get(name) for name in ("precision", "attention", "processor", "processes", "seconds")},
     }
     dataset = _repository(str(_mapping(specification, "data").get("dataset") or "").partition(":")[0])
-    log = root / "log.jsonl"
+    course = losses(root)
+    if course.unread:
+        raise ReportError(f"{str(root / LOG)!r} has a line that is not JSON; it is damaged.")
     return {
         "sweep": {
             "name": index.get("name") or sweep.name,
@@ -189,7 +200,7 @@ def _of_point(root: Path, report: LayerReport | None, result: Row) -> Row:
         "training": training,
         "datasets": [dataset] if dataset else [],
         "evaluation": _of_result(result, report, text, _mapping(specification, "scoring")),
-        "losses": _losses(_lines(log), batch) if log.is_file() else None,
+        "losses": _losses(course, batch),
         "variances": _variances(root, batch),
         "versions": {str(name): str(value) for name, value in _mapping(environment, "versions").items()},
     }
@@ -227,17 +238,15 @@ def _of_trainer(root: Path) -> Row:
     return {
         "training": {name: value for name, value in training.items() if value is not None},
         "evaluation": evaluation,
-        "losses": _losses(rows, None),
+        "losses": _losses(losses_of(rows), None),
         "variances": _variances(root, None),
     }
 
 
 def _state(root: Path) -> Path:
     """The state of a Trainer: that of the run where it was saved, else that of its last checkpoint."""
-    steps = {path: path.parent.name.rpartition("-")[2] for path in root.glob("checkpoint-*/trainer_state.json")}
-    numbered = {path: int(step) for path, step in steps.items() if step.isdecimal()}
-    whole = root / "trainer_state.json"
-    return whole if whole.is_file() or not numbered else max(numbered, key=lambda path: numbered[path])
+    places = [root, *reversed(checkpoints(root).values())]
+    return next((file for place in places if (file := place / TRAINER_STATE).is_file()), root / TRAINER_STATE)
 
 
 def _of_arguments(arguments: "TrainingArguments | Mapping[str, Any] | None") -> Row:
@@ -263,12 +272,9 @@ def _of_arguments(arguments: "TrainingArguments | Mapping[str, Any] | None") -> 
 # ------------------------------------------------------------------------------------------------------------ courses
 
 
-def _losses(rows: Iterable[Row], batch_tokens: int | None) -> Course | None:
-    kept = [row for row in rows if "loss" in row and _is_step(row.get("step"))]
-    kept = _thinned(kept)
-    if not kept:
-        return None
-    return Course(**_at(kept, batch_tokens), values=[_loss(row["loss"]) for row in kept])
+def _losses(course: Course, batch_tokens: int | None) -> card.Course | None:
+    kept = _thinned([*zip(course.steps, course.values, strict=True)])
+    return card.Course(**_at(kept, batch_tokens), values=rounded([loss for _, loss in kept])) if kept else None
 
 
 def _loss(value: Any) -> float | None:
@@ -278,37 +284,21 @@ def _loss(value: Any) -> float | None:
 
 
 def _variances(root: Path, batch_tokens: int | None) -> LayerCourse | None:
-    path = root / HISTORY_FILE
-    if not path.is_file():
-        return None
-    if path.stat().st_size > MAX_BYTES:
-        raise ReportError(f"{str(path)!r} is larger than {MAX_BYTES / 2**20:g} MiB.")
-    kept = [
-        row for row in read_history(path) if isinstance(_column(row), list) and _is_step(row["step"]) and _column(row)
-    ]
-    kept = _thinned(kept)
-    return LayerCourse(**_at(kept, batch_tokens), values=rounded([_column(row) for row in kept])) if kept else None
+    course = variances(root)
+    kept = _thinned([(step, column) for step, column in zip(course.steps, course.values, strict=True) if column])
+    return LayerCourse(**_at(kept, batch_tokens), values=rounded([column for _, column in kept])) if kept else None
 
 
-def _column(row: Row) -> Any:
-    layers = row.get("layers")
-    return layers.get("variance") if isinstance(layers, dict) else None
-
-
-def _at(rows: list[Row], batch_tokens: int | None) -> Row:
+def _at(points: list[tuple[int, Any]], batch_tokens: int | None) -> Row:
     unit = "tokens" if batch_tokens else "steps"
-    return {"unit": unit, "at": [row["step"] * (batch_tokens or 1) for row in rows]}
+    return {"unit": unit, "at": [step * (batch_tokens or 1) for step, _ in points]}
 
 
-def _thinned(rows: list[Row]) -> list[Row]:
-    """At most `MOST_POINTS` of the rows, evenly spread, with the first and the last."""
-    if len(rows) <= MOST_POINTS:
-        return rows
-    return [rows[round(i * (len(rows) - 1) / (MOST_POINTS - 1))] for i in range(MOST_POINTS)]
-
-
-def _is_step(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**53
+def _thinned(points: list[tuple[int, Any]]) -> list[tuple[int, Any]]:
+    """At most `MOST_POINTS` of a course, evenly spread, with the first and the last."""
+    if len(points) <= MOST_POINTS:
+        return points
+    return [points[round(i * (len(points) - 1) / (MOST_POINTS - 1))] for i in range(MOST_POINTS)]
 
 
 # -------------------------------------------------------------------------------------------------------------- files
@@ -324,13 +314,7 @@ def _report(path: Path) -> LayerReport | None:
 
 
 def _json(path: Path) -> Row:
-    """A JSON object, empty where there is no file."""
-    if not path.is_file():
-        return {}
-    content = parse(read_text(path, MAX_BYTES), repr(str(path)), not_finite_is_null=True)
-    if not isinstance(content, dict):
-        raise ReportError(f"{str(path)!r} is JSON but no object; it is damaged, or of something else.")
-    return content
+    return read_object(path, MAX_BYTES)
 
 
 def _yaml(path: Path) -> Row:
@@ -341,14 +325,6 @@ def _yaml(path: Path) -> Row:
     except yaml.YAMLError as error:
         raise ReportError(f"{str(path)!r} is not YAML; it is damaged.") from error
     return content if isinstance(content, dict) else {}
-
-
-def _lines(path: Path) -> list[Row]:
-    try:
-        rows = [json.loads(line) for line in read_text(path, MAX_BYTES).splitlines()]
-    except (ValueError, RecursionError) as error:
-        raise ReportError(f"{str(path)!r} has a line that is not JSON; it is damaged.") from error
-    return [row for row in rows if isinstance(row, dict)]
 
 
 def _mapping(content: Row, name: str) -> Row:

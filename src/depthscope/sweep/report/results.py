@@ -10,7 +10,6 @@ Folders come from strangers too: names are checked before they become paths, fil
 damaged point does not hide the others.
 """
 
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -22,30 +21,38 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 
 from depthscope.errors import ReportError, SweepError
 from depthscope.files.atomic import MISSING, read_text, reason, says_nothing_of_content
-from depthscope.files.checksums import checksum, is_whole
+from depthscope.files.checksums import checksum
 from depthscope.files.strict_json import parse
+from depthscope.files.validation import MAX_FLOAT, MAX_INTEGER, UNPRINTABLE, first_problem
 from depthscope.models.defaults import DEFAULTS
-from depthscope.report.report import MAX_FLOAT, MAX_INTEGER, UNPRINTABLE, LayerReport
+from depthscope.report.report import LayerReport
 from depthscope.runs.finished_files import known_checksums, report_checksum
-from depthscope.runs.history import FILE as HISTORY_FILE
-from depthscope.runs.history import read_history
+from depthscope.runs.layout import (
+    ENVIRONMENT,
+    FINISHED,
+    HISTORY,
+    LOG,
+    NOT_RUN,
+    POINT,
+    RESULT,
+    SWEEP_INDEX,
+    TRAINED_REPORT,
+    UNFINISHED,
+    UNREADABLE,
+    UNTRAINED_REPORT,
+    point_folder,
+)
+from depthscope.runs.read import Course, losses, read_record, variances
 from depthscope.sweep.report.derived import Numbers, derive
 from depthscope.sweep.specification import NAME_PATTERN
 from depthscope.wording.messages import one_line
 
-__all__ = ["STATUSES", "Curve", "Family", "PointResult", "SweepResults", "load_results"]
+__all__ = ["Curve", "Family", "PointResult", "SweepResults", "load_results"]
 
 SCHEMA_VERSION = 1
-FINISHED, DIVERGED, FAILED = "finished", "diverged", "failed"
-UNREADABLE, UNFINISHED, NOT_RUN = "unreadable", "unfinished", "not run"
-STATUSES = (FINISHED, DIVERGED, FAILED, UNREADABLE, UNFINISHED, NOT_RUN)
-
 MAX_INDEX_BYTES = 32 * 2**20
-MAX_FILE_BYTES = 64 * 2**20  # of one log or history
 MAX_POINTS = 10_000
 MAX_REASON = 300
-LOG = "log.jsonl"
-TRAINED_REPORT, UNTRAINED_REPORT = "layer_report.json", "untrained_report.json"
 
 Name = Annotated[str, Field(pattern=NAME_PATTERN, max_length=200)]
 Words = Annotated[str, Field(max_length=20_000)]
@@ -234,7 +241,7 @@ def load_results(folder: str | os.PathLike[str]) -> SweepResults:
         name=index.name,
         description=UNPRINTABLE.sub("\ufffd", index.description),
         families=index.families,
-        points=[_read_point(root / "points" / point.point, point) for point in index.points],
+        points=[_read_point(point_folder(root, point.point), point) for point in index.points],
         seeds=index.seeds,
         block_size=index.block_size,
         data=index.data.model_dump(),
@@ -242,7 +249,7 @@ def load_results(folder: str | os.PathLike[str]) -> SweepResults:
 
 
 def _read_index(root: Path) -> _Index:
-    path = root / "sweep.json"
+    path = root / SWEEP_INDEX
     if not path.is_file():
         what = "a folder without sweep.json" if root.is_dir() else "no folder"
         raise SweepError(
@@ -263,9 +270,7 @@ def _validated(kind: type[Validated], content: Any, source: str) -> Validated:
     try:
         return kind.model_validate(content)
     except ValidationError as error:
-        problem = error.errors(include_url=False, include_context=False, include_input=False)[0]
-        where = ".".join(map(str, problem["loc"])) or "the file"
-        raise ReportError(f"{source} is not valid: {where}: {problem['msg']}") from error
+        raise ReportError(f"{source} is not valid: {first_problem(error, 'the file')}") from error
 
 
 def _read_point(folder: Path, point: _Point) -> PointResult:
@@ -281,10 +286,10 @@ def _read_point(folder: Path, point: _Point) -> PointResult:
     try:
         if os.path.lexists(folder) and not folder.is_dir():
             raise ReportError(f"{folder.name} is not the folder of a point.")
-        if os.path.lexists(folder / "point.json"):
-            _validated(_Point, _whole_json(folder / "point.json"), "point.json")
+        if os.path.lexists(folder / POINT):
+            _validated(_Point, read_record(folder / POINT, MAX_INDEX_BYTES), POINT)
         training = _validated(_Training, point.training, f"training of {point.point}")
-        has_result = os.path.lexists(folder / "result.json")
+        has_result = os.path.lexists(folder / RESULT)
         notes: list[str] = []
         unread: list[str] = []
         sums = _checksums(folder, notes, unread) if has_result else {}
@@ -292,7 +297,7 @@ def _read_point(folder: Path, point: _Point) -> PointResult:
         if not has_result:
             status = UNFINISHED if folder.is_dir() else NOT_RUN
             return PointResult(**fixed, status=status, **courses)
-        result = _validated(_Result, _whole_json(folder / "result.json"), "result.json")
+        result = _validated(_Result, read_record(folder / RESULT, MAX_INDEX_BYTES), RESULT)
         if result.point != point.point:
             raise ReportError(f"result.json is of another point, {result.point}")
         if result.status != FINISHED:
@@ -340,27 +345,27 @@ def _read_courses(
     """Losses, variances and environment, each empty where it is not there, and what of them is damaged or unread."""
     environment: dict[str, Any] = {}
     try:
-        if os.path.lexists(folder / "environment.json"):
-            environment = _whole_json(folder / "environment.json")
+        if os.path.lexists(folder / ENVIRONMENT):
+            environment = read_record(folder / ENVIRONMENT, MAX_INDEX_BYTES)
     except ReportError as error:
         _note(error, "How the point was run is not known", notes, unread)
-    losses, variances, unread_losses, unread_rows = Curve(), Curve(), 0, 0
-    try:
-        losses, unread_losses = _losses(folder / LOG, batch_tokens)
-    except ReportError as error:
-        _note(error, "Losses are not drawn", notes, unread)
-    try:
-        variances, unread_rows = _variances(folder / HISTORY_FILE, batch_tokens)
-    except ReportError as error:
-        _note(error, "Variances are not drawn", notes, unread)
-    for name, lost in ((LOG, unread_losses), (HISTORY_FILE, unread_rows)):
-        if lost:
+    courses: dict[str, Any] = {}
+    lost = {}
+    for kind, name, read in (("losses", LOG, losses), ("variances", HISTORY, variances)):
+        course = Course()
+        try:
+            course = read(folder)
+        except ReportError as error:
+            _note(error, f"{kind.capitalize()} are not drawn", notes, unread)
+        courses[kind] = Curve([step * batch_tokens for step in course.steps], course.values)
+        lost[name] = course.unread
+    for name, lines in lost.items():
+        if lines:
             notes.append(f"{name} is damaged: lines of it cannot be read, and are not drawn")
         elif name in sums and _is_other(folder / name, sums[name]):
             notes.append(f"{name} is damaged: what is drawn of it may be wrong")
     return {
-        "losses": losses,
-        "variances": variances,
+        **courses,
         "environment": environment,
         "notes": [_short(note.replace(str(folder) + os.sep, "")) for note in notes],
         "unread": [_short(note.replace(str(folder) + os.sep, "")) for note in unread],
@@ -374,61 +379,6 @@ def _is_other(path: Path, expected: str) -> bool:
         return True
     except OSError:  # which is noted where it is read
         return False
-
-
-def _losses(path: Path, batch_tokens: int) -> tuple[Curve, int]:
-    """The losses over training, and how many lines cannot be read."""
-    curve, unread = Curve(), 0
-    for line in read_text(path, MAX_FILE_BYTES).splitlines() if path.is_file() else ():
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
-            unread += 1
-            continue
-        if isinstance(row, dict) and "loss" in row and _is_step(row.get("step")):
-            curve.tokens.append(row["step"] * batch_tokens)
-            curve.values.append(_number(row["loss"]))
-    return curve, unread
-
-
-def _variances(path: Path, batch_tokens: int) -> tuple[Curve, int]:
-    """The variances over training, and how many lines cannot be read."""
-    if not path.is_file():
-        return Curve(), 0
-    if path.stat().st_size > MAX_FILE_BYTES:
-        raise ReportError(f"{path.name} is larger than {MAX_FILE_BYTES / 2**20:g} MiB")
-    curve = Curve()
-    rows = read_history(path)
-    for row in rows:
-        layers = row.get("layers")
-        column = layers.get("variance") if isinstance(layers, Mapping) else None
-        if isinstance(column, list) and _is_step(row["step"]):
-            curve.tokens.append(row["step"] * batch_tokens)
-            curve.values.append([_number(value) for value in column])
-    # A last line without its end is being written, or was when the run was interrupted.
-    return curve, path.read_bytes().count(b"\n") - len(rows)
-
-
-def _whole_json(path: Path) -> Any:
-    content = parse(read_text(path, MAX_INDEX_BYTES), path.name)
-    if not isinstance(content, dict) or not is_whole(content):
-        raise ReportError(f"{path.name} is not what was written.")
-    return content
-
-
-def _is_step(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**53
-
-
-def _number(value: Any) -> float | None:
-    """A number out of a file, None where there is none that can be drawn."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return None
-    try:
-        number = float(value)
-    except OverflowError:
-        return None
-    return number if abs(number) <= MAX_FLOAT else None
 
 
 def _short(text: str) -> str:

@@ -20,8 +20,9 @@ from rich.text import Text
 
 from depthscope.console.terminal import terminal
 from depthscope.files.csv_cells import csv_cell
+from depthscope.files.validation import UNPRINTABLE
 from depthscope.report.measures import GLOBAL_SCORES, LAYER_SCORES, shown_in
-from depthscope.report.report import UNPRINTABLE, LayerReport
+from depthscope.report.report import LayerReport
 from depthscope.sweep.report.derived import COLUMNS, SCORES
 from depthscope.sweep.report.families import Cell, as_number, axis_label, cell, lay_out, shown_value
 from depthscope.sweep.report.results import Family, PointResult, SweepResults

@@ -10,10 +10,11 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
+from depthscope.runs.layout import DIVERGED, FAILED, FINISHED, NOT_RUN, UNFINISHED, UNREADABLE
 from depthscope.sweep.report.derived import COLUMNS
 from depthscope.sweep.report.families import Cell, Layout, Line, Place, axis_label, cell, pooled_deviation
 from depthscope.sweep.report.paper import direction, paper_series
-from depthscope.sweep.report.results import DIVERGED, FAILED, FINISHED, NOT_RUN, UNFINISHED, UNREADABLE, SweepResults
+from depthscope.sweep.report.results import SweepResults
 from depthscope.wording.numbers import format_number
 
 __all__ = ["Change", "changes", "family_words", "noise_words", "standing", "titled"]

@@ -22,9 +22,9 @@ class Markdown(str):
     __slots__ = ()
 
 
-def inline(text: str) -> Markdown:
-    """A text as words in a paragraph, a heading, a list or the cell of a table."""
-    escaped = SPECIAL.sub(r"\\\g<0>", _one_line(text))
+def inline(text: str, most: int = MOST_SHOWN) -> Markdown:
+    """A text as words in a paragraph, a heading, a list or the cell of a table; of a long one, the beginning."""
+    escaped = SPECIAL.sub(r"\\\g<0>", _one_line(text, most))
     first = FIRST.sub(lambda found: f"{found[1] or ''}\\{found[2] or found[3]}", escaped)
     return Markdown(ADDRESS.sub(r"\1\\\2", first))
 
@@ -40,6 +40,6 @@ def code(text: str) -> Markdown:
     return Markdown(f"{fence}{space}{content}{space}{fence}")
 
 
-def _one_line(text: str) -> str:
+def _one_line(text: str, most: int = MOST_SHOWN) -> str:
     words = " ".join(text.split())
-    return words if len(words) <= MOST_SHOWN else words[: MOST_SHOWN - 1] + "…"
+    return words if len(words) <= most else words[: most - 1] + "…"

@@ -79,6 +79,7 @@ SHORT = {
 GAP = 2  # characters between two columns of the terminal
 MOST_TOLD = 5  # changes of a family in a terminal
 MOST_INTEGER = 2**63
+MOST_SAFE = 20_000  # characters of a line of ours, which names of others are in
 
 
 # ---------------------------------------------------------------------------------------------------- rows of a sweep
@@ -299,7 +300,7 @@ def _markdown_table(table: FamilyTable) -> list[str]:
 
 
 def _safe(text: str) -> str:
-    return inline(UNPRINTABLE.sub("\ufffd", text))
+    return inline(UNPRINTABLE.sub("\ufffd", text), most=MOST_SAFE)
 
 
 # ------------------------------------------------------------------------------------------------------- in a terminal

@@ -17,7 +17,7 @@ UNREACHABLE := could not install. Is the Python package index reachable? Behind 
 # Within three minutes on two cores: half the default text, and a sample of the pairs of layers.
 DEMO_OPTIONS := --fit-blocks 16 --eval-blocks 4 --block-size 128 --pairs 0.1 --probes 8
 
-.PHONY: help setup demo sweep-demo test test-floor lint format bench cards space build clean
+.PHONY: help setup demo sweep-demo test test-quick test-floor lint format bench cards space build clean
 
 help:  ## Show what there is to make
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -61,6 +61,10 @@ test: $(READY)  ## Run the tests
 	@$(MAKE) --no-print-directory $(SMOLLM2_READY) || echo "Tests on SmolLM2-135M will be skipped."
 	@$(BIN)/python tests/support/generic_suite.py || echo "transformers' generic model tests will be skipped."
 	$(BIN)/python -m pytest -n 2 --dist worksteal $(TESTS)
+
+# One test or two of an analysis, its report, its page, the scores, a callback, a sweep, a card, a conversion, the command.
+test-quick: $(READY)  ## Run a vertical slice of the tests, within 90 seconds
+	$(BIN)/python -m pytest -m quick $$(grep -rl --include='test_*.py' 'pytest.mark.quick' tests)
 
 # The last versions that this one must still work with; a second environment, so that the first stays as it is.
 test-floor:  ## Run the tests on the lowest versions that pyproject.toml allows

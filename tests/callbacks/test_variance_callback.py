@@ -36,6 +36,7 @@ MODELS = {
 }
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("accumulation", [1, 4])
 @pytest.mark.parametrize("name", MODELS)
 def test_equals_a_naive_computation(name: str, accumulation: int, tmp_path: Path) -> None:

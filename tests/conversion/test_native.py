@@ -70,6 +70,7 @@ def test_a_depthlm_becomes_the_architecture_that_expresses_it(
         assert back.config.moe_layer_indices == model.config.moe_layer_indices
 
 
+@pytest.mark.quick
 def test_gradients_are_those_of_the_native_model() -> None:
     model = tiny_depthlm(norm_scaling="depth")
     native = to_native(model)

@@ -33,6 +33,7 @@ def saved(tmp_path: Path, content: Any) -> Path:
 # -------------------------------------------------------------------------------------------------------- round trip
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("num_layers", [1, 2, 30])
 def test_a_saved_report_loads_as_itself(tmp_path: Path, num_layers: int) -> None:
     report = sample_report(num_layers)
@@ -401,6 +402,7 @@ def test_markdown_cannot_be_broken_by_a_name() -> None:
 # ------------------------------------------------------------------------------------------------------------ reading
 
 
+@pytest.mark.quick
 def test_the_summary_says_what_the_numbers_say() -> None:
     content = sample_content(4, ("skip",))
     for row, ratio in zip(content["layers"], (3.0, 1.015, 1.5, 0.99), strict=True):

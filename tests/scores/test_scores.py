@@ -53,6 +53,7 @@ def test_variance_and_its_growth(measured) -> None:
     assert report.scores["variance"] == pytest.approx(expected[-1], rel=1e-4)
 
 
+@pytest.mark.quick
 def test_usefulness(measured) -> None:
     report, model, layers, ids = measured
     expected = naive.usefulness_ratios(model, layers, ids[:FIT], ids[FIT:])
@@ -69,6 +70,7 @@ def test_the_papers_code(measured) -> None:
     assert_close(column(report, "usefulness_ratio"), expected, 1e-3)
 
 
+@pytest.mark.quick
 def test_skip_ratios(measured) -> None:
     report, model, layers, ids = measured
     expected = naive.skip_ratios(model, layers, ids[FIT:])

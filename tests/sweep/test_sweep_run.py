@@ -45,6 +45,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "out"
 
 
+@pytest.mark.quick
 def test_a_point_leaves_its_configuration_model_log_history_scores_and_environment(finished: Path) -> None:
     folder = finished / "points" / POINTS[0]
     assert not list(folder.glob("checkpoint-*"))
@@ -114,6 +115,7 @@ def test_the_sweep_trains_what_a_plain_trainer_trains(finished: Path, tmp_path: 
     assert {name: weight.tolist() for name, weight in model.state_dict().items()} == swept
 
 
+@pytest.mark.quick
 def test_what_is_finished_is_not_touched_again(finished: Path) -> None:
     times = {path: path.stat().st_mtime_ns for path in (finished / "points").rglob("*")}
     outcome = run(finished.parent, finished)

@@ -25,6 +25,7 @@ def test_every_element_is_closed(page: Page) -> None:
     assert page.open == []
 
 
+@pytest.mark.quick
 def test_the_page_asks_nothing_of_the_network(page: Page) -> None:
     assert page.all("link") == page.all("img") == page.all("iframe") == page.all("a") == []
     assert all("src" not in attributes for attributes, _ in page.scripts)
@@ -79,6 +80,7 @@ def test_any_subset_of_scores_makes_a_page(scores: tuple[str, ...], num_layers: 
     assert f"sample/toy-{num_layers}" in page.text
 
 
+@pytest.mark.quick
 def test_the_words_and_numbers_of_the_report_are_on_the_page(page: Page) -> None:
     report = sample_report()
     for line in report.summary().splitlines():

@@ -4,6 +4,7 @@ import gc
 import os
 import signal
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 # Before transformers is imported: it reads these once.
@@ -11,12 +12,14 @@ os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="depthscope-tests-")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # each would be a process that imports torch
 
 import pytest
 import torch
 
+from forks import Forks
 from smollm2 import gguf_path
-from without_depthscope import Elsewhere, make_elsewhere
+from without_depthscope import make_elsewhere
 
 pytest_plugins = ["hub_fixture"]
 
@@ -46,9 +49,11 @@ def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> 
 
 
 @pytest.fixture(scope="session")
-def elsewhere(tmp_path_factory: pytest.TempPathFactory) -> Elsewhere:
+def elsewhere(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
     """An environment without depthscope."""
-    return make_elsewhere(tmp_path_factory.mktemp("elsewhere"))
+    made = make_elsewhere(tmp_path_factory.mktemp("elsewhere"))
+    yield made
+    made.close()
 
 
 @pytest.fixture(scope="session")

@@ -2,8 +2,6 @@
 
 import copy
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from commands import side_by_side
 from depthscope import (
     AnalysisInterrupted,
     CorpusError,
@@ -35,6 +34,7 @@ def state_of(model: nn.Module) -> list[tuple[object, ...]]:
     return [*modules, *weights]
 
 
+@pytest.mark.quick
 def test_the_model_is_left_as_it_was() -> None:
     model = tiny_llama().train()
     model.model.layers[1].eval()
@@ -157,6 +157,7 @@ def test_half_precision_gives_nearly_the_scores_of_float32(dtype: torch.dtype) -
         assert half.scores[name] == pytest.approx(full.scores[name], rel=0.05), name
 
 
+@pytest.mark.quick
 def test_a_single_layer_is_analysed() -> None:
     report = analyze(tiny_llama(num_layers=1), **SIZES)
     assert report.scores["causal"] is None
@@ -200,12 +201,11 @@ def test_layers_that_share_keys_and_values_are_analysed_with_gaps() -> None:
 
 SHARED_RUN = """
 import json, sys, torch
-sys.path.insert(0, sys.argv[1])
 from models import random_blocks, tiny_llama
 from depthscope import analyze
 from depthscope.processes import Processes
 torch.set_num_threads(1)
-for name, fit, measured in json.loads(sys.argv[2]):
+for name, fit, measured in json.loads(sys.argv[1]):
     sizes = {"fit_blocks": fit, "eval_blocks": measured}
     report = analyze(tiny_llama(), blocks=random_blocks(12, 16), **sizes, progress=False)
     if Processes.here().is_main:
@@ -221,8 +221,8 @@ def test_processes_share_the_work_and_agree_with_one(
     script.write_text(SHARED_RUN)
     files = [tmp_path / f"{fit}-{measured}.json" for fit, measured in sizes]
     runs = json.dumps([(str(out), *both) for out, both in zip(files, sizes, strict=True)])
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    subprocess.run([*launch, str(script), str(Path(__file__).parents[1] / "support"), runs], check=True, timeout=300)
+    for done in side_by_side(processes, script, runs):
+        assert done.returncode == 0, done.stderr[-3000:]
     for out, (fit, measured) in zip(files, sizes, strict=True):
         is_that_of_one_process(json.loads(out.read_text()), fit, measured)
 

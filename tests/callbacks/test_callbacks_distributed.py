@@ -1,7 +1,5 @@
 """Two processes measure what one does on the same data."""
 
-import os
-import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,13 +8,13 @@ import numpy as np
 import pytest
 import torch
 
+import distributed_run
+from commands import side_by_side
 from depthscope import LayerReport
 from depthscope.callbacks import read_history
 from distributed_run import RHYTHM, callbacks
 from models import tiny_llama
 from runs import Sentences, naive_variances, trainer
-
-TESTS = Path(__file__).parents[1] / "support"
 
 
 @dataclass(frozen=True)
@@ -29,13 +27,10 @@ class Trainings:
 def two(tmp_path_factory: pytest.TempPathFactory) -> Trainings:
     """What two processes wrote and said."""
     folder = tmp_path_factory.mktemp("two")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += [str(TESTS / "distributed_run.py"), str(folder)]
-    paths = os.pathsep.join([str(TESTS), *filter(None, [os.environ.get("PYTHONPATH")])])
-    settings = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=400, env=settings)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return Trainings(folder, done.stderr)
+    both = side_by_side(2, distributed_run.__file__, folder)
+    for done in both:
+        assert done.returncode == 0, done.stderr[-3000:]
+    return Trainings(folder, "".join(done.stderr for done in both))
 
 
 def test_ddp_equals_one_process_on_the_same_data(tmp_path: Path, two: Trainings) -> None:

@@ -2,8 +2,6 @@
 
 import os
 import sqlite3
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +9,7 @@ import pytest
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, TrainerCallback
 
+from commands import python
 from depthscope.callbacks import VarianceCallback, read_history
 from models import tiny_llama
 from runs import trainer
@@ -130,11 +129,7 @@ from models import tiny_llama
 from runs import trainer
 trainer(tiny_llama(), Path(sys.argv[1]), [VarianceCallback()], report_to=["trackio"], run_name="run").train()
 """
-    paths = os.pathsep.join([str(Path(__file__).parents[1] / "support"), *filter(None, [os.environ.get("PYTHONPATH")])])
-    settings = {**os.environ, "TRACKIO_DIR": str(tmp_path / "trackio"), "PYTHONPATH": paths, "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, timeout=240, env=settings
-    )
+    done = python("-c", code, tmp_path, TRACKIO_DIR=str(tmp_path / "trackio"))
     assert done.returncode == 0, done.stderr[-2000:]
     stored = ""
     for database in (tmp_path / "trackio").glob("*.db"):

@@ -7,7 +7,6 @@ import pty
 import select
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -16,7 +15,7 @@ import torch
 from transformers import BertConfig, BertModel
 from typer.testing import CliRunner
 
-from commands import depthscope
+from commands import depthscope, started
 from depthscope.cli import app
 from depthscope.errors import CorpusError
 from depthscope.text.sources import find_source
@@ -41,6 +40,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.mark.quick
 def test_a_model_is_analysed_shown_and_compared(model_folder: Path, text: Path, tmp_path: Path) -> None:
     out, html = tmp_path / "r.json", tmp_path / "r.html"
     run = depthscope("analyze", model_folder, "--text", text, *SIZES, "--out", out, "--html", html)
@@ -85,6 +85,7 @@ def test_the_released_codes_way_is_named_in_the_report(model_folder: Path, text:
     assert set(report["pairs"]) == set()
 
 
+@pytest.mark.quick
 def test_every_score_is_explained() -> None:
     run = depthscope("scores")
     assert run.returncode == 0
@@ -212,14 +213,14 @@ def test_ctrl_c_ends_with_one_message_and_no_file(model_folder: Path, text: Path
     out = tmp_path / "r.json"
     sizes = ["--fit-blocks", "2", "--eval-blocks", "60", "--block-size", "16", "--probes", "exact", "--batch-size", "1"]
     controller, terminal = pty.openpty()
-    command = [sys.executable, "-m", "depthscope", "analyze", model_folder, "--text", text, *sizes, "--out", out]
-    process = subprocess.Popen([*map(str, command)], stderr=terminal, stdout=terminal, start_new_session=True)
-    os.close(terminal)
+    words = ["-m", "depthscope", "analyze", model_folder, "--text", text, *sizes, "--out", out]
+    process = started(*words, output=Path(os.ttyname(terminal)), session=True)
     said = _read_until(controller, "of 60", 120)
     assert "left" in said
+    os.close(terminal)
     os.killpg(process.pid, signal.SIGINT)
     said += _read_until(controller, None, 60)
-    assert process.wait(timeout=60) == 130
+    assert process.wait(60) == 130
     assert "blocks had been measured" in said
     assert "Nothing was written" in said
     assert "Traceback" not in said

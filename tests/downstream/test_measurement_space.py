@@ -4,8 +4,6 @@ import importlib.metadata
 import json
 import math
 import os
-import subprocess
-import sys
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -23,6 +21,7 @@ from depthlm import tiny_depthlm
 from depthscope.errors import SettingsError
 from depthscope.hub.cards.eval_results import accuracy_results, effectiveness_results, model_index
 from depthscope.report.accuracy import Accuracy
+from forks import new_python
 from hub import LocalHub
 from tiny_tokenizer import SENTENCES, save_tokenizer
 
@@ -226,13 +225,7 @@ def test_pushed_as_a_space_it_is_loaded_by_its_name(hub: Any, saved: Path, tmp_p
         "found = layers.compute(data=sys.argv[3:], model=sys.argv[2], block_size=16, scores='variance')\n"
         "print(layers.module_type, layers.name, found['num_layers'])"
     )
-    run = subprocess.run(
-        [sys.executable, "-c", code, name, str(saved), *TEXTS],
-        capture_output=True,
-        text=True,
-        check=False,
-        env=hub.environment(hub.token, tmp_path / "home"),
-    )
+    run = new_python("-c", code, name, saved, *TEXTS, env=hub.environment(hub.token, tmp_path / "home"))
     assert run.stdout.split() == ["measurement", "layer_effectiveness", "4"], run.stderr
 
 
@@ -286,14 +279,7 @@ def test_the_page_measures_a_model_of_the_hub_and_says_what_is_wrong_with_anothe
             "GRADIO_ANALYTICS_ENABLED": "False",
             "PYTHONPATH": str(SPACE),
         }
-        run = subprocess.run(
-            [sys.executable, "-c", PAGE, json.dumps(asked), " ".join(SENTENCES)],
-            capture_output=True,
-            text=True,
-            check=False,
-            env=environment,
-            timeout=900,
-        )
+        run = new_python("-c", PAGE, json.dumps(asked), " ".join(SENTENCES), env=environment)
     assert run.returncode == 0, run.stderr
     good, *bad = json.loads(run.stdout.partition("ANSWERS")[2].splitlines()[0])
     headers, rows, overall = good

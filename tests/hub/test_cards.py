@@ -8,7 +8,6 @@ import pickle
 import random
 import re
 import shutil
-import subprocess
 import sys
 from collections.abc import Iterator
 from html import unescape
@@ -41,6 +40,7 @@ from depthscope.hub.names import model_repository
 from depthscope.hub.plan import Options, make_plan
 from depthscope.report.accuracy import Accuracy
 from depthscope.wording.markdown import code, inline
+from forks import new_python
 from reports import sample_content, sample_report
 from runs import trainer
 from sweeps import run
@@ -439,6 +439,7 @@ def test_an_unclosed_text_in_a_file_is_no_part_of_the_metadata(tmp_path: Path, p
 # ---------------------------------------------------------------------------------------------------- what people see
 
 
+@pytest.mark.quick
 def test_a_card_shows_architecture_training_and_every_layer(points: dict[str, Path]) -> None:
     folder = points["sparse"]
     card = str(card_for(folder, repo_id=REPOSITORY, revisions=["step0", "step8"]))
@@ -484,7 +485,7 @@ def test_the_code_that_a_card_shows_loads_the_model(points: dict[str, Path], tmp
     for index, snippet in enumerate(places[1:]):
         lines += [snippet, f"torch.save(model(torch.tensor({ids.tolist()})).logits, '{tmp_path}/{index}.pt')"]
         lines += ["print(type(model).__name__)"]
-    ran = subprocess.run([sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True, check=False)
+    ran = new_python("-c", "\n".join(lines))
     assert ran.stdout.split() == ["DepthLMForCausalLM", "LlamaForCausalLM"], ran.stderr
     assert torch.equal(torch.load(tmp_path / "0.pt"), expected)
     torch.testing.assert_close(torch.load(tmp_path / "1.pt"), expected, rtol=1e-5, atol=1e-5)

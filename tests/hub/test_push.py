@@ -3,8 +3,7 @@
 import hashlib
 import json
 import subprocess
-import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,9 +19,9 @@ from depthscope.cli import app
 from depthscope.errors import HubError, SettingsError
 from depthscope.hub.push import push
 from depthscope.hub.tree import MANIFEST
+from forks import Forks, new_python
 from hub import LocalHub
 from sweeps import run
-from without_depthscope import Elsewhere
 
 pytest.importorskip("matplotlib")
 
@@ -126,26 +125,30 @@ def local_logits(published: Published) -> dict[str, torch.Tensor]:
     return found
 
 
-def loads(python: Path | str, code: str, published: Published, home: Path, **settings: str) -> None:
+def loads(
+    python: Callable[..., subprocess.CompletedProcess[str]],
+    code: str,
+    published: Published,
+    home: Path,
+    **settings: str,
+) -> None:
     """Run a script in a new process that knows the Hub alone; its cache is empty."""
     home.mkdir()
     torch.save(local_logits(published), home / "expected.pt")
-    environment = published.hub.environment(published.token, home / "cache") | {"OMP_NUM_THREADS": "1"} | settings
-    arguments = [str(python), "-c", LOAD + code, str(home / "expected.pt"), DENSE, MOE, REPORTS]
-    done = subprocess.run(arguments, env=environment, capture_output=True, text=True, timeout=300, cwd=home)
+    environment = published.hub.environment(published.token, home / "cache") | settings
+    done = python("-c", LOAD + code, home / "expected.pt", DENSE, MOE, REPORTS, env=environment, cwd=home)
     assert done.returncode == 0, done.stderr
     assert published.token not in done.stdout + done.stderr
 
 
 def test_all_revisions_load_with_depthscope_and_the_reports_with_datasets(published: Published, tmp_path: Path) -> None:
-    loads(sys.executable, WITH_DEPTHSCOPE, published, tmp_path / "with")
+    loads(new_python, WITH_DEPTHSCOPE, published, tmp_path / "with")
 
 
 def test_the_code_and_the_native_export_load_without_depthscope(
-    published: Published, elsewhere: Elsewhere, tmp_path: Path
+    published: Published, elsewhere: Forks, tmp_path: Path
 ) -> None:
-    without = tmp_path / "without"
-    loads(elsewhere.python, WITHOUT_DEPTHSCOPE, published, without, PYTHONPATH=str(elsewhere.packages))
+    loads(elsewhere.run, WITHOUT_DEPTHSCOPE, published, tmp_path / "without", PYTHONPATH="")
 
 
 def test_every_repository_is_there_with_its_branches_and_files(published: Published) -> None:

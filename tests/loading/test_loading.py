@@ -5,7 +5,6 @@ import json
 import os
 import shutil
 import struct
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -44,6 +43,7 @@ from depthscope.errors import ModelLoadError, SettingsError
 from depthscope.loading.checkpoint import find_checkpoint
 from depthscope.loading.failures import load_errors
 from depthscope.loading.load import load_model, model_facts
+from forks import new_python
 from hub import LocalHub
 
 VOCABULARY = 260
@@ -759,9 +759,8 @@ def ask(*names: str, **environment: str) -> dict[str, Any]:
     """What a fresh process says to each name, with the Hub's settings that are given; it must say nothing else."""
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
     environment = {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1", **environment}
-    command = [sys.executable, "-c", ASK, *names]
-    done = subprocess.run(command, env=inherited | environment, capture_output=True, text=True, timeout=300, check=True)
-    assert done.stderr == ""
+    done = new_python("-c", ASK, *names, env=inherited | environment)
+    assert (done.returncode, done.stderr) == (0, "")
     return json.loads(done.stdout)
 
 

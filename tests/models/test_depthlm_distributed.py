@@ -16,13 +16,14 @@ import torch
 import transformers
 from filelock import FileLock
 from packaging.version import Version
-from torch import Tensor, distributed, multiprocessing, nn
+from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from transformers.distributed import DistributedConfig
 
+from commands import in_two_processes
 from depthlm import KINDS, random_ids, tiny_depthlm
 from depthscope.models import DepthLMForCausalLM
 
@@ -172,7 +173,7 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, dict]]:
                 patch.setenv("CUDA_VISIBLE_DEVICES", "")
                 # A file, because a port that is free now may be taken when it is used.
                 rendezvous = f"file://{tempfile.mkdtemp(dir=folder)}/rendezvous"
-                multiprocessing.spawn(run_every_case, args=(folder, rendezvous), nprocs=2)
+                in_two_processes(run_every_case, folder, rendezvous)
     return [json.loads(file.read_text()) for file in files]
 
 

@@ -7,7 +7,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from depthscope.models import DepthLMForCausalLM
-from without_depthscope import Elsewhere, run_elsewhere
+from forks import Forks
+from without_depthscope import run_elsewhere
 
 FOLDER = Path(__file__).with_name("checkpoint_of_2026_11")
 
@@ -32,6 +33,6 @@ def test_it_computes_the_same_with_depthscope() -> None:
         torch.testing.assert_close(model(expected["ids"]).logits, expected["logits"], rtol=1e-5, atol=1e-5)
 
 
-def test_it_computes_the_same_by_its_own_code(elsewhere: Elsewhere, tmp_path: Path) -> None:
+def test_it_computes_the_same_by_its_own_code(elsewhere: Forks, tmp_path: Path) -> None:
     done = run_elsewhere(elsewhere, ELSEWHERE, FOLDER, cache=tmp_path)
     assert done.returncode == 0, done.stderr

@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 
 from depthlm import tiny_depthlm
+from forks import new_python
 
 
 def run(code: str, *arguments: str) -> str:
-    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=120)
+    done = new_python("-c", code, *arguments)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -53,7 +54,8 @@ assert "class AutoModelForCausalLM" in inspect.getsource(sys.modules[AutoModelFo
 
 
 def test_importing_depthscope_imports_neither_torch_nor_transformers() -> None:
-    run("import sys, depthscope, depthscope.models; assert not {'torch', 'transformers'} & set(sys.modules)")
+    code = "import sys, depthscope, depthscope.models; assert not {'torch', 'transformers'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 
 
 def test_a_transformers_that_keeps_its_tables_otherwise_is_still_imported() -> None:

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from depthlm import KINDS, random_ids, tiny_depthlm
-from without_depthscope import Elsewhere, run_elsewhere
+from forks import Forks
+from without_depthscope import run_elsewhere
 
 # Loads by all three Auto classes, generates, trains a step, saves, loads again; compares with what was computed before.
 USE = """
@@ -60,13 +61,13 @@ def save(kind: str, folder: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["dense", "moe_shared", "scaled_peri"])
-def test_a_saved_model_works_where_depthscope_is_not_installed(kind: str, elsewhere: Elsewhere, tmp_path: Path) -> None:
+def test_a_saved_model_works_where_depthscope_is_not_installed(kind: str, elsewhere: Forks, tmp_path: Path) -> None:
     save(kind, tmp_path / "model")
     done = run_elsewhere(elsewhere, USE, tmp_path / "model", tmp_path / "again", cache=tmp_path)
     assert done.returncode == 0, done.stderr
 
 
-def test_without_trust_transformers_refuses_in_its_own_words(elsewhere: Elsewhere, tmp_path: Path) -> None:
+def test_without_trust_transformers_refuses_in_its_own_words(elsewhere: Forks, tmp_path: Path) -> None:
     save("dense", tmp_path / "model")
     code = "import sys; from transformers import AutoModelForCausalLM as A; A.from_pretrained(sys.argv[1])"
     done = run_elsewhere(elsewhere, code, tmp_path / "model", cache=tmp_path)

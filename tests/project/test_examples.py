@@ -1,14 +1,12 @@
 """The examples run as a reader would run them."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 import depthscope  # noqa: F401  (the Auto classes know DepthLM once it is imported)
+from commands import python
 from depthscope.callbacks import read_history
 from depthscope.cli import app
 
@@ -16,9 +14,7 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
 def test_the_training_example_shows_its_layers(tmp_path: Path) -> None:
-    command = [sys.executable, str(EXAMPLES / "train.py"), "--out", str(tmp_path / "run"), "--steps", "10"]
-    settings = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=settings, cwd=tmp_path)
+    done = python(EXAMPLES / "train.py", "--out", tmp_path / "run", "--steps", 10, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     assert [row["step"] for row in read_history(tmp_path / "run") if row["kind"] == "variance"] == list(range(1, 11))
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "run").config.model_type == "depthlm"

@@ -2,10 +2,7 @@
 
 import itertools
 import json
-import os
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +11,7 @@ from datasets import Dataset
 from transformers import AutoConfig, AutoModelForCausalLM, HfArgumentParser, Trainer, TrainingArguments
 from typer.testing import CliRunner
 
+from commands import depthscope
 from depthscope import DepthLMConfig, Recipe, recipe
 from depthscope.cli import app
 from depthscope.errors import SettingsError
@@ -425,14 +423,7 @@ def test_the_documented_table_is_current() -> None:
 
 def test_the_command_prints_the_reasons_and_writes_the_files(tmp_path: Path) -> None:
     arguments = ["--layers", "32", "--width", "1120", "--tokens", "5e9", "--out", str(tmp_path)]
-    run = subprocess.run(
-        [sys.executable, "-m", "depthscope", "recipe", *arguments],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
-        env={**os.environ, "COLUMNS": "80", "NO_COLOR": "1"},
-    )
+    run = depthscope("recipe", *arguments, COLUMNS="80")
     assert run.returncode == 0, run.stderr
     assert max(map(len, run.stdout.splitlines())) <= 80
     for said in ("T = 4,096", "G = 2 (8 KV heads)", "64, top 8", "small models disagree", "7.94 B parameters"):

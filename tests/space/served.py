@@ -14,6 +14,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from commands import Started, started
+
 STARTING_SECONDS = 300
 ENDING_SECONDS = 5
 
@@ -25,7 +27,7 @@ class Served:
     url: str
     folder: Path
     log: Path
-    process: subprocess.Popen[bytes]
+    process: "Started | subprocess.Popen[bytes]"
 
     @property
     def pid(self) -> int:
@@ -61,7 +63,6 @@ def serving(
     port = _free_port()
     temporary = Path(tempfile.mkdtemp(prefix="t", dir="/tmp"))  # a short path: sockets lie in it
     environment = {
-        **os.environ,
         "GRADIO_ANALYTICS_ENABLED": "False",
         "GRADIO_TEMP_DIR": str(temporary / "gradio"),
         "TMPDIR": str(temporary),
@@ -69,9 +70,7 @@ def serving(
         **(settings or {}),
     }
     log = folder / "space.log"
-    with log.open("wb") as file:
-        command = [sys.executable, "-m", "depthscope", "space", "--port", str(port)]
-        process = subprocess.Popen(command, env=environment, stdout=file, stderr=file)
+    process = _started(["-m", "depthscope", "space", "--port", str(port)], log, environment)
     try:
         _wait(f"http://127.0.0.1:{port}/", process, log)
         yield Served(f"http://127.0.0.1:{port}", temporary, log, process)
@@ -82,7 +81,15 @@ def serving(
                 assert process.wait(ENDING_SECONDS) == -ending
         finally:
             process.kill()
-            process.wait()
+            process.wait(ENDING_SECONDS)
+
+
+def _started(words: list[str], log: Path, environment: Mapping[str, str]) -> "Started | subprocess.Popen[bytes]":
+    if not any(name.startswith("HF_") for name in environment):
+        return started(*words, output=log, **environment)
+    with log.open("wb") as file:  # the Hub's variables are read when its libraries are imported
+        settings = {**os.environ, **environment}
+        return subprocess.Popen([sys.executable, *words], env=settings, stdout=file, stderr=file)
 
 
 def _free_port() -> int:
@@ -91,7 +98,7 @@ def _free_port() -> int:
         return int(server.getsockname()[1])
 
 
-def _wait(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
+def _wait(url: str, process: "Started | subprocess.Popen[bytes]", log: Path) -> None:
     end = time.monotonic() + STARTING_SECONDS
     while time.monotonic() < end:
         if process.poll() is not None:

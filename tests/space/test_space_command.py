@@ -1,7 +1,6 @@
 """`depthscope space` and `push-space`."""
 
 import ast
-import subprocess
 import sys
 from importlib.metadata import packages_distributions
 
@@ -12,6 +11,7 @@ from typer.testing import CliRunner
 
 from depthscope.cli import app, space
 from depthscope.cli.space import space_files, space_folder
+from forks import new_python
 
 
 def run(*words):
@@ -130,7 +130,8 @@ def test_nothing_else_is_called_as_the_rooms_of_the_space():
 def test_every_module_of_the_space_is_imported_by_its_program():
     code = "from page import interface, serving; from jobs import measuring, worker"
     code += "; import sys; print(*sys.modules, sep='\\n')"
-    done = subprocess.run([sys.executable, "-c", code], cwd=space_folder(), capture_output=True, text=True, check=True)
+    done = new_python("-c", code, cwd=space_folder())
+    assert done.returncode == 0, done.stderr
     paths = [path.relative_to(space_folder()).with_suffix("") for path in space_folder().rglob("*.py")]
     modules = {".".join(path.parts).removesuffix(".__init__") for path in paths} - {"app"}
     assert modules <= set(done.stdout.split())

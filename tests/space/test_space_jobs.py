@@ -2,7 +2,6 @@
 
 import os
 import resource
-import signal
 import subprocess
 import sys
 import threading
@@ -14,6 +13,8 @@ from pathlib import Path
 import anyio
 import pytest
 
+from forks import new_python
+from job_functions import crash, fault, sleep_for, take, write
 from jobs.estimate import Shape
 from jobs.processes import remove_stale_folders, run, run_apart
 from jobs.queue import Job, Jobs, Results
@@ -238,9 +239,8 @@ def test_a_job_cannot_find_the_token_of_the_spaces_owner(tmp_path):
     script.write_text(TOKEN_JOB)
     places = os.pathsep.join(sys.path)
     environment = {**os.environ, "HF_TOKEN": "hf_of_the_owner", "PYTHONPATH": places}
-    done = subprocess.run(
-        [sys.executable, str(script)], env=environment, capture_output=True, text=True, check=True, timeout=120
-    )
+    done = new_python(script, env=environment)
+    assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "{'event': 'done', 'token': None, 'sent': False}"
 
 
@@ -316,30 +316,6 @@ def test_only_so_many_results_are_kept():
     for one in asked:
         results.put(one, one.name)
     assert [results.get(one) for one in asked] == [None, "model 1", "model 2"]
-
-
-def sleep_for(seconds, folder, limits, emit):
-    (folder / "file").write_bytes(bytes(1000))
-    emit({"event": "stage", "stage": "sleeping", "share": 0.0})
-    time.sleep(seconds)
-
-
-def take(gigabytes, folder, limits, emit):
-    taken = [bytearray(2**28) for _ in range(4 * gigabytes)]
-    emit({"event": "done", "bytes": sum(map(len, taken))})
-
-
-def crash(folder, limits, emit):
-    raise ZeroDivisionError
-
-
-def fault(folder, limits, emit):
-    os.kill(os.getpid(), signal.SIGSEGV)
-
-
-def write(mebibytes, folder, limits, emit):
-    (folder / "file").write_bytes(bytes(mebibytes << 20))
-    emit({"event": "done"})
 
 
 def ended(job, limits=LIMITS, stop=None):

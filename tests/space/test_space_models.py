@@ -23,6 +23,7 @@ from depthscope import (
     load_model,
 )
 from depthscope.errors import NotCausalError
+from job_functions import as_on_zero_gpu, as_stopped_on_zero_gpu
 from jobs import measuring, zero_gpu
 from jobs.processes import run, run_apart
 from jobs.published_sweeps import sweep_of, tell_sweep
@@ -98,16 +99,6 @@ def test_a_pasted_text_that_is_the_name_of_a_file_is_a_text(tmp_path):
     settings = choose_settings(["variance"], 4, 2, layers=3, width=8, limits=LIMITS).with_(fit_blocks=0)
     blocks = measuring.read_text(Text("pasted", str(secret)), loaded, settings)
     assert blocks.input_ids.flatten().tolist() == loaded.tokenizer(str(secret)).input_ids[:4]
-
-
-def as_on_zero_gpu(task, folder, limits, emit):
-    for message in zero_gpu.on_gpu(task, str(folder), limits):
-        emit(message)
-
-
-def as_stopped_on_zero_gpu(task, folder, limits, emit):
-    (folder / zero_gpu.STOP).touch()
-    as_on_zero_gpu(task, folder, limits, emit)
 
 
 def test_what_zero_gpu_is_lent_for_gives_the_same_report(tmp_path):

@@ -2,8 +2,6 @@
 
 import json
 import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +13,7 @@ from gradio.helpers import special_args
 
 import depthscope
 from depthscope import Blocks, LayerReport, Settings
+from forks import new_python
 from jobs.drops import measure_drop, run_to_drop
 from jobs.estimate import Estimator, Shape, in_words, shape_of, work
 from jobs.measuring import measure
@@ -282,9 +281,7 @@ def test_the_owner_may_set_limits_below_the_defaults(tokens, block_size):
 
 def test_a_limit_that_is_none_ends_the_program_with_one_sentence():
     environment = {**os.environ, "DEPTHSCOPE_SPACE_MAX_TOKENS": "abc"}
-    ended = subprocess.run(
-        [sys.executable, "app.py"], cwd=Path(parts.__file__).parents[2], env=environment, capture_output=True, text=True
-    )
+    ended = new_python("app.py", cwd=Path(parts.__file__).parents[2], env=environment)
     assert ended.returncode == 1
     assert "Traceback" not in ended.stderr
     assert "DEPTHSCOPE_SPACE_MAX_TOKENS is 'abc'" in ended.stderr

@@ -15,11 +15,12 @@ from pathlib import Path
 import pytest
 import torch
 from filelock import FileLock
-from torch import Tensor, distributed, multiprocessing, nn
+from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
+from commands import in_two_processes
 from depthlm import random_ids
 from depthscope.models import DepthLMConfig, DepthLMForCausalLM, ModelSize, model_size
 from depthscope.sweep.cost.plan import plan
@@ -286,7 +287,7 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, dict]]:
             with pytest.MonkeyPatch.context() as patch:
                 patch.setenv("CUDA_VISIBLE_DEVICES", "")  # two processes cannot share one accelerator by gloo
                 rendezvous = f"file://{tempfile.mkdtemp(dir=folder)}/rendezvous"
-                multiprocessing.spawn(train_every_point, args=(folder, rendezvous), nprocs=2)
+                in_two_processes(train_every_point, folder, rendezvous)
     return [json.loads(file.read_text()) for file in files]
 
 

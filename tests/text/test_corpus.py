@@ -5,7 +5,6 @@ import json
 import logging
 import os
 import random
-import subprocess
 import sys
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from transformers import PreTrainedTokenizerFast
 from depthscope.errors import CorpusError, SettingsError
 from depthscope.text.blocks import Blocks, load_blocks
 from depthscope.text.stdlib import python_stdlib
+from forks import new_python
 
 SHARED_DATA = Path(os.environ.get("DEPTHSCOPE_DATA", Path(__file__).parents[3] / "shared" / "data"))
 SENTENCE = "the layer of a model that héld naïve tokens, in Straße 42 and said: 'depth' — 模型 — (was) useful... again"
@@ -368,14 +368,8 @@ except corpus.CorpusError as error:
     print(error)
 """
     environment = {name: value for name, value in os.environ.items() if name not in ("HF_HUB_OFFLINE", "HF_ENDPOINT")}
-    done = subprocess.run(
-        [sys.executable, "-c", script],
-        env=environment | setting,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=True,
-    )
+    done = new_python("-c", script, env=environment | setting)
+    assert done.returncode == 0, done.stderr
     assert "'no-one/nothing' is not on this machine, and the Hugging Face Hub cannot be reached" in done.stdout
     assert done.stderr == ""
 

@@ -1,5 +1,6 @@
 """Weight, attention and expert sparsity against slow recomputations, in every way that attention is computed."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -128,6 +129,15 @@ def test_attention_equals_the_whole_matrix(name: str, attention: str, padded: st
     np.testing.assert_allclose(values(probe), wanted, rtol=1e-4, atol=1e-5)
 
 
+@pytest.fixture
+def uncompiled() -> Iterator[None]:
+    """flex_attention compiles itself, which takes half a minute and changes nothing about what can be read of it."""
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
+
+@pytest.mark.usefixtures("uncompiled")
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @pytest.mark.parametrize("attention", ["eager", "sdpa", "flex_attention"])
 def test_the_probe_changes_nothing_and_leaves_nothing(attention: str) -> None:
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -145,6 +155,8 @@ def test_the_probe_changes_nothing_and_leaves_nothing(attention: str) -> None:
     assert local == ALL_ATTENTION_FUNCTIONS._local_mapping
 
 
+@pytest.mark.usefixtures("uncompiled")
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 def test_what_cannot_be_read_is_left_out() -> None:
     """flex_attention hides its mask from us; no number is better than a wrong one."""
     probe, _ = probe_of(tiny_llama(attn_implementation="flex_attention"), random_blocks(2, 14))

@@ -139,24 +139,22 @@ def test_killed_twenty_times_the_report_and_the_weights_are_the_same(
 def test_killed_while_workers_train_they_end_with_it_and_the_next_run_ends_the_same(
     uninterrupted: tuple[Path, Path, float], tmp_path: Path
 ) -> None:
-    sweep, _, _ = uninterrupted
-    whole, out = tmp_path / "whole", tmp_path / "out"
-    for folder, signs in ((whole, ()), (out, ("checkpoint-*/complete", "*report.json"))):
-        for sign in signs:
-            before = set(folder.glob(f"points/*/{sign}"))
-            process = started(sweep, folder, jobs=2)
-            while process.is_alive() and set(folder.glob(f"points/*/{sign}")) <= before:
-                time.sleep(0.01)
-            workers = psutil.Process(process.pid).children(recursive=True)
-            process.kill()
-            process.join()
-            assert process.exitcode == -signal.SIGKILL
-            assert len(workers) >= 2
-            assert psutil.wait_procs(workers, timeout=30)[1] == []
-        process = started(sweep, folder, jobs=2)
+    sweep, whole, _ = uninterrupted
+    for sign in ("checkpoint-*/complete", "*report.json"):
+        before = set(tmp_path.glob(f"points/*/{sign}"))
+        process = started(sweep, tmp_path, jobs=2)
+        while process.is_alive() and set(tmp_path.glob(f"points/*/{sign}")) <= before:
+            time.sleep(0.01)
+        workers = psutil.Process(process.pid).children(recursive=True)
+        process.kill()
         process.join()
-        assert process.exitcode == 0
-    assert_same(out, whole)
+        assert process.exitcode == -signal.SIGKILL
+        assert len(workers) >= 2
+        assert psutil.wait_procs(workers, timeout=30)[1] == []
+    process = started(sweep, tmp_path, jobs=2)
+    process.join()
+    assert process.exitcode == 0
+    assert_same(tmp_path, whole)
 
 
 def test_killed_after_the_last_checkpoint_it_trains_no_step_more(

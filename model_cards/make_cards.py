@@ -20,10 +20,11 @@ from depthscope.errors import ConversionError, DepthscopeError
 from depthscope.files.atomic import write_atomically
 from depthscope.hub.cards.data import DepthCardData
 from depthscope.hub.cards.figures import figure_names, write_figures
-from depthscope.hub.cards.read import MODEL, read_card_data
+from depthscope.hub.cards.read import read_card_data
 from depthscope.hub.cards.render import render_card
 from depthscope.hub.names import model_repository
 from depthscope.models import DepthLMForCausalLM
+from depthscope.runs.layout import MODEL
 from depthscope.sweep.report.results import load_results
 from depthscope.wording.numbers import format_number, format_with_error
 

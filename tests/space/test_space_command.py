@@ -1,6 +1,7 @@
 """`depthscope space` and `push-space`."""
 
 import ast
+import subprocess
 import sys
 from importlib.metadata import packages_distributions
 
@@ -135,3 +136,8 @@ def test_every_module_of_the_space_is_imported_by_its_program():
     paths = [path.relative_to(space_folder()).with_suffix("") for path in space_folder().rglob("*.py")]
     modules = {".".join(path.parts).removesuffix(".__init__") for path in paths} - {"app"}
     assert modules <= set(done.stdout.split())
+
+
+def test_the_page_leaves_torch_to_the_jobs():
+    code = "import sys; from page import interface, serving; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], cwd=space_folder(), check=True)

@@ -1,6 +1,6 @@
 """How long an analysis will take, from a model's config and the speed of the machine, before anything is loaded.
 
-Work is counted as depthscope does it, in forward passes of one layer over one block (docs/speed.md); a pass takes two
+Work is what depthscope says that it is, in forward passes of one layer over one block (docs/speed.md); a pass takes two
 floating-point operations for each weight and token. What jobs really took corrects the speed.
 """
 
@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from depthscope import Settings
+from depthscope.scores.work import Extent, estimated_work
 from jobs.tasks import stages
 from safety.config import Sizes, require_sane_numbers
 from safety.limits import Limits
@@ -24,7 +25,6 @@ STARTING_SECONDS = 4.0
 LOADING_BYTES_A_SECOND = 400e6
 DOWNLOAD_BYTES_A_SECOND = 60e6
 EFFICIENCY = 0.45  # of a large product of matrices, for everything that a layer does
-PROBE_PASSES = 1.3  # one probe of a Jacobian costs that many forward passes
 SHAPE_OF_TRIAL = (512, 1024, 1024)
 USUAL_LAYERS, USUAL_WIDTH = 24, 1024
 
@@ -37,11 +37,13 @@ class Shape:
     width: int
     layer_weights: float
     vocabulary: int
+    has_experts: bool = False
 
     @property
-    def head(self) -> float:
-        """What head and loss cost, in forward passes of one layer."""
-        return self.vocabulary * self.width / max(self.layer_weights, 1.0)
+    def extent(self) -> Extent:
+        """The same, as work is counted by."""
+        head = self.vocabulary * self.width / max(self.layer_weights, 1.0)
+        return Extent(self.layers, self.width, head, kinds=("",) * self.layers, has_experts=self.has_experts)
 
 
 def shape_of(config: Mapping[str, Any], parameters: float | None, limits: Limits) -> Shape:
@@ -61,27 +63,12 @@ def shape_of(config: Mapping[str, Any], parameters: float | None, limits: Limits
     chosen = sizes.first("num_experts_per_tok", "expert_used_count", "moe_topk", "top_k")
     if experts and chosen and experts > chosen:  # most weights of such a layer are its experts'
         in_layers *= 0.1 + 0.9 * chosen / experts
-    return Shape(layers, width, in_layers / layers, vocabulary)
+    return Shape(layers, width, in_layers / layers, vocabulary, has_experts=bool(experts))
 
 
 def work(shape: Shape, settings: Settings) -> dict[str, float]:
     """What each stage takes, in forward passes of one layer over one block."""
-    layers, head, blocks = shape.layers, shape.head, settings.eval_blocks
-    after = layers * (layers - 1) / 2
-    pairs = {"all": 1.0, "adjacent": 2.0 / layers}.get(str(settings.pairs), settings.pairs)
-    each = {
-        "attention_sparsity": float(layers),
-        "expert_load": float(layers),
-        "skip": after + head * layers,
-        "causal": 0.0 if "skip" in settings.scores else after,
-        "usefulness": after + head * layers + layers * settings.fit_blocks / blocks,
-        "jacobian": layers * (1 + PROBE_PASSES * settings.probes) if isinstance(settings.probes, int) else 0.0,
-        "permutation": float(pairs) * (layers**3 / 3 + head * after) if not isinstance(pairs, str) else 0.0,
-    }
-    return {
-        name: blocks * (layers + head + sum(each.get(score, 0.0) for score in scores))
-        for name, scores in stages(settings).items()
-    }
+    return {name: estimated_work(shape.extent, scores, settings) for name, scores in stages(settings).items()}
 
 
 class Estimator:

@@ -131,7 +131,7 @@ def _shape(loaded: LoadedModel) -> Shape:
     layers, width = facts.get("num_layers") or 1, facts.get("hidden_size") or 1
     vocabulary = facts.get("vocab_size") or 1
     inside = max((facts.get("num_parameters") or 1) - vocabulary * width, 1)
-    return Shape(layers, width, inside / layers, vocabulary)
+    return Shape(layers, width, inside / layers, vocabulary, has_experts=bool(facts.get("num_experts")))
 
 
 def _require_known(found: Model, limits: Limits) -> None:

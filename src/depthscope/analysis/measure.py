@@ -4,7 +4,7 @@ The outer loop is over batches of blocks, the inner ones over experiments, so th
 one batch whatever the number of tokens. What the scores gather stays in their sums by block.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 import torch
@@ -21,12 +21,13 @@ from depthscope.scores.base import (
     Score,
     SkippedRun,
     block_losses,
-    forwards_from,
+    extent_of,
     head_work,
     run_from,
 )
 from depthscope.scores.usefulness import Usefulness
 from depthscope.scores.variance import token_variance
+from depthscope.scores.work import shared_work, skip_work
 from depthscope.settings import Settings
 from depthscope.text.blocks import Blocks
 
@@ -41,12 +42,12 @@ class AnalysisInterrupted(KeyboardInterrupt):
 
 def total_work(stack: LayerStack, scores: Mapping[str, Score], settings: Settings) -> float:
     """What the whole analysis takes, in forward passes of one layer over one block."""
-    head = head_work(stack)
-    each = stack.num_layers + head + sum(score.work() for score in scores.values())
-    if any(score.skip_updates or score.skip_losses for score in scores.values()):
-        each += sum(_skip_work(stack, scores.values()))
-    fit = settings.eval_blocks if settings.fits_in_sample else settings.fit_blocks
-    return each * settings.eval_blocks + (fit * stack.num_layers if "usefulness" in scores else 0)
+    extent = extent_of(stack)
+    each = sum(score.work() for score in scores.values())
+    losses = any(score.skip_losses for score in scores.values())
+    if losses or any(score.skip_updates for score in scores.values()):
+        each += sum(skip_work(extent, losses=losses))
+    return each * settings.eval_blocks + shared_work(extent, scores, settings)
 
 
 def measure(
@@ -151,19 +152,13 @@ def _finite(hidden: Tensor | None) -> bool:
     return hidden is None or bool(torch.isfinite(hidden).all())
 
 
-def _skip_work(stack: LayerStack, scores: Iterable[Score]) -> list[float]:
-    """What skipping each layer takes for one block: the layers after it, and the head where a score wants the loss."""
-    head = head_work(stack) if any(score.skip_losses for score in scores) else 0.0
-    return [forwards_from(stack, layer + 1) + head for layer in range(stack.num_layers)]
-
-
 def _skip_layers(stack: LayerStack, scores: list[Score], batch: Batch, shown: Progress) -> None:
     """Run the batch with each layer skipped in turn, once for all the scores that look at that."""
     updates, losses = any(score.skip_updates for score in scores), any(score.skip_losses for score in scores)
     if not (updates or losses):
         return
     last = stack.num_layers - 1
-    for layer, work in enumerate(_skip_work(stack, scores)):
+    for layer, work in enumerate(skip_work(extent_of(stack), losses=losses)):
         if layer not in stack.unskippable and (losses or layer < last):
             with (
                 stack.skipping(layer),

@@ -46,10 +46,6 @@ class AttentionSparsity(Score):
 
     name = "attention_sparsity"
 
-    def work(self) -> float:
-        """One pass through the layers."""
-        return float(self.stack.num_layers)
-
     def measure(self, batch: Batch, tick: Callable[[float], None]) -> None:
         """Run the batch once more, watching what the attention functions are given."""
         blocks, layers = batch.blocks, self.stack.num_layers

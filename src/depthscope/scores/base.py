@@ -17,6 +17,7 @@ from torch import Tensor
 from depthscope.layers.precision import precise
 from depthscope.layers.stack import LayerStack
 from depthscope.layers.tracing import output_embeddings
+from depthscope.scores.work import Extent, own_work
 from depthscope.settings import Settings
 from depthscope.text.blocks import Blocks
 
@@ -84,12 +85,13 @@ class Score(ABC):
         self.stack = stack
         self.settings = settings
         self.num_blocks = num_blocks
-        self.head = head_work(stack)
+        self.extent = extent_of(stack)
+        self.head = self.extent.head
         self.sums: dict[str, Array] = {}
 
     def work(self) -> float:
         """How much it takes for one block, in forward passes of one layer, beyond what the scores share."""
-        return 0.0
+        return own_work(self.name, self.extent, self.settings)
 
     def measure(self, batch: Batch, tick: Callable[[float], None]) -> None:
         """Add a batch to the sums, running what experiments it takes; `tick` counts the work done."""
@@ -141,9 +143,9 @@ def head_work(stack: LayerStack) -> float:
     return of_head / max(of_layer, 1)
 
 
-def forwards_from(stack: LayerStack, index: int) -> int:
-    """How many layers run in an experiment whose first layer to do work is `index`."""
-    return stack.num_layers - index if stack.resumable else stack.num_layers - 1
+def extent_of(stack: LayerStack) -> Extent:
+    """What the work of an analysis of this stack depends on."""
+    return Extent(stack.num_layers, stack.width, head_work(stack), stack.kinds, stack.resumable)
 
 
 def run_from(stack: LayerStack, index: int, hidden: Tensor) -> AbstractContextManager[None]:

@@ -18,6 +18,7 @@ the others means over routers.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -52,10 +53,7 @@ class ExpertLoad(Score):
     def __init__(self, stack: LayerStack, settings: Settings, num_blocks: int) -> None:
         super().__init__(stack, settings, num_blocks)
         self.routers = find_routers(stack)
-
-    def work(self) -> float:
-        """One pass through the layers, where there are experts."""
-        return float(self.stack.num_layers) if self.routers else 0.0
+        self.extent = replace(self.extent, has_experts=bool(self.routers))
 
     def measure(self, batch: Batch, tick: Callable[[float], None]) -> None:
         """Run the batch once more, one block at a time, watching the routers."""

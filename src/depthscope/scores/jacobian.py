@@ -31,14 +31,13 @@ from depthscope.layers.modes import frozen
 from depthscope.layers.stack import LayerStack
 from depthscope.scores.base import Array, Batch, Score, Sums, Values, mean, ratio
 from depthscope.scores.jackknife import jackknife
+from depthscope.scores.work import jacobian_work, vectors_of_block
 from depthscope.settings import Settings
 
 # Products with probes are kept for groups of blocks, so that standard errors can be told: as many as fit in here.
 GROUP_BYTES = 256 << 20
 MOST_GROUPS = 16
 LEAST_BLOCKS = 2  # that measure a vector, where not all do
-# A backward pass with respect to the input costs about as much as a forward pass.
-BACKWARD_WORK = 1.2
 
 
 class Jacobian(Score):
@@ -49,7 +48,7 @@ class Jacobian(Score):
     def __init__(self, stack: LayerStack, settings: Settings, num_blocks: int) -> None:
         super().__init__(stack, settings, num_blocks)
         features = stack.width
-        each = features if settings.probes == "exact" else min(int(settings.probes), features)
+        each = vectors_of_block(features, settings)
         group_bytes = stack.num_layers * each * features * 8
         self.groups = max(1, min(num_blocks, MOST_GROUPS, GROUP_BYTES // group_bytes))
         self.group_of = np.arange(num_blocks) * self.groups // num_blocks
@@ -61,10 +60,6 @@ class Jacobian(Score):
             self.vectors, self.weight = _orthonormal(wanted, features, generator), 1.0
         self._probe_error = float("nan")
         self.chosen = _shared_out(self.groups, each, wanted, generator)  # [groups, P] which of them each group measures
-
-    def work(self) -> float:
-        """Each layer: one forward pass and a backward pass a probe."""
-        return sum(self._layer_work(layer) for layer in range(self.stack.num_layers))
 
     def measure(self, batch: Batch, tick: Callable[[float], None]) -> None:
         """Add the batch's products of every layer's transposed Jacobian with the vectors of each block."""
@@ -78,7 +73,7 @@ class Jacobian(Score):
             for layer in range(self.stack.num_layers):
                 for probe, product in enumerate(self._products(batch, layer)):
                     np.add.at(products[:, layer, probe], self.group_of[batch.rows], product)
-                tick(len(batch.rows) * self._layer_work(layer))
+                tick(len(batch.rows) * jacobian_work(self.extent, self.settings, layer))
 
     def finish(self, sums: Sums) -> Values:
         """The distances from the sums of all groups."""
@@ -176,10 +171,6 @@ class Jacobian(Score):
     def _everywhere(self, vectors: Tensor, like: Tensor, mask: Tensor) -> Tensor:
         """The vector of each block [B, F] at all of its tokens that count, in the layout of the stream `like`."""
         return self.stack.unflat(mask[..., None].to(like.dtype) * vectors.to(like)[:, None])
-
-    def _layer_work(self, layer: int) -> float:
-        before = 0 if self.stack.resumable else layer
-        return before + 1 + BACKWARD_WORK * self.chosen.shape[1]
 
 
 def _orthonormal(count: int, features: int, generator: np.random.Generator) -> Tensor:

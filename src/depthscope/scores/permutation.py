@@ -12,7 +12,6 @@ more than one block a pair, or less, leave pairs out, at random.
 """
 
 from collections.abc import Callable
-from itertools import combinations
 
 import numpy as np
 import torch
@@ -25,10 +24,10 @@ from depthscope.scores.base import (
     Sums,
     Values,
     experiment_loss,
-    forwards_from,
     mean,
     ratio,
 )
+from depthscope.scores.work import forwards_from, swappable_pairs
 from depthscope.settings import Settings
 
 
@@ -39,14 +38,14 @@ class Permutation(Score):
 
     def __init__(self, stack: LayerStack, settings: Settings, num_blocks: int) -> None:
         super().__init__(stack, settings, num_blocks)
-        self.pairs = swappable_pairs(stack, adjacent=settings.pairs == "adjacent")
+        self.pairs = swappable_pairs(self.extent, adjacent=settings.pairs == "adjacent")
         share = settings.pairs if isinstance(settings.pairs, float) else 1.0
         self.cells = sample_cells(len(self.pairs), num_blocks, share, settings.seed)  # [pairs, blocks] bool
 
     def work(self) -> float:
-        """Each pair on each of its blocks: the layers from the first of the two on, and the head."""
+        """Each pair on the blocks that it was given: the layers from the first of the two on, and the head."""
         share = self.cells.mean(1) if len(self.pairs) else np.zeros(0)
-        each = [forwards_from(self.stack, first) + self.head for first, _ in self.pairs]
+        each = [forwards_from(self.extent, first) + self.head for first, _ in self.pairs]
         return float(np.dot(share, each))
 
     def measure(self, batch: Batch, tick: Callable[[float], None]) -> None:
@@ -60,7 +59,7 @@ class Permutation(Score):
             with self.stack.swapped(first, second):
                 swapped[batch.rows[cells], first, second] = experiment_loss(self.stack, batch, first, rows)
             base[batch.rows[cells], first, second] = batch.loss[cells]
-            tick(int(cells.sum()) * (forwards_from(self.stack, first) + self.head))
+            tick(int(cells.sum()) * (forwards_from(self.extent, first) + self.head))
 
     def finish(self, sums: Sums) -> Values:
         """Divide by the baseline's loss on the same blocks; average over the pairs that were measured."""
@@ -95,12 +94,6 @@ class Permutation(Score):
         measured, everything = len(values), len(self.pairs)
         between = np.var(values, ddof=1) * (1 - measured / everything) / measured if measured > 1 else 0.0
         return float(np.sqrt(between + within.sum() / measured / everything))
-
-
-def swappable_pairs(stack: LayerStack, *, adjacent: bool) -> list[tuple[int, int]]:
-    """Pairs of layers i < j of equal kind, in order of i; with `adjacent` only neighbours."""
-    pairs = combinations(range(stack.num_layers), 2)
-    return [(i, j) for i, j in pairs if stack.kinds[i] == stack.kinds[j] and (j == i + 1 or not adjacent)]
 
 
 def sample_cells(num_pairs: int, num_blocks: int, share: float, seed: int) -> Array:

@@ -27,10 +27,10 @@ from depthscope.scores.base import (
     Values,
     effective_depth,
     experiment_loss,
-    forwards_from,
     mean,
     ratio,
 )
+from depthscope.scores.work import forwards_from
 from depthscope.text.blocks import Blocks
 
 # The sums of a fit take 16 d^2 bytes a layer; more layers than fit in here take another pass.
@@ -55,10 +55,6 @@ class Usefulness(Score):
 
     name = "usefulness"
 
-    def work(self) -> float:
-        """Each layer: the layers after it, and the head."""
-        return sum(forwards_from(self.stack, layer + 1) + self.head for layer in range(self.stack.num_layers))
-
     def fit(self, batches: Callable[[], Iterable[Blocks]], add_up: Callable[..., None]) -> None:
         """Fit the affine maps of all layers: one pass over the fitting blocks for as many layers as memory holds.
 
@@ -80,7 +76,7 @@ class Usefulness(Score):
             with self.stack.standing_in({layer: OnFlat(self.stack, affine)}):
                 loss = experiment_loss(self.stack, batch, layer)
             self.table("linear_loss", self.stack.num_layers)[batch.rows, layer] = loss
-            tick(len(batch.rows) * (forwards_from(self.stack, layer + 1) + self.head))
+            tick(len(batch.rows) * (forwards_from(self.extent, layer + 1) + self.head))
 
     def _fit_some(self, layers: list[int], batches: Iterable[Blocks], add_up: Callable[..., None]) -> None:
         sums = {layer: LeastSquares(self.stack.width) for layer in layers}

@@ -13,6 +13,8 @@ from gradio.helpers import special_args
 
 import depthscope
 from depthscope import Blocks, LayerReport, Settings
+from depthscope.views.plots.depth import against_depth, of_reports
+from depthscope.views.plots.sparsity import sparsity
 from forks import new_python
 from jobs.drops import measure_drop, run_to_drop
 from jobs.estimate import Estimator, Shape, in_words, shape_of, work
@@ -25,9 +27,7 @@ from page.choices_panel import _taken
 from page.compare_tab import _one_a_depth
 from page.interface import build
 from page.results import parts
-from page.results.depth_figure import against_depth, of_reports
 from page.results.headline import headline, tiles
-from page.results.sparsity_figure import sparsity
 from page.start_stop import with_token
 from reports import sample_content, sample_report
 from safety.limits import Limits

@@ -11,6 +11,8 @@ import pandas as pd
 
 from depthscope import LayerReport, compare
 from depthscope.report.measures import GLOBAL_SCORES
+from depthscope.views.plots.depth import COURSE_EXPLANATION, against_depth, of_reports, over_training
+from depthscope.views.plots.depth import EXPLANATION as DEPTH_EXPLANATION
 from depthscope.views.plots.report import EXPLANATIONS, compare_layers
 from depthscope.wording.numbers import format_with_error
 from jobs.published_sweeps import Sweep, read_sweep
@@ -18,8 +20,6 @@ from jobs.service import Service, Visit
 from jobs.visitor import failed, progress_bar, read_report
 from page.choices_panel import ChoicesPanel
 from page.results import parts
-from page.results.depth_figure import COURSE_EXPLANATION, against_depth, of_reports, over_training
-from page.results.depth_figure import EXPLANATION as DEPTH_EXPLANATION
 from page.start_stop import QUIETLY, StartStop
 from safety.problems import Problem
 

@@ -8,8 +8,8 @@ from typing import Any
 import gradio as gr
 
 from depthscope.report.measures import EXPLAINED
+from depthscope.views.plots.depth import Point, against_depth
 from page.results import parts
-from page.results.depth_figure import Point, against_depth
 
 __all__ = ["build"]
 

@@ -110,5 +110,5 @@ def _figure(name: str) -> tuple[gr.Column, gr.Plot]:
     with gr.Column(visible=False, min_width=320) as group:
         gr.HTML(f"<h3>{parts.titles[name]}</h3>")
         plot = gr.Plot(show_label=False, elem_id=f"plot-{name}", container=False)
-        gr.HTML(f"<p class='ds-caption'>{escape(parts.explanation(name))}</p>")
+        gr.HTML(f"<p class='ds-caption'>{escape(parts.explanations[name])}</p>")
     return group, plot

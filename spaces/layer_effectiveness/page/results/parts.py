@@ -16,19 +16,17 @@ from gradio.components.plot import PlotData
 from depthscope import LayerReport, compare, write_page
 from depthscope.files.csv_cells import csv_of_frame
 from depthscope.report.measures import LAYER_SCORES, shown_in
-from depthscope.views.plots.report import EXPLANATIONS, figures
+from depthscope.views.plots import sparsity
+from depthscope.views.plots.report import EXPLANATIONS, TITLES, figures
 from depthscope.views.plots.style import TITLE_HEIGHT
 from depthscope.views.report_page import reproduce
-from depthscope.wording.numbers import format_number, format_with_error
+from depthscope.wording.numbers import format_count, format_with_error
 from jobs.processes import own_folder, own_folders
-from page.results.sparsity_figure import EXPLANATION as SPARSITY_EXPLANATION
-from page.results.sparsity_figure import sparsity
 
 __all__ = [
-    "FIGURE_NAMES",
     "code",
     "drawn",
-    "explanation",
+    "explanations",
     "facts",
     "files",
     "layer_table",
@@ -37,15 +35,8 @@ __all__ = [
     "titles",
 ]
 
-titles = {
-    "effectiveness": "How much each layer contributes",
-    "skip_cost": "What leaving out one layer costs",
-    "variance_growth": "How the variance of the residual stream grows with depth",
-    "causal_map": "Which later layers depend on which layer",
-    "permutation_map": "Which layers can change places",
-    "sparsity": "Sparsity by layer: weights, attention, experts",
-}
-FIGURE_NAMES = tuple(titles)
+titles = {**TITLES, "sparsity": sparsity.TITLE}
+explanations = {**EXPLANATIONS, "sparsity": sparsity.EXPLANATION}
 CONFIG = {
     "responsive": True,
     "displaylogo": False,
@@ -58,15 +49,10 @@ FILES = "files"
 COPIED_SECONDS = 600
 
 
-def explanation(name: str) -> str:
-    """The sentence that says how to read a figure."""
-    return SPARSITY_EXPLANATION if name == "sparsity" else EXPLANATIONS[name]
-
-
 def drawn(report: LayerReport) -> dict[str, PlotData]:
-    """Every figure that the report has scores for, by its name in `FIGURE_NAMES`."""
+    """Every figure that the report has scores for, by its name in `titles`."""
     found: dict[str, go.Figure] = dict(figures(report))
-    if (figure := sparsity(report)) is not None:
+    if (figure := sparsity.sparsity(report)) is not None:
         found["sparsity"] = figure
     return {name: plot_data(figure, name) for name, figure in found.items()}
 
@@ -156,9 +142,4 @@ def _stem(name: str) -> str:
 
 
 def _count(number: Any, noun: str) -> str | None:
-    if not isinstance(number, int):
-        return None
-    for size, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if number >= size:
-            return f"{format_number(number / size, 3)}{letter} {noun}"
-    return f"{number} {noun}"
+    return f"{format_count(number, '')} {noun}" if isinstance(number, int) else None

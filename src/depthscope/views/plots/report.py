@@ -50,6 +50,7 @@ from depthscope.wording.numbers import format_number, format_with_error
 __all__ = [
     "EXPLANATIONS",
     "FIGURES",
+    "TITLES",
     "causal_map",
     "compare_layers",
     "effectiveness",
@@ -65,6 +66,14 @@ MAP_SCALE = "Viridis"
 FEW_LAYERS = 12  # up to here every layer has its tick
 MOST_NAMED = 40  # characters of a model's name
 
+TITLES = {
+    "effectiveness": "How much each layer contributes",
+    "skip_cost": "What leaving out one layer costs",
+    "variance_growth": "How the variance of the residual stream grows with depth",
+    "causal_map": "Which later layers depend on which layer",
+    "permutation_map": "Which layers can change places",
+    "compare_layers": "Layers of the reports over each other",
+}
 EXPLANATIONS = {
     "effectiveness": "Each panel shows one score over the layers, with a band of one standard error; the lower a layer "
     "lies, the nearer it is to doing nothing. Open circles are at or below the bottom of their scale.",
@@ -100,7 +109,7 @@ def effectiveness(report: LayerReport) -> go.Figure:
         _draw(figure, row, positions, series, color=color, name=panel.title, log=is_wide(panel, series.values))
         _scale(figure, row, panel, [series.values])
     _layer_axis(figure, len(panels), len(report.layers))
-    return _finish(figure, "effectiveness", "How much each layer contributes", legend=False)
+    return _finish(figure, "effectiveness", legend=False)
 
 
 def variance_growth(report: LayerReport) -> go.Figure:
@@ -124,7 +133,7 @@ def variance_growth(report: LayerReport) -> go.Figure:
     if split:
         _draw_growth(figure, report)
     _layer_axis(figure, len(titles), len(report.layers))
-    return _finish(figure, "variance_growth", "How the variance of the residual stream grows with depth")
+    return _finish(figure, "variance_growth")
 
 
 def skip_cost(report: LayerReport) -> go.Figure:
@@ -171,7 +180,7 @@ def skip_cost(report: LayerReport) -> go.Figure:
     )
     figure.update_yaxes(title_text="rise of the loss, %", zeroline=True, zerolinecolor=TEXT_GREY)
     figure.update_layout(height=400, bargap=0.25, uniformtext={"minsize": 9, "mode": "hide"})
-    return _finish(figure, "skip_cost", "What leaving out one layer costs")
+    return _finish(figure, "skip_cost")
 
 
 def causal_map(report: LayerReport) -> go.Figure:
@@ -183,7 +192,6 @@ def causal_map(report: LayerReport) -> go.Figure:
     return _map(
         report,
         "causal",
-        title="Which later layers depend on which layer",
         axes=("later layer", "skipped layer"),
         hover="skip layer %{y}: layer %{x}'s update changes by %{customdata}",
         unit="relative change",
@@ -199,7 +207,6 @@ def permutation_map(report: LayerReport) -> go.Figure:
     return _map(
         report,
         "permutation",
-        title="Which layers can change places",
         axes=("layer", "layer"),
         hover="swap layers %{y} and %{x}: the loss changes by %{customdata} of itself",
         unit="relative change",
@@ -242,7 +249,7 @@ def compare_layers(reports: Sequence[LayerReport]) -> go.Figure:
         _layer_axis(figure, len(panels), len(reports[0].layers))
     else:
         figure.update_xaxes(title_text="relative depth, 0 embeddings to 1 head", row=len(panels), col=1)
-    return _finish(figure, "compare_layers", "Layers of the reports over each other")
+    return _finish(figure, "compare_layers")
 
 
 FIGURES: dict[str, Callable[[LayerReport], go.Figure]] = {
@@ -475,7 +482,7 @@ def _draw_growth(figure: go.Figure, report: LayerReport) -> None:
     )
 
 
-def _map(report: LayerReport, name: str, *, title: str, axes: tuple[str, str], hover: str, unit: str) -> go.Figure:
+def _map(report: LayerReport, name: str, *, axes: tuple[str, str], hover: str, unit: str) -> go.Figure:
     """Draw an L x L matrix as a heat map; undefined cells stay empty. The colours are logarithmic in the value."""
     matrix = report.pairs.get(name)
     if matrix is None or not _is_drawable(matrix):
@@ -518,7 +525,7 @@ def _map(report: LayerReport, name: str, *, title: str, axes: tuple[str, str], h
         constrain="domain",
     )
     figure.update_layout(height=MAP_HEIGHT)
-    return _finish(figure, f"{name}_map", title, legend=False)
+    return _finish(figure, f"{name}_map", legend=False)
 
 
 def _is_drawable(matrix: Matrix | None) -> bool:
@@ -538,11 +545,11 @@ def _colorbar(floor: float, top: float, unit: str) -> dict[str, object]:
     }
 
 
-def _finish(figure: go.Figure, name: str, title: str, legend: bool = True) -> go.Figure:
+def _finish(figure: go.Figure, name: str, legend: bool = True) -> go.Figure:
     finish(
         figure,
         EXPLANATIONS[name],
-        title,
+        TITLES[name],
         hoverlabel=HOVER,
         hovermode="closest",
         autosize=True,

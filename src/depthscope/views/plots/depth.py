@@ -1,4 +1,4 @@
-"""Scores against depth, for models of unequal depth side by side."""
+"""Scores against depth, and variance over training, for models of unequal depth side by side."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -6,9 +6,9 @@ from dataclasses import dataclass
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from depthscope import LayerReport
 from depthscope.report.measures import GLOBAL_SCORES, shown_in
-from depthscope.views.plots.style import BLUE, DASHES, GRID_GREY, PALETTE, TEXT_GREY, VERMILION, plotly_text
+from depthscope.report.report import LayerReport
+from depthscope.views.plots.style import BLUE, DASHES, PALETTE, TEXT_GREY, VERMILION, finish, plotly_text
 from depthscope.wording.numbers import format_with_error
 
 __all__ = ["COURSE_EXPLANATION", "EXPLANATION", "Point", "against_depth", "of_reports", "over_training"]
@@ -68,19 +68,11 @@ def against_depth(
             title_text="layers" if is_last else None,
             tickvals=sorted({point.layers for point in every}),
             type="log",
-            gridcolor=GRID_GREY,
             **place,
         )
-    figure.update_yaxes(gridcolor=GRID_GREY, automargin=True, zeroline=False)
-    figure.update_layout(
-        template=go.layout.Template(),
-        height=PANEL_HEIGHT * rows + 70,
-        paper_bgcolor="rgba(0, 0, 0, 0)",
-        plot_bgcolor="rgba(0, 0, 0, 0)",
-        font={"family": "system-ui, sans-serif", "size": 12, "color": TEXT_GREY},
-        showlegend=False,
-        margin={"l": 50, "r": 12, "t": 36, "b": 48},
-    )
+    figure.update_yaxes(automargin=True, zeroline=False)
+    height = PANEL_HEIGHT * rows + 70
+    finish(figure, EXPLANATION, height=height, showlegend=False, margin={"l": 50, "r": 12, "t": 36, "b": 48})
     return figure
 
 
@@ -117,14 +109,12 @@ def over_training(courses: Sequence[tuple[str, Sequence[float], Sequence[float]]
             name=plotly_text(name),
             hovertemplate=f"{plotly_text(name)}, step %{{x}}: %{{y:.4g}}<extra></extra>",
         )
-    figure.update_xaxes(title_text="step of training", gridcolor=GRID_GREY, zeroline=False)
-    figure.update_yaxes(title_text="variance", type="log", gridcolor=GRID_GREY, automargin=True)
-    figure.update_layout(
-        template=go.layout.Template(),
+    figure.update_xaxes(title_text="step of training", zeroline=False)
+    figure.update_yaxes(title_text="variance", type="log", automargin=True)
+    finish(
+        figure,
+        COURSE_EXPLANATION,
         height=380,
-        paper_bgcolor="rgba(0, 0, 0, 0)",
-        plot_bgcolor="rgba(0, 0, 0, 0)",
-        font={"family": "system-ui, sans-serif", "size": 12, "color": TEXT_GREY},
         legend={"orientation": "h", "x": 0, "y": -0.2, "yanchor": "top"},
         margin={"l": 50, "r": 12, "t": 12, "b": 48},
     )

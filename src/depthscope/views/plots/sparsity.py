@@ -3,14 +3,15 @@
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from depthscope import LayerReport
 from depthscope.report.measures import LAYER_SCORES
+from depthscope.report.report import LayerReport
 from depthscope.views.plots.report import FEW_LAYERS
-from depthscope.views.plots.style import GRID_GREY, PALETTE, TEXT_GREY
+from depthscope.views.plots.style import PALETTE, TEXT_GREY, finish
 from depthscope.wording.numbers import format_with_error
 
-__all__ = ["EXPLANATION", "sparsity"]
+__all__ = ["EXPLANATION", "TITLE", "sparsity"]
 
+TITLE = "Sparsity by layer: weights, attention, experts"
 EXPLANATION = (
     "Each panel shows one kind of sparsity over the layers. Weights: the share that is small beside the others in its "
     "matrix (8% for weights drawn at random). Attention: the share of the visible positions that get less than an even "
@@ -53,18 +54,10 @@ def sparsity(report: LayerReport) -> go.Figure | None:
         )
         if not name.startswith("expert"):
             figure.update_yaxes(tickformat=".0%", row=row, col=1)
-    figure.update_xaxes(gridcolor=GRID_GREY, zeroline=False)
+    figure.update_xaxes(zeroline=False)
     if len(report.layers) <= FEW_LAYERS:
         figure.update_xaxes(dtick=1)
     figure.update_xaxes(title_text="layer", row=len(names), col=1)
-    figure.update_yaxes(gridcolor=GRID_GREY, rangemode="tozero", automargin=True)
-    figure.update_layout(
-        template=go.layout.Template(),
-        height=height,
-        paper_bgcolor="rgba(0, 0, 0, 0)",
-        plot_bgcolor="rgba(0, 0, 0, 0)",
-        font={"family": "system-ui, sans-serif", "size": 12, "color": TEXT_GREY},
-        showlegend=False,
-        margin={"l": 62, "r": 12, "t": 30, "b": 48},
-    )
+    figure.update_yaxes(rangemode="tozero", automargin=True)
+    finish(figure, EXPLANATION, height=height, showlegend=False, margin={"l": 62, "r": 12, "t": 30, "b": 48})
     return figure

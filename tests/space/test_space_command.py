@@ -37,6 +37,13 @@ def test_pushing_again_brings_it_up_to_date(hub):
     assert line in files["requirements.txt"].content.decode().splitlines()
 
 
+def test_a_push_goes_on_where_the_hub_was_busy_for_a_moment(hub):
+    hub.faults.next("commit", status=503)
+    ended = run("push-space", "--to", "ada/layers")
+    assert ended.exit_code == 0, ended.output
+    assert "app.py" in hub.repository("ada/layers", kind="space").files("main")
+
+
 def pushed_from(folder, files, monkeypatch):
     """Push a page that consists of these files."""
     for name, content in {"app.py": "", "requirements.txt": "depthscope[gguf]\n", **files}.items():
@@ -83,8 +90,8 @@ def test_modules_that_the_page_has_no_more_are_removed_and_the_owners_files_stay
     ("words", "said"),
     [
         (["--to", "layers"], "give NAMESPACE/NAME"),
-        (["--to", "nobody/layers"], "hf auth"),
-        (["--to", "ada/la yers"], "no name on the Hub"),
+        (["--to", "nobody/layers"], "the token may not"),
+        (["--to", "ada/la yers"], "no name that the Hub takes"),
         (["--to", "ada/layers", "--requirement", "numpy"], "installs depthscope"),
     ],
 )

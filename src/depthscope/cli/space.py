@@ -11,7 +11,7 @@ import typer
 
 from depthscope.cli.paths import FILLS
 from depthscope.cli.shared import app, errors_for_people, say
-from depthscope.errors import DepthscopeError, HubError, SettingsError
+from depthscope.errors import DepthscopeError, SettingsError
 from depthscope.files.new_folder import new_folder
 
 if TYPE_CHECKING:
@@ -134,27 +134,28 @@ def _write(files: dict[str, bytes], folder: Path) -> None:
 
 
 def _push(files: dict[str, bytes], to: str, private: bool) -> str:
-    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete
+
+    from depthscope.hub.plan import check_names
+    from depthscope.hub.push import client
+    from depthscope.hub.retry import Patience
 
     if to.count("/") != 1:
         raise SettingsError(f"--to is {to!r}; give NAMESPACE/NAME, such as ada/layers.")
-    api = HfApi()
-    try:
-        url = api.create_repo(to, repo_type="space", space_sdk="gradio", private=private, exist_ok=True)
+    check_names(to)
+    api, patience = client(), Patience(said=say)
+
+    def open_space() -> str:
+        return str(api.create_repo(to, repo_type="space", space_sdk="gradio", private=private, exist_ok=True))
+
+    def commit() -> None:
         write = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=content) for name, content in files.items()]
         remove = [CommitOperationDelete(path_in_repo=name) for name in _pushed(api, to) if name not in files]
         api.create_commit(to, [*write, *remove], repo_type="space", commit_message=COMMIT_TITLE)
-    except HFValidationError as error:
-        raise SettingsError(f"--to is {to!r}, which is no name on the Hub: {error}") from error
-    except HfHubHTTPError as error:
-        raise HubError(
-            f"The Hub answered {error.response.status_code} for {to}. Log in with an account that may write there: hf "
-            "auth login."
-        ) from error
-    except (HTTPError, OSError) as error:
-        raise HubError(f"The Hub cannot be reached to push {to}. Check the network, and run it again.") from error
-    return str(url)
+
+    url = patience.carry_out(f"open {to}", open_space)
+    patience.carry_out(f"write {to}", commit)
+    return url
 
 
 def _pushed(api: "HfApi", to: str) -> list[str]:

@@ -3,9 +3,9 @@
 from dataclasses import dataclass
 
 import torch
-from torch.nn.functional import cross_entropy
 
 from depthscope import Blocks, LayerReport, LayerStack, LoadedModel
+from depthscope.scores.base import block_losses
 
 __all__ = ["Drop", "measure_drop", "run_to_drop"]
 
@@ -70,7 +70,6 @@ def _loss(stack: LayerStack, blocks: Blocks) -> float:
     total = 0.0
     for index in range(len(blocks)):
         block = blocks[index : index + 1]
-        logits = stack.logits(block.input_ids)[0, :-1].float()
-        losses = cross_entropy(logits, block.input_ids[0, 1:].to(logits.device), reduction="none").cpu()
-        total += losses.double()[block.token_mask[0, :-1] & block.token_mask[0, 1:]].sum().item()
+        counted = block.token_mask[:, :-1] & block.token_mask[:, 1:]
+        total += float(block_losses(stack.logits(block.input_ids), block.input_ids, counted).sum())
     return total

@@ -186,7 +186,7 @@ def choose_settings(
     fit_tokens = min(max(2 * tokens, math.ceil(FITTING * width)), 4 * limits.max_tokens)
     share = ORDERED_PAIRS / layers**2
     try:
-        return Settings(
+        chosen = Settings(
             scores=tuple(scores),
             fit_blocks=math.ceil(fit_tokens / block_size),
             eval_blocks=math.ceil(tokens / block_size),
@@ -197,6 +197,7 @@ def choose_settings(
         )
     except SettingsError as error:
         raise Problem("settings", str(error)) from error
+    return chosen if "usefulness" in chosen.scores else chosen.with_(fit_blocks=0)
 
 
 def fitted(settings: Settings, facts: Mapping[str, Any], limits: Limits) -> Settings:
@@ -204,17 +205,8 @@ def fitted(settings: Settings, facts: Mapping[str, Any], limits: Limits) -> Sett
     layers, width = facts.get("num_layers"), facts.get("hidden_size")
     if not layers or not width:
         return settings
-    tokens = settings.eval_blocks * settings.block_size
-    chosen = choose_settings(
-        settings.scores,
-        tokens,
-        settings.block_size,
-        layers=layers,
-        width=width,
-        limits=limits,
-        bos=str(settings.bos),
-    )
-    return chosen.with_(fit_blocks=chosen.fit_blocks if "usefulness" in chosen.scores else 0)
+    tokens, size, bos = settings.eval_blocks * settings.block_size, settings.block_size, str(settings.bos)
+    return choose_settings(settings.scores, tokens, size, layers=layers, width=width, limits=limits, bos=bos)
 
 
 def stages(settings: Settings) -> dict[str, tuple[str, ...]]:

@@ -7,7 +7,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from depthscope import LayerReport, ReportError
+from depthscope import LayerReport, ReportError, Settings
 from depthscope.text.choices import BOS_CHOICES
 from jobs.estimate import Estimator, Shape, in_words, shape_of
 from jobs.tasks import DTYPES, SAMPLE, Task, Text, choose_settings
@@ -173,17 +173,16 @@ def failed(problem: Problem, *, partly: bool = False) -> str:
     return f"<div class='ds-problem' role='alert'><strong>{title}.</strong> {escape(str(problem))}{rest}</div>"
 
 
-def _settings(choices: Choices, shape: Shape, limits: Limits) -> Any:
-    settings = choose_settings(
+def _settings(choices: Choices, shape: Shape, limits: Limits) -> Settings:
+    return choose_settings(
         choices.scores,
-        int(choices.tokens),
-        int(choices.block_size),
+        choices.tokens,
+        choices.block_size,
         layers=shape.layers,
         width=shape.width,
         limits=limits,
         bos=choices.bos,
     )
-    return replace(settings, fit_blocks=settings.fit_blocks if "usefulness" in settings.scores else 0)
 
 
 def _bytes_a_weight(config: dict[str, Any]) -> float:

@@ -1,7 +1,8 @@
 """The API for programs: named endpoints over the same queue, limits and results as the page."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import anyio
@@ -90,7 +91,7 @@ def build(service: Service) -> None:
         text: str,
         bos: str,
     ) -> dict[str, Any]:
-        with _told(), service.visit(str(request.session_hash)) as visit:
+        with _errors_for_clients(), service.visit(str(request.session_hash)) as visit:
             planned = await service.plan(
                 model, revision, None, choices(scores, tokens, block_size, precision, text, bos)
             )
@@ -106,7 +107,7 @@ def build(service: Service) -> None:
         text: str,
         bos: str,
     ) -> dict[str, Any]:
-        with _told(), service.visit(str(request.session_hash)) as visit:
+        with _errors_for_clients(), service.visit(str(request.session_hash)) as visit:
             planned = await service.plan(
                 None, "", [upload] if upload else [], choices(scores, tokens, block_size, precision, text, bos)
             )
@@ -115,7 +116,7 @@ def build(service: Service) -> None:
     async def estimate(
         model: str, revision: str, scores: str, tokens: float, block_size: float, precision: str, text: str, bos: str
     ) -> dict[str, Any]:
-        with _told():
+        with _errors_for_clients():
             planned = await service.plan(
                 model, revision, None, choices(scores, tokens, block_size, precision, text, bos)
             )
@@ -127,7 +128,7 @@ def build(service: Service) -> None:
         }
 
     async def summarize(report: str | None) -> str:
-        with _told():
+        with _errors_for_clients():
             found = await anyio.to_thread.run_sync(read_report, report, service.limits, limiter=service.drawing)
         return f"{headline(found)}\n{found.summary()}"
 
@@ -171,7 +172,7 @@ def require_arguments(name: str | None, inputs: Sequence[Any], given: Sequence[A
     """
     if name not in NAMES:
         return
-    with _told():
+    with _errors_for_clients():
         if len(given) != len(inputs):
             listed = f" ({', '.join(component.label for component in inputs)})" if inputs else ""
             raise Problem("settings", f"{name} takes {len(inputs)} arguments{listed}; {len(given)} were given.")
@@ -191,12 +192,10 @@ def _fits(component: Any, value: Any) -> bool:
     return isinstance(value, str)
 
 
-class _told:
+@contextmanager
+def _errors_for_clients() -> Iterator[None]:
     """Turn a problem into the error that Gradio sends to a client."""
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
-        if isinstance(error, Problem):
-            raise gr.Error(f"{error.kind}: {error}", print_exception=False) from error
+    try:
+        yield
+    except Problem as problem:
+        raise gr.Error(f"{problem.kind}: {problem}", print_exception=False) from problem

@@ -18,7 +18,7 @@ from depthscope.views.page import framed, render
 from depthscope.views.plots.report import EXPLANATIONS, compare_layers, figures
 from depthscope.wording.numbers import format_number, format_with_error
 
-__all__ = ["render_page", "reproduce", "write_page"]
+__all__ = ["render_page", "reproduce", "tiles", "write_page"]
 
 # Figures that stand side by side where the page is wide.
 NARROW_FIGURES = frozenset({"causal_map", "permutation_map"})
@@ -137,7 +137,7 @@ def _section(report: LayerReport, label: str, element: str, drawn: dict[str, Any
         report=report,
         label=label,
         summary=summarize(report).removeprefix(f"{report.model['name']}: ").splitlines(),
-        tiles=_tiles(report),
+        tiles=tiles(report),
         plots=_plots(figures(report), element, drawn),
         columns={name: LAYER_SCORES[name] for name in report.layer_scores if name in LAYER_SCORES},
         near=frozenset(near.layers) if near else frozenset(),
@@ -146,24 +146,24 @@ def _section(report: LayerReport, label: str, element: str, drawn: dict[str, Any
     )
 
 
-def _tiles(report: LayerReport) -> list[tuple[str, str, str]]:
+def tiles(report: LayerReport) -> list[tuple[str, str, str]]:
     """Choose up to four numbers for the head of the page: the number, what it is of, and what it says."""
-    tiles = []
+    found = []
     for name, score in (("effective_depth_skip", "skip_ratio"), ("effective_depth_linear", "usefulness_ratio")):
         depth = report.scores.get(name)
         if depth is not None:
-            tiles.append((format_number(depth, 2), of_layers(report, score), "effective depth"))
+            found.append((format_number(depth, 2), of_layers(report, score), "effective depth"))
             break
     near = report.near_identity()
     if near:
-        tiles.append((str(len(near.layers)), of_layers(report, near.score), "near the identity"))
+        found.append((str(len(near.layers)), of_layers(report, near.score), "near the identity"))
     if ranked := report.ranked("skip_ratio"):
         layer, ratio = ranked[0]
-        tiles.append((f"layer {layer}", f"loss ×{ratio:.4f} without it", "cheapest to leave out"))
+        found.append((f"layer {layer}", f"loss ×{ratio:.4f} without it", "cheapest to leave out"))
     growth = report.scores.get("variance_growth")
     if growth is not None:
-        tiles.append((f"×{format_number(growth, 3)}", "first layer to last", "variance growth"))
-    return tiles
+        found.append((f"×{format_number(growth, 3)}", "first layer to last", "variance growth"))
+    return found
 
 
 def _plots(available: Mapping[str, go.Figure], element: str, drawn: dict[str, Any]) -> list[_Plot]:

@@ -4,7 +4,8 @@ import re
 from html import escape
 
 from depthscope import LayerReport
-from depthscope.report.summary import of_layers, ranges
+from depthscope.report.summary import of_layers
+from depthscope.views import report_page
 from depthscope.wording.numbers import format_number
 
 __all__ = ["headline", "tiles"]
@@ -48,27 +49,10 @@ def _in_percent(ratio: float) -> str:
 
 
 def tiles(report: LayerReport) -> str:
-    """Up to four numbers as HTML: the number, what it is of, and what it says."""
-    found: list[tuple[str, str, str]] = []
-    for name, score in (("effective_depth_skip", "skip_ratio"), ("effective_depth_linear", "usefulness_ratio")):
-        depth = report.scores.get(name)
-        if depth is not None:
-            meaning = "effective depth: so many share the work"
-            found.append((format_number(depth, 2), of_layers(report, score), meaning))
-            break
-    near = report.near_identity()
-    if near is not None:
-        which = f"layers {ranges(near.layers)}" if near.layers else "no layer"
-        found.append((str(len(near.layers)), f"{of_layers(report, near.score)} near the identity", which))
-    if ranked := report.ranked("skip_ratio"):
-        layer, ratio = ranked[-1]
-        found.append((f"layer {layer}", f"loss ×{format_number(ratio, 3)} without it", "costliest to drop"))
-    growth = report.scores.get("variance_growth")
-    if growth is not None:
-        found.append((f"×{format_number(growth, 3)}", "first layer to last", "growth of the variance"))
+    """The numbers at the head of a report's page, as HTML: each, what it is of, and what it says."""
     cells = "".join(
         f"<div class='ds-tile'><strong>{escape(number)}</strong><span>{escape(of)}</span>"
         f"<span>{escape(meaning)}</span></div>"
-        for number, of, meaning in found
+        for number, of, meaning in report_page.tiles(report)
     )
     return f"<div class='ds-tiles'>{cells}</div>"

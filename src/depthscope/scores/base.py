@@ -90,7 +90,10 @@ class Score(ABC):
         self.sums: dict[str, Array] = {}
 
     def work(self) -> float:
-        """How much it takes for one block, in forward passes of one layer, beyond what the scores share."""
+        """How much it takes for one block, in forward passes of one layer, beyond what the scores share.
+
+        `depthscope.scores.work` says it by the score's name, also for a model that is not loaded.
+        """
         return own_work(self.name, self.extent, self.settings)
 
     def measure(self, batch: Batch, tick: Callable[[float], None]) -> None:

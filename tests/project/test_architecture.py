@@ -61,7 +61,7 @@ assert "sign_flips" in COLUMNS and "sign_flips" in MAIN
 # The Space
 from jobs.tasks import STAGES
 from page.choices_panel import DEFAULT_SCORES
-from page.results.depth_figure import SCORES
+from depthscope.views.plots.depth import SCORES
 from page.results.parts import layer_table
 assert "sign_flips" in DEFAULT_SCORES and "sign_flips" in SCORES
 assert any("sign_flips" in names for names in STAGES.values())

@@ -20,9 +20,10 @@ from depthscope.cli import app
 from depthscope.errors import HubError
 from depthscope.hub.collection import CollectionPlan, Item
 from depthscope.hub.commit import Changes, Remote, changes
+from depthscope.hub.errors import hide_tokens
 from depthscope.hub.plan import Plan
 from depthscope.hub.push import client, publish, push
-from depthscope.hub.retry import Patience, hide_tokens
+from depthscope.hub.retry import Patience
 from depthscope.hub.tree import MANIFEST, Digest, Tree, read_manifest
 from hub import LocalHub
 

@@ -16,14 +16,13 @@ from typing import Any
 
 import torch
 from huggingface_hub import HfApi
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
 from transformers import TrainerCallback
 
 from depthscope.errors import SettingsError
 from depthscope.hub.commit import push_trees
+from depthscope.hub.errors import hide_tokens, require_repository_name
 from depthscope.hub.push import client
-from depthscope.hub.retry import Patience, hide_tokens
+from depthscope.hub.retry import Patience
 from depthscope.hub.tree import Tree
 from depthscope.runs.layout import is_published
 from depthscope.wording.messages import one_line
@@ -111,10 +110,7 @@ class HubCheckpointCallback(TrainerCallback):
     ) -> None:
         if not isinstance(repo_id, str):
             raise SettingsError(f"repo_id is {repo_id!r}; give the name of a repository, namespace/name.")
-        try:
-            validate_repo_id(repo_id)
-        except HFValidationError as error:
-            raise SettingsError(f"{repo_id!r} is no name of a repository: {one_line(error)}") from error
+        require_repository_name(repo_id, repr(repo_id))
         if "/" not in repo_id:
             raise SettingsError(f"{repo_id!r} has no namespace: give namespace/{repo_id}.")
         for name, number in (("every", every), ("waiting", waiting)):

@@ -13,9 +13,6 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
-
 from depthscope.errors import ConversionError, HubError, SettingsError
 from depthscope.files.validation import read_object
 from depthscope.hub.cards.data import DepthCardData
@@ -23,6 +20,7 @@ from depthscope.hub.cards.figures import write_figures
 from depthscope.hub.cards.read import read_card_data
 from depthscope.hub.cards.render import render_card
 from depthscope.hub.collection import LONGEST_TITLE, PAPER, CollectionPlan, Item
+from depthscope.hub.errors import require_repository_name
 from depthscope.hub.layer_stats import PARQUET, write_layer_stats
 from depthscope.hub.model_files import find_steps, model_files
 from depthscope.hub.names import model_repository
@@ -105,9 +103,9 @@ def check_names(to: str, space: str | None = None) -> None:
     if not isinstance(to, str):
         raise SettingsError(f"to is {to!r}; give a user or an organisation on the Hub, or namespace/name.")
     namespace, _, name = to.partition("/")
-    _check(f"{namespace}/{name or 'name'}", f"--to {to!r}")
+    require_repository_name(f"{namespace}/{name or 'name'}", f"--to {to!r}")
     if space is not None:
-        _check(space, f"--space {space!r}")
+        require_repository_name(space, f"--space {space!r}")
 
 
 # ------------------------------------------------------------------------------------------------------------- a sweep
@@ -189,7 +187,7 @@ def _run_name(source: Path, namespace: str) -> str:
 def _add_model(
     plan: Plan, folder: Path, repo_id: str, work: Path, options: Options, *, reports_dataset: str | None
 ) -> None:
-    _check(repo_id, f"the repository {repo_id!r}")
+    require_repository_name(repo_id, f"the repository {repo_id!r}")
     model = folder / MODEL if (folder / MODEL).is_dir() else folder
     files = model_files(model)
     steps = find_steps(folder) if options.steps else {}
@@ -249,13 +247,6 @@ def _export(plan: Plan, model: Path, repo_id: str, out: Path) -> Path | None:
 
 
 # -------------------------------------------------------------------------------------------------------------- checks
-
-
-def _check(repo_id: str, what: str) -> None:
-    try:
-        validate_repo_id(repo_id)
-    except HFValidationError as error:
-        raise SettingsError(f"{what} is no name that the Hub takes: {one_line(error)}") from error
 
 
 def _require_different(plan: Plan) -> None:

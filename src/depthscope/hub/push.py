@@ -23,8 +23,9 @@ from depthscope.console.progress import Progress, showing_progress, showing_stat
 from depthscope.errors import HubError, SettingsError
 from depthscope.hub.collection import publish_collection
 from depthscope.hub.commit import PushedRevision, push_trees
+from depthscope.hub.errors import LOG_IN
 from depthscope.hub.plan import Options, Plan, check_names, make_plan
-from depthscope.hub.retry import LOG_IN, Patience, Stopped
+from depthscope.hub.retry import Patience, Stopped
 from depthscope.hub.tree import Tree, require_room, write_trees
 
 __all__ = ["Publication", "client", "publish", "push"]

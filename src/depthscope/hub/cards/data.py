@@ -18,14 +18,13 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
 
 from depthscope.errors import ReportError, SettingsError
 from depthscope.files.atomic import read_text, write_atomically
 from depthscope.files.strict_json import encode, parse
 from depthscope.files.validation import MAX_FLOAT, MAX_INTEGER, cleaned, first_problem
+from depthscope.hub.errors import why_no_repository
 from depthscope.report.accuracy import Accuracy
 from depthscope.report.measures import shown_in
 from depthscope.report.report import LayerReport
@@ -68,10 +67,8 @@ def _matching(pattern: re.Pattern[str], what: str) -> AfterValidator:
 
 
 def _repository(value: str) -> str:
-    try:
-        validate_repo_id(value)
-    except HFValidationError as error:
-        raise ValueError(str(error)) from error
+    if why := why_no_repository(value):
+        raise ValueError(why)
     return value
 
 

@@ -16,8 +16,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError, safe_open
 
 from depthscope.errors import ReportError, SettingsError
@@ -25,6 +23,7 @@ from depthscope.files.atomic import read_text, reason, require_opens
 from depthscope.files.validation import MAX_FLOAT, read_object
 from depthscope.hub.cards import data as card
 from depthscope.hub.cards.data import LAYER_COLUMNS, DepthCardData, Evaluation, LayerCourse, Relation, rounded
+from depthscope.hub.errors import why_no_repository
 from depthscope.loading.checkpoint import ADAPTER_CONFIG, CONFIG, folder_meant
 from depthscope.report.accuracy import Accuracy
 from depthscope.report.report import LayerReport
@@ -338,11 +337,7 @@ def _repository(name: Any, beside: Path | None = None) -> str | None:
         return None
     if beside is not None and folder_meant(name, beside) is not None:
         return None
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        return None
-    return name
+    return None if why_no_repository(name) else name
 
 
 def _parameters(model: Path, report: LayerReport | None) -> int | None:

@@ -17,6 +17,7 @@ from depthscope.cli import app
 from depthscope.errors import SettingsError
 from depthscope.models import model_size
 from depthscope.recipes.evidence import PAPER, SMALL_MODELS
+from depthscope.recipes.shown import recipe_markdown
 from depthscope.recipes.write import write_recipe
 from depthscope.sweep.cost.plan import plan
 from depthscope.sweep.grid import Grid, expand
@@ -331,7 +332,7 @@ def test_a_recipe_of_many_layers_builds_no_more_layers_than_one_of_few(monkeypat
     for layers in (10, 10_000):
         built.clear()
         made = recipe(layers, 64, vocab_size=300, tokens=1e9, gpus=2, memory=1e6)
-        made.to_markdown(), made.sweep_yaml(), made.training_json()
+        recipe_markdown(made), made.sweep_yaml(), made.training_json()
         numbers.append(len(built))
     assert 0 < numbers[1] <= numbers[0] < 100
     ten, eleven = (recipe(layers, 64, vocab_size=300, tokens=1e9).size.total for layers in (10, 11))
@@ -375,7 +376,7 @@ def test_the_files_are_read_by_those_who_read_such_files(tmp_path: Path) -> None
     (arguments,) = HfArgumentParser(TrainingArguments).parse_dict(fields)
     assert (arguments.weight_decay, arguments.max_steps) == (made.training.weight_decay, made.training.steps)
     assert expand(load_sweep(folder / "sweep.yaml")).points[-1].training == Training(**made.training.model_dump())
-    assert (folder / "recipe.md").read_text() == made.to_markdown()
+    assert (folder / "recipe.md").read_text() == recipe_markdown(made)
 
 
 @pytest.mark.parametrize(
@@ -406,16 +407,16 @@ def test_the_commands_at_the_head_of_the_sweep_do_what_they_say(
 
 
 def test_the_markdown_has_a_row_for_each_choice(papers: Recipe) -> None:
-    rows = [line for line in papers.to_markdown().splitlines() if line.startswith("| ")]
+    rows = [line for line in recipe_markdown(papers).splitlines() if line.startswith("| ")]
     assert len(rows) == len(papers.evidence) + 2
     assert {line.count(" | ") for line in rows} == {4}
-    assert r"| learning rate \* | 0.001 |" in papers.to_markdown()
+    assert r"| learning rate \* | 0.001 |" in recipe_markdown(papers)
 
 
 def test_the_documented_table_is_current() -> None:
     document = (Path(__file__).parents[2] / "docs" / "recipe.md").read_text()
     table = document.partition("<!-- recipe -->\n")[2].partition("<!-- /recipe -->")[0]
-    assert table == recipe(**PAPER_SHAPE, tokens=5e9, gpus=8, memory=80).to_markdown()
+    assert table == recipe_markdown(recipe(**PAPER_SHAPE, tokens=5e9, gpus=8, memory=80))
 
 
 # The command

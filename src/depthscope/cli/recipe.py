@@ -58,7 +58,7 @@ def recipe(
     """
     with errors_for_people():
         from depthscope.recipes import recipe as make_recipe
-        from depthscope.recipes.shown import print_recipe
+        from depthscope.recipes.shown import print_recipe, recipe_markdown
         from depthscope.recipes.write import write_recipe
 
         made = make_recipe(
@@ -81,7 +81,7 @@ def recipe(
         )
         written = [] if out is None else write_recipe(made, out)
         if markdown:
-            typer.echo(made.to_markdown(), nl=False)
+            typer.echo(recipe_markdown(made), nl=False)
         else:
             print_recipe(made, terminal())
         if written and not markdown:

@@ -12,5 +12,6 @@ write.py       the files
 """
 
 from depthscope.recipes.rule import Recipe, recipe
+from depthscope.recipes.shown import recipe_markdown
 
-__all__ = ["Recipe", "recipe"]
+__all__ = ["Recipe", "recipe", "recipe_markdown"]

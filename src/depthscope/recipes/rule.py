@@ -96,12 +96,6 @@ class Recipe(Draft):
         """A sweep file that goes from the plain model of the same depth to the recipe, step by step."""
         return sweep_yaml(self.request, self.shape, self.training)
 
-    def to_markdown(self) -> str:
-        """The evidence as a Markdown table, with sizes and cost."""
-        from depthscope.recipes.shown import recipe_markdown
-
-        return recipe_markdown(self)
-
 
 def recipe(
     layers: int,

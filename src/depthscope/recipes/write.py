@@ -6,6 +6,7 @@ from pathlib import Path
 from depthscope.errors import ReportError
 from depthscope.files.atomic import write_together
 from depthscope.recipes.rule import Recipe
+from depthscope.recipes.shown import recipe_markdown
 from depthscope.runs.layout import SWEEP_FILE
 from depthscope.wording.messages import listed
 
@@ -28,7 +29,7 @@ def write_recipe(recipe: Recipe, folder: Path) -> list[Path]:
         "config.json": recipe.config.to_json_string(),
         "training_arguments.json": recipe.training_json(),
         SWEEP_FILE: recipe.sweep_yaml(),
-        REASONS: recipe.to_markdown(),
+        REASONS: recipe_markdown(recipe),
     }
     there = [name for name in contents if os.path.lexists(folder / name)]
     # Beside weights, config.json is that of the model.

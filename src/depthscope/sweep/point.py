@@ -68,8 +68,9 @@ from depthscope.sweep.grid import Point
 from depthscope.sweep.recorded import read_record, settings_of
 from depthscope.sweep.specification import Specification
 from depthscope.sweep.trainer_fields import trainer_fields
+from depthscope.wording.messages import one_line
 
-__all__ = ["PointRun", "Told", "forget_measurements", "recorded_status", "status_if_done"]
+__all__ = ["PointRun", "Told", "forget_measurements", "recorded_status", "run_point", "status_if_done"]
 
 PACKAGES = ("depthscope", "transformers", "torch", "accelerate", "datasets", "tokenizers", "numpy")
 
@@ -357,6 +358,31 @@ class PointRun:
                 "seconds": round(seconds, 1),
             },
         )
+
+
+def run_point(
+    point: Point,
+    specification: Specification,
+    corpus: Corpus,
+    block_size: int,
+    out: Path,
+    told: Told,
+    noted: Callable[[str], None],
+) -> str:
+    """Run one point, and record a failure instead of raising it, so that the others go on."""
+    run = PointRun(point, specification, corpus, block_size, out, told, noted)
+    try:
+        return run.run()
+    except Exception as error:
+        if Processes.here().count > 1:
+            raise  # the other processes wait for this one
+        what = f"{type(error).__name__}: {one_line(error)}"
+        try:
+            run.folder.mkdir(parents=True, exist_ok=True)
+            run.record_failure(what)
+        except (OSError, ReportError) as unrecorded:  # the others may have places that can be written
+            noted(f"{point.name}: {what} ({one_line(unrecorded)})")
+        return FAILED
 
 
 def status_if_done(folder: Path) -> str | None:

@@ -25,7 +25,7 @@ import torch
 import yaml
 from filelock import FileLock, Timeout
 
-from depthscope.errors import ReportError, SweepError
+from depthscope.errors import SweepError
 from depthscope.files.atomic import remove_leftovers, write_atomically
 from depthscope.processes import Processes
 from depthscope.runs.layout import (
@@ -45,13 +45,14 @@ from depthscope.runs.layout import (
 from depthscope.sweep.cost.requirements import require_what_is_needed
 from depthscope.sweep.data import Corpus, open_corpus, prepare_corpus
 from depthscope.sweep.grid import Grid, Point, expand
-from depthscope.sweep.point import PointRun, Told, forget_measurements, recorded_status, status_if_done
+from depthscope.sweep.point import forget_measurements, recorded_status, run_point, status_if_done
 from depthscope.sweep.progress import Shown, showing_points
 from depthscope.sweep.recorded import Differences, differences, require_readable
 from depthscope.sweep.specification import Specification, Sweep
-from depthscope.wording.messages import listed, one_line
+from depthscope.sweep.workers import run_in_workers
+from depthscope.wording.messages import listed
 
-__all__ = ["Outcome", "default_folder", "describe", "run_point", "run_sweep", "select"]
+__all__ = ["Outcome", "default_folder", "describe", "run_sweep", "select"]
 
 SCHEMA_VERSION = 1
 POLL = 0.5  # seconds
@@ -157,31 +158,6 @@ def run_sweep(
         lock.release()
 
 
-def run_point(
-    point: Point,
-    specification: Specification,
-    corpus: Corpus,
-    block_size: int,
-    out: Path,
-    told: Told,
-    noted: Callable[[str], None],
-) -> str:
-    """Run one point, and record a failure instead of raising it, so that the others go on."""
-    run = PointRun(point, specification, corpus, block_size, out, told, noted)
-    try:
-        return run.run()
-    except Exception as error:
-        if Processes.here().count > 1:
-            raise  # the other processes wait for this one
-        what = f"{type(error).__name__}: {one_line(error)}"
-        try:
-            run.folder.mkdir(parents=True, exist_ok=True)
-            run.record_failure(what)
-        except (OSError, ReportError) as unrecorded:  # the others may have places that can be written
-            noted(f"{point.name}: {what} ({one_line(unrecorded)})")
-        return FAILED
-
-
 def _run_points(
     specification: Specification,
     grid: Grid,
@@ -208,8 +184,6 @@ def _run_points(
     jobs = _jobs(jobs, len(grid.points), processes)
     alone = jobs == 1 and torch.cuda.device_count() < 2  # Trainer would spread a point over all GPUs that it sees
     if to_do and not alone and processes.count == 1:
-        from depthscope.sweep.workers import run_in_workers
-
         statuses |= run_in_workers(to_do, specification, grid, out, jobs, shown)
     elif to_do:
         corpus = open_corpus(out, grid.longest)

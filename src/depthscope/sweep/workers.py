@@ -19,7 +19,7 @@ from typing import Any
 from depthscope.runs.layout import FAILED
 from depthscope.sweep.data import open_corpus
 from depthscope.sweep.grid import Grid, Point
-from depthscope.sweep.point import PointRun, status_if_done
+from depthscope.sweep.point import PointRun, run_point, status_if_done
 from depthscope.sweep.progress import Shown
 from depthscope.sweep.specification import Specification
 
@@ -148,7 +148,6 @@ def _serve(connection: Connection, work: _Work) -> None:
     """What a worker does: points that come through the connection, one after the other."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that started this one
     _end_with_parent()
-    from depthscope.sweep.runner import run_point
 
     corpus = open_corpus(work.out, work.grid.longest)
 

@@ -21,6 +21,7 @@ from transformers import TrainerCallback
 from depthscope.errors import SettingsError
 from depthscope.hub.commit import push_trees
 from depthscope.hub.errors import hide_tokens, require_repository_name
+from depthscope.hub.names import step_branch
 from depthscope.hub.push import client
 from depthscope.hub.retry import Patience
 from depthscope.hub.tree import Tree
@@ -44,7 +45,7 @@ class _Checkpoint:
     def tree(self, repo_id: str) -> Tree:
         root = Path(self.folder.name)
         files = {path.relative_to(root).as_posix(): path for path in root.rglob("*") if path.is_file()}
-        return Tree(repo_id, "model", f"step{self.step}", files)
+        return Tree(repo_id, "model", step_branch(self.step), files)
 
 
 @dataclass

@@ -1,9 +1,9 @@
-"""What a sweep's models are called on the Hub."""
+"""What a sweep's models and the steps of a training are called on the Hub."""
 
 import hashlib
 import re
 
-__all__ = ["model_repository"]
+__all__ = ["model_repository", "step_branch"]
 
 MOST_CHARACTERS = 88  # the Hub takes 96; an export's suffix must fit too
 
@@ -19,3 +19,8 @@ def model_repository(namespace: str, sweep: str, point: str) -> str:
         digest = hashlib.sha256(name.encode()).hexdigest()[:8]
         name = f"{name[: MOST_CHARACTERS - 9].rstrip('-._')}-{digest}"
     return f"{namespace}/{name.removesuffix('.git')}"
+
+
+def step_branch(step: int) -> str:
+    """The branch with the weights at a step of the training."""
+    return f"step{step}"

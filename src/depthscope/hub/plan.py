@@ -23,7 +23,7 @@ from depthscope.hub.collection import LONGEST_TITLE, PAPER, CollectionPlan, Item
 from depthscope.hub.errors import require_repository_name
 from depthscope.hub.layer_stats import PARQUET, write_layer_stats
 from depthscope.hub.model_files import find_steps, model_files
-from depthscope.hub.names import model_repository
+from depthscope.hub.names import model_repository, step_branch
 from depthscope.hub.reports_dataset import Reported, reports_tree
 from depthscope.hub.tree import MAIN, Tree
 from depthscope.loading.checkpoint import CONFIG
@@ -204,11 +204,11 @@ def _add_model(
         repo_id=repo_id,
         base_model=options.base_model,
         native_repo=repo_id + NATIVE if native else None,
-        revisions=[f"step{step}" for step in steps],
+        revisions=[step_branch(step) for step in steps],
         **shared,
     )
     measured = _measured(folder, work)
-    branches = [Tree(repo_id, "model", f"step{step}", model_files(path)) for step, path in steps.items()]
+    branches = [Tree(repo_id, "model", step_branch(step), model_files(path)) for step, path in steps.items()]
     plan.repositories.append([*branches, Tree(repo_id, "model", MAIN, files | measured | _card(data, work / "card"))])
     if native is not None:
         config = read_object(native / CONFIG, MAX_BYTES)

@@ -163,10 +163,10 @@ def attended(seed: int, ids: Tensor, density: float) -> tuple[float, float, floa
     kept = (kept | torch.eye(length, dtype=torch.bool)).tril()
     mask = torch.zeros(kept.shape).masked_fill(~kept, torch.finfo(torch.float32).min)
     stack = LayerStack(model)
-    with stack.capturing(sublayers=True) as seen:
+    with stack.capture(sublayers=True) as seen:
         model(ids, attention_mask=mask)
     last = stack.num_layers - 1
-    found = [seen.attention[0], seen.attention[last], seen.outputs[last]]
+    found = [seen.attn_out[0], seen.attn_out[last], seen.resid_post[last]]
     return tuple(hidden.var(-1).mean().item() for hidden in found)  # type: ignore[return-value]
 
 

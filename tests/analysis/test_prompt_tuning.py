@@ -100,9 +100,9 @@ def test_padding_is_left_out_as_ever() -> None:
 def test_the_stream_is_longer_than_the_text() -> None:
     stack, ids = LayerStack(tuned(KINDS["prompt_tuning"])), random_blocks(2, 11)
     assert (stack.num_layers, stack.virtual_tokens, stack.resumable) == (LAYERS, VIRTUAL, True)
-    with torch.no_grad(), stack.capturing() as seen:
+    with torch.no_grad(), stack.capture() as seen:
         assert stack.logits(ids).shape[:2] == (2, VIRTUAL + 11)
-    assert stack.flat(seen.inputs[1]).shape[:2] == (2, VIRTUAL + 11)
+    assert stack.flat(seen.resid_pre[1]).shape[:2] == (2, VIRTUAL + 11)
 
 
 def test_prefix_tuning_leaves_the_stream_as_long_as_the_text() -> None:

@@ -196,9 +196,9 @@ def test_models_without_a_plain_stack_are_refused(tmp_path: Path) -> None:
 def test_a_reward_model_has_layers_but_no_logits(tmp_path: Path) -> None:
     model = CASES["reward"][0]()
     stack = LayerStack(model, head=False)
-    with stack.capturing() as seen:
+    with stack.capture() as seen:
         stack.run_through(2, random_blocks(2, 8))
-    assert sorted(seen.outputs) == [0, 1, 2]
+    assert sorted(seen.resid_post) == [0, 1, 2]
     with pytest.raises(NoLayerStackError, match="without a language-modelling head"):
         stack.logits(random_blocks(2, 8))
     with pytest.raises(NoLayerStackError, match="no language-modelling head"):

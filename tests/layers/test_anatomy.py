@@ -133,25 +133,25 @@ def test_tracing_leaves_no_trace(model: PreTrainedModel) -> None:
 
 def test_resuming_at_any_layer_gives_the_baseline(model: PreTrainedModel, ids: Tensor) -> None:
     stack = LayerStack(model)
-    with stack.capturing() as seen:
+    with stack.capture() as seen:
         baseline = stack.logits(ids)
-    kept, last = dict(seen.inputs), seen.outputs[LAYERS - 1]
+    kept, last = dict(seen.resid_pre), seen.resid_post[LAYERS - 1]
     assert stack.resumable
     for index in range(LAYERS + 1):
-        with stack.resuming_at(index, last if index == LAYERS else kept[index]):
+        with stack.resume_from(index, last if index == LAYERS else kept[index]):
             torch.testing.assert_close(stack.logits(ids), baseline, atol=1e-5, rtol=1e-5)
 
 
 def test_resuming_runs_no_earlier_layer(llama_model: PreTrainedModel, ids: Tensor) -> None:
     stack = LayerStack(llama_model)
-    with stack.capturing() as seen:
+    with stack.capture() as seen:
         stack.logits(ids)
     ran = []
     handles = [
         layer.register_forward_hook(lambda *_, index=index: ran.append(index))
         for index, layer in enumerate(stack.layers)
     ]
-    with stack.resuming_at(2, seen.inputs[2]):
+    with stack.resume_from(2, seen.resid_pre[2]):
         stack.run_through(2, ids)
     for handle in handles:
         handle.remove()
@@ -160,9 +160,9 @@ def test_resuming_runs_no_earlier_layer(llama_model: PreTrainedModel, ids: Tenso
 
 def test_resuming_with_another_hidden_state_changes_the_output(llama_model: PreTrainedModel, ids: Tensor) -> None:
     stack = LayerStack(llama_model)
-    with stack.capturing() as seen:
+    with stack.capture() as seen:
         baseline = stack.logits(ids)
-    with stack.resuming_at(2, seen.inputs[2] * 2):
+    with stack.resume_from(2, seen.resid_pre[2] * 2):
         assert not torch.allclose(stack.logits(ids), baseline, atol=1e-3)
 
 
@@ -178,14 +178,14 @@ def test_skipping_equals_a_model_without_the_layer(ids: Tensor) -> None:
 def test_an_affine_stand_in_maps_the_hidden_state(model: PreTrainedModel, ids: Tensor) -> None:
     stack = LayerStack(model)
     weight, bias = torch.randn(WIDTH, WIDTH), torch.randn(WIDTH)
-    with stack.standing_in({2: AffineMap(weight, bias)}), stack.capturing() as seen:
+    with stack.replacing({2: AffineMap(weight, bias)}), stack.capture() as seen:
         stack.logits(ids)
-    torch.testing.assert_close(seen.outputs[2], seen.inputs[2] @ weight + bias)
+    torch.testing.assert_close(seen.resid_post[2], seen.resid_pre[2] @ weight + bias)
 
 
 def test_any_module_can_stand_in(llama_model: PreTrainedModel, ids: Tensor) -> None:
     stack = LayerStack(llama_model)
-    with stack.standing_in({1: nn.Identity()}):
+    with stack.replacing({1: nn.Identity()}):
         as_identity = stack.logits(ids)
     with stack.skipping(1):
         torch.testing.assert_close(as_identity, stack.logits(ids))
@@ -210,8 +210,8 @@ def test_swapping_equals_a_model_with_the_layers_swapped(ids: Tensor) -> None:
 
 def test_layers_of_different_kinds_do_not_change_places() -> None:
     stack = LayerStack(build("gemma2"))  # sliding and full attention in turn
-    assert stack.kinds[0] == stack.kinds[2] != stack.kinds[1]
-    with pytest.raises(NoLayerStackError, match="different kinds"), stack.swapped(0, 1):
+    assert stack.layer_types[0] == stack.layer_types[2] != stack.layer_types[1]
+    with pytest.raises(NoLayerStackError, match="different types"), stack.swapped(0, 1):
         pass
     with stack.swapped(0, 2):
         pass
@@ -222,18 +222,18 @@ def test_every_context_restores_the_model_whatever_happens(
     llama_model: PreTrainedModel, ids: Tensor, reason: type[BaseException]
 ) -> None:
     stack = LayerStack(llama_model)
-    with stack.capturing() as seen:
+    with stack.capture() as seen:
         baseline = stack.logits(ids)
-    before, kept = modules_and_hooks(llama_model), dict(seen.inputs)
+    before, kept = modules_and_hooks(llama_model), dict(seen.resid_pre)
     contexts = {
         "skipping": lambda: stack.skipping(0, 2),
-        "standing_in": lambda: stack.standing_in({1: AffineMap(torch.eye(WIDTH), torch.zeros(WIDTH))}),
+        "standing_in": lambda: stack.replacing({1: AffineMap(torch.eye(WIDTH), torch.zeros(WIDTH))}),
         "swapped": lambda: stack.swapped(1, 2),
-        "resuming_at": lambda: stack.resuming_at(3, kept[3]),
-        "resuming_at_the_end": lambda: stack.resuming_at(LAYERS, kept[3]),
+        "resuming_at": lambda: stack.resume_from(3, kept[3]),
+        "resuming_at_the_end": lambda: stack.resume_from(LAYERS, kept[3]),
         "stopping_after": lambda: stack.stopping_after(1),
         "stopping_after_the_last": lambda: stack.stopping_after(LAYERS - 1),
-        "capturing": lambda: stack.capturing(sublayers=True),
+        "capturing": lambda: stack.capture(sublayers=True),
     }
     for name, context in contexts.items():
         with pytest.raises(reason), stack.skipping(2), context():
@@ -258,16 +258,16 @@ def test_contexts_nest(llama_model: PreTrainedModel, ids: Tensor) -> None:
 
 def test_sublayers_are_captured_where_there_are_any(ids: Tensor) -> None:
     stack = LayerStack(build("llama"))
-    with stack.capturing(sublayers=True) as seen:
+    with stack.capture(sublayers=True) as seen:
         stack.logits(ids)
     for index in range(LAYERS):
-        update = seen.outputs[index] - seen.inputs[index]
-        torch.testing.assert_close(seen.attention[index] + seen.mlp[index], update, atol=1e-5, rtol=1e-4)
+        update = seen.resid_post[index] - seen.resid_pre[index]
+        torch.testing.assert_close(seen.attn_out[index] + seen.mlp_out[index], update, atol=1e-5, rtol=1e-4)
     opt = LayerStack(build("opt"))  # its MLP is not a module of its own
-    with opt.capturing(sublayers=True) as seen:
+    with opt.capture(sublayers=True) as seen:
         opt.logits(ids)
-    assert sorted(seen.attention) == list(range(LAYERS))
-    assert not seen.mlp
+    assert sorted(seen.attn_out) == list(range(LAYERS))
+    assert not seen.mlp_out
 
 
 def test_gradient_checkpointing_and_training_mode_change_nothing(llama_model: PreTrainedModel, ids: Tensor) -> None:
@@ -275,9 +275,9 @@ def test_gradient_checkpointing_and_training_mode_change_nothing(llama_model: Pr
     llama_model.gradient_checkpointing_enable()
     llama_model.train()
     stack = LayerStack(llama_model)
-    with stack.capturing() as seen:
+    with stack.capture() as seen:
         torch.testing.assert_close(stack.logits(ids), baseline)
-    with stack.resuming_at(2, seen.inputs[2]):
+    with stack.resume_from(2, seen.resid_pre[2]):
         torch.testing.assert_close(stack.logits(ids), baseline)
 
 
@@ -286,9 +286,9 @@ def test_a_peft_model_is_analysed_with_its_adapter(llama_model: PreTrainedModel,
     wrapped = peft.get_peft_model(llama_model, peft.LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
     stack = LayerStack(wrapped.eval())
     assert stack.num_layers == LAYERS
-    with stack.capturing() as seen:
+    with stack.capture() as seen:
         baseline = stack.logits(ids)
-    with stack.resuming_at(2, seen.inputs[2]):
+    with stack.resume_from(2, seen.resid_pre[2]):
         torch.testing.assert_close(stack.logits(ids), baseline)
 
 
@@ -303,9 +303,9 @@ def test_layers_that_are_offloaded_to_disk_are_found_and_resumed(
     split = dispatch_model(llama_model, places, main_device="cpu", offload_dir=tmp_path)
     assert next(split.model.layers[1].parameters()).device.type == "meta"
     stack = LayerStack(split)
-    with stack.capturing() as seen:
+    with stack.capture() as seen:
         torch.testing.assert_close(stack.logits(ids), expected)
-    with stack.resuming_at(2, seen.inputs[2]):
+    with stack.resume_from(2, seen.resid_pre[2]):
         torch.testing.assert_close(stack.logits(ids), expected)
     with stack.skipping(1), stack.swapped(2, 3):
         assert torch.isfinite(stack.logits(ids)).all()

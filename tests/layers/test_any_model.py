@@ -45,12 +45,12 @@ def test_a_model_of_any_type_is_analysed(model_type: str) -> None:
     ids = example_ids(model, batch=4, length=12)
     with torch.no_grad():
         stack = LayerStack(model)
-        with stack.capturing() as seen:
+        with stack.capture() as seen:
             baseline = stack.logits(ids)
         assert stack.resumable == (model_type not in NOT_RESUMABLE)
         if stack.resumable:
-            torch.testing.assert_close(_resumed(stack, ids, seen.inputs), baseline, atol=1e-4, rtol=1e-4)
-        _skip_replace_and_swap(stack, ids, seen.inputs, seen.outputs, baseline)
+            torch.testing.assert_close(_resumed(stack, ids, seen.resid_pre), baseline, atol=1e-4, rtol=1e-4)
+        _skip_replace_and_swap(stack, ids, seen.resid_pre, seen.resid_post, baseline)
     report = analyze(model, blocks=ids, fit_blocks=2, eval_blocks=2, probes=2)
     _is_whole(report, stack)
 
@@ -69,7 +69,7 @@ def test_a_type_that_looks_ahead_is_refused_as_such(model_type: str) -> None:
 
 def _resumed(stack: LayerStack, ids: torch.Tensor, kept: dict[int, torch.Tensor]) -> torch.Tensor:
     middle = stack.num_layers // 2
-    with stack.resuming_at(middle, kept[middle]):
+    with stack.resume_from(middle, kept[middle]):
         return stack.logits(ids)
 
 
@@ -81,14 +81,14 @@ def _skip_replace_and_swap(
     baseline: torch.Tensor,
 ) -> None:
     for layer in set(range(stack.num_layers)) - set(stack.unskippable):
-        with stack.skipping(layer), stack.capturing() as seen:
+        with stack.skipping(layer), stack.capture() as seen:
             stack.logits(ids)
-        assert torch.equal(stack.flat(seen.outputs[layer]), stack.flat(seen.inputs[layer]))
+        assert torch.equal(stack.flat(seen.resid_post[layer]), stack.flat(seen.resid_pre[layer]))
     flat = stack.flat(inputs[1])
     assert flat.shape == (*ids.shape, stack.width)
     torch.testing.assert_close(stack.unflat(flat), inputs[1])
     for first in range(stack.num_layers - 1):
-        if stack.kinds[first] == stack.kinds[first + 1]:
+        if stack.layer_types[first] == stack.layer_types[first + 1]:
             with stack.swapped(first, first + 1):
                 stack.logits(ids)
     torch.testing.assert_close(stack.logits(ids), baseline)

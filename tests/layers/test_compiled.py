@@ -113,18 +113,18 @@ def test_inside_a_context_the_model_itself_may_be_called() -> None:
     with torch.no_grad():
         model(ids)
         stack = LayerStack(model)
-        with stack.capturing() as seen:
+        with stack.capture() as seen:
             model(ids)
-    assert sorted(seen.outputs) == [0, 1]
+    assert sorted(seen.resid_post) == [0, 1]
 
 
 def test_layers_that_were_not_seen_are_an_error() -> None:
     model, ids = tiny_llama(LAYERS), random_blocks(2, 12)
     stack = LayerStack(model)
-    with stack.capturing() as seen:
+    with stack.capture() as seen:
         stack.logits(ids)
     model.model.layers = copy.deepcopy(model.model.layers)
-    for context in (stack.capturing(), stack.resuming_at(1, seen.inputs[1])):
+    for context in (stack.capture(), stack.resume_from(1, seen.resid_pre[1])):
         with torch.no_grad(), pytest.raises(AnalysisError, match="were not seen"), context:
             stack.logits(ids)
 

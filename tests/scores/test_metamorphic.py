@@ -272,15 +272,15 @@ def _with_kinds_of(one: LayerReport, other: LayerReport) -> list[dict[str, objec
 def test_a_fit_in_several_passes_keeps_only_the_layers_of_each(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = measure(tiny_llama(), scores="usefulness")
     kept: list[tuple[set[int], set[int]]] = []
-    capturing = LayerStack.capturing
+    original = LayerStack.capture
 
     @contextmanager
     def spied(self: LayerStack, **options: object) -> Iterator[Capture]:
-        with capturing(self, **options) as capture:
+        with original(self, **options) as capture:
             yield capture
-        kept.append((set(capture.inputs), set(capture.outputs)))
+        kept.append((set(capture.resid_pre), set(capture.resid_post)))
 
-    monkeypatch.setattr(LayerStack, "capturing", spied)
+    monkeypatch.setattr(LayerStack, "capture", spied)
     monkeypatch.setattr(usefulness, "ACCUMULATOR_BYTES", 2 * 16 * WIDTH**2)  # two layers at once
     in_parts = measure(tiny_llama(), scores="usefulness")
     assert ({0, 1}, {0, 1}) in kept

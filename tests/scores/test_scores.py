@@ -91,7 +91,7 @@ def test_permutation_scores(measured) -> None:
     report, model, layers, ids = measured
     expected = naive.permutation_matrix(model, layers, ids[FIT:])
     given = matrix(report, "permutation")
-    kinds = LayerStack(model).kinds
+    kinds = LayerStack(model).layer_types
     alike = np.array([[one == other for other in kinds] for one in kinds]) & ~np.eye(len(kinds), dtype=bool)
     assert (np.isnan(given) == ~alike).all()
     # A score is a small difference of two losses: its own rounding is that of the loss.

@@ -102,9 +102,9 @@ def test_how_alike_the_streams_at_two_positions_become_is_predicted(kind: str) -
     found = []
     for seed in range(SEEDS):
         stack = LayerStack(model(seed, **KINDS[kind]))
-        with torch.no_grad(), stack.capturing() as seen:
+        with torch.no_grad(), stack.capture() as seen:
             stack.logits(token_ids())
-        units = torch.nn.functional.normalize(seen.outputs[LAYERS - 1], dim=-1)  # [B, T, d]
+        units = torch.nn.functional.normalize(seen.resid_post[LAYERS - 1], dim=-1)  # [B, T, d]
         cosines = units @ units.mT
         found.append((cosines.sum((1, 2)) - LENGTH).mean().item() / (LENGTH * (LENGTH - 1)))
     predicted = predict_variance(config(**KINDS[kind]), token_ids()).position_correlation
@@ -141,9 +141,9 @@ def test_attention_that_sees_a_random_share_of_the_positions_writes_what_is_pred
         one.set_attn_implementation("eager")
         kept = (torch.rand(4, 1, LENGTH, LENGTH) < density) | torch.eye(LENGTH, dtype=torch.bool)
         mask = torch.zeros(kept.shape).masked_fill(~kept.tril(), torch.finfo(torch.float32).min)
-        with torch.no_grad(), LayerStack(one).capturing(sublayers=True) as seen:
+        with torch.no_grad(), LayerStack(one).capture(sublayers=True) as seen:
             one(token_ids(), attention_mask=mask)
-        written.append([seen.attention[layer].var(-1).mean().item() for layer in range(LAYERS)])
+        written.append([seen.attn_out[layer].var(-1).mean().item() for layer in range(LAYERS)])
     predicted = predict_variance(config(), token_ids(), attention_density=density).attention_variance
     np.testing.assert_allclose(predicted, np.mean(written, axis=0), rtol=0.15)
 

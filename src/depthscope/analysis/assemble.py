@@ -37,7 +37,7 @@ def assemble(
         lambda sums: Values(scores={"loss": float(sums["loss"] / sums["targets"])}), baseline
     )
     singles = {"loss": _number(loss.scores["loss"]), "loss_se": _number(loss_error.scores["loss"])}
-    rows: list[dict[str, Any]] = [{"layer": layer, "kind": kind} for layer, kind in enumerate(stack.kind_names)]
+    rows: list[dict[str, Any]] = [{"layer": layer, "kind": kind} for layer, kind in enumerate(stack.layer_type_names)]
     for score in scores.values():
         if isinstance(score, Jacobian):
             values, errors = score.values_with_errors()

@@ -101,7 +101,7 @@ def _measure_batch(
 def require_finite(stack: LayerStack) -> None:
     """Refuse a model with broken weights before any work is done."""
     if not torch.isfinite(stack.example_logits).all():
-        with stack.capturing() as capture:
+        with stack.capture() as capture:
             stack.logits(stack.example_ids)
         raise NonFiniteError(_not_finite(capture))
 
@@ -130,17 +130,19 @@ def _baseline(stack: LayerStack, blocks: Blocks, rows: Array, sublayers: bool) -
     tokens = blocks.token_mask
     # A prediction counts where it is made at a token that counts, of a token that is there.
     targets = tokens[:, :-1] & (tokens[:, 1:] if blocks.attention_mask is None else blocks.attention_mask[:, 1:].bool())
-    with stack.capturing(sublayers=token_variance if sublayers else False) as capture:
+    with stack.capture(sublayers=token_variance if sublayers else False) as capture:
         logits = stack.logits(blocks.input_ids, blocks.attention_mask)
     loss = block_losses(logits, blocks.input_ids, targets)
     if not np.isfinite(loss).all():
         raise NonFiniteError(_not_finite(capture))
-    return Batch(rows, blocks, tokens, targets, capture.inputs, capture.outputs, capture.attention, capture.mlp, loss)
+    return Batch(
+        rows, blocks, tokens, targets, capture.resid_pre, capture.resid_post, capture.attn_out, capture.mlp_out, loss
+    )
 
 
 def _not_finite(capture: Capture) -> str:
-    places = [("the embeddings are", capture.inputs.get(0))]
-    places += [(f"the output of layer {layer} is", hidden) for layer, hidden in sorted(capture.outputs.items())]
+    places = [("the embeddings are", capture.resid_pre.get(0))]
+    places += [(f"the output of layer {layer} is", hidden) for layer, hidden in sorted(capture.resid_post.items())]
     where = next((name for name, hidden in places if not _finite(hidden)), "the logits are")
     return (
         f"The model cannot be scored: {where} not finite (NaN or infinity). Check its weights, or use a wider "
@@ -162,11 +164,11 @@ def _skip_layers(stack: LayerStack, scores: list[Score], batch: Batch, shown: Pr
         if layer not in stack.unskippable and (losses or layer < last):
             with (
                 stack.skipping(layer),
-                run_from(stack, layer, batch.inputs[layer]),
-                stack.capturing(inputs=updates, outputs=updates, first=layer + 1) as capture,
+                run_from(stack, layer, batch.resid_pre[layer]),
+                stack.capture(resid_pre=updates, resid_post=updates, first=layer + 1) as capture,
             ):
                 loss = _loss_or_nothing(stack, batch, losses)
-            run = SkippedRun(layer, capture.inputs, capture.outputs, loss)
+            run = SkippedRun(layer, capture.resid_pre, capture.resid_post, loss)
             for score in scores:
                 if score.skip_updates or score.skip_losses:
                     score.measure_skip(batch, run)

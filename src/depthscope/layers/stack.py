@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from depthscope.errors import AnalysisError, NoLayerStackError
 from depthscope.layers.compiled import as_written, class_name, is_compiled
 from depthscope.layers.modes import evaluating
-from depthscope.layers.stand_ins import Feed, Skip, StandIn, StopForward, Stopper, hidden_among, hidden_of
+from depthscope.layers.stand_ins import Feed, PassThrough, StandIn, StopForward, Stopper, hidden_among, hidden_of
 from depthscope.layers.tracing import MODEL_FAILURES, Trace, input_device, run, text_config, trace_layers
 from depthscope.wording.messages import counted
 
@@ -27,16 +27,16 @@ __all__ = ["Capture", "LayerStack"]
 
 @dataclass
 class Capture:
-    """What `LayerStack.capturing` saw in the last forward pass: tensors by layer, as the model passed them.
+    """What `LayerStack.capture` saw in the last forward pass: tensors by layer, as the model passed them.
 
-    `inputs` and `outputs` hold the residual stream before and after each layer, `attention` and `mlp` the output of the
-    layer's attention (or other token mixer) and MLP where the layer has such a submodule.
+    `resid_pre` and `resid_post` hold the residual stream before and after each layer, `attn_out` and `mlp_out` the
+    output of its attention (or other token mixer) and MLP where the layer has such a submodule.
     """
 
-    inputs: dict[int, Tensor] = field(default_factory=dict)
-    outputs: dict[int, Tensor] = field(default_factory=dict)
-    attention: dict[int, Tensor] = field(default_factory=dict)
-    mlp: dict[int, Tensor] = field(default_factory=dict)
+    resid_pre: dict[int, Tensor] = field(default_factory=dict)
+    resid_post: dict[int, Tensor] = field(default_factory=dict)
+    attn_out: dict[int, Tensor] = field(default_factory=dict)
+    mlp_out: dict[int, Tensor] = field(default_factory=dict)
 
 
 class LayerStack:
@@ -95,26 +95,26 @@ class LayerStack:
         return tuple(self.model.get_submodule(".".join(names[:depth])) for depth in range(len(names) + 1))
 
     @property
-    def kinds(self) -> tuple[Hashable, ...]:
-        """The kind of each layer; only layers of equal kind can be swapped."""
-        return self._trace.kinds
+    def layer_types(self) -> tuple[Hashable, ...]:
+        """The type of each layer; only layers of equal type can be swapped."""
+        return self._trace.layer_types
 
     @property
-    def kind_names(self) -> tuple[str, ...]:
-        """A readable name of each layer's kind, such as `Gemma2DecoderLayer/sliding_attention`."""
-        return self._trace.kind_names
+    def layer_type_names(self) -> tuple[str, ...]:
+        """A readable name of each layer's type, such as `Gemma2DecoderLayer/sliding_attention`."""
+        return self._trace.layer_type_names
 
     @cached_property
     def resumable(self) -> bool:
-        """Whether `resuming_at` gives the baseline's output here, as tried on a small example.
+        """Whether `resume_from` gives the baseline's output here, as tried on a small example.
 
         It does not where later layers read what earlier ones left behind (shared keys and values, say).
         """
         places = sorted({min(1, self.num_layers - 1), self.num_layers // 2, self.num_layers - 1})
         with evaluating(self.model), torch.no_grad():
-            with self.capturing(outputs=False) as capture:
+            with self.capture(resid_post=False) as capture:
                 baseline = self.logits(self.example_ids)
-            kept = dict(capture.inputs)
+            kept = dict(capture.resid_pre)
             return all(self._resumes(index, kept[index], baseline) for index in places)
 
     @cached_property
@@ -197,7 +197,7 @@ class LayerStack:
         self._require_seen(last)
 
     @contextmanager
-    def standing_in(self, replacements: Mapping[int, nn.Module]) -> Iterator[None]:
+    def replacing(self, replacements: Mapping[int, nn.Module]) -> Iterator[None]:
         """Put modules in the place of layers: each gets the hidden state first and returns the new one.
 
         A plain module (`nn.Linear`, `nn.Identity`, ...) is wrapped so that it takes the layer's other arguments,
@@ -218,7 +218,7 @@ class LayerStack:
     @contextmanager
     def skipping(self, *indices: int) -> Iterator[None]:
         """Skip layers: the output of each is its input."""
-        with self.standing_in({index: Skip() for index in indices}):
+        with self.replacing({index: PassThrough() for index in indices}):
             yield
 
     @contextmanager
@@ -233,10 +233,11 @@ class LayerStack:
         """
         self._check(first)
         self._check(second)
-        if self.kinds[first] != self.kinds[second]:
+        if self.layer_types[first] != self.layer_types[second]:
+            one, other = self.layer_type_names[first], self.layer_type_names[second]
             raise NoLayerStackError(
-                f"Layers {first} ({self.kind_names[first]}) and {second} ({self.kind_names[second]}) are of different "
-                "kinds and cannot change places; swap layers whose entries in `kinds` are equal."
+                f"Layers {first} ({one}) and {second} ({other}) are of different types and cannot change places; swap "
+                "layers whose entries in `layer_types` are equal."
             )
         at_first, at_second = self.layers[first], self.layers[second]
         try:
@@ -249,7 +250,7 @@ class LayerStack:
             _exchange_positional(at_first, at_second)
 
     @contextmanager
-    def resuming_at(self, index: int, hidden: Tensor) -> Iterator[None]:
+    def resume_from(self, index: int, hidden: Tensor) -> Iterator[None]:
         """Let layer `index` get `hidden`; the layers before it become pass-throughs that cost nothing.
 
         `index` may be L: then `hidden` goes to the final norm. What the model does between embedding and layers is
@@ -258,7 +259,7 @@ class LayerStack:
         if not 0 <= index <= self.num_layers:
             raise IndexError(f"Layer {index} was asked for; layers count from 0 and {self.num_layers} is the output.")
         if index == self.num_layers:
-            with self.resuming_after(index - 1, hidden):
+            with self.resume_after(index - 1, hidden):
                 yield
             return
         with self.skipping(*range(index)), self._giving(index, hidden):
@@ -268,15 +269,15 @@ class LayerStack:
     def giving(self, index: int, hidden: Tensor) -> Iterator[None]:
         """Let layer `index` get `hidden` by whatever way the model allows: resuming there, or running up to there."""
         self._check(index)
-        with self.resuming_at(index, hidden) if self.resumable else self._giving(index, hidden):
+        with self.resume_from(index, hidden) if self.resumable else self._giving(index, hidden):
             yield
 
     @contextmanager
-    def resuming_after(self, index: int, hidden: Tensor) -> Iterator[None]:
+    def resume_after(self, index: int, hidden: Tensor) -> Iterator[None]:
         """Let `hidden` be the output of layer `index`; that layer and those before it cost nothing."""
         self._check(index)
-        replacements: dict[int, nn.Module] = {i: Skip() for i in range(index)}
-        with self.standing_in({**replacements, index: Feed(hidden)}):
+        replacements: dict[int, nn.Module] = {i: PassThrough() for i in range(index)}
+        with self.replacing({**replacements, index: Feed(hidden)}):
             yield
 
     @contextmanager
@@ -284,7 +285,7 @@ class LayerStack:
         """End each forward pass, by raising `StopForward`, when layer `index` has returned."""
         self._check(index)
         if index + 1 < self.num_layers:
-            with self.standing_in({index + 1: Stopper()}):
+            with self.replacing({index + 1: Stopper()}):
                 yield
             return
         handle = self.layers[index].register_forward_hook(_stop)
@@ -295,11 +296,11 @@ class LayerStack:
             handle.remove()
 
     @contextmanager
-    def capturing(
+    def capture(
         self,
         *,
-        inputs: bool = True,
-        outputs: bool = True,
+        resid_pre: bool = True,
+        resid_post: bool = True,
         sublayers: Callable[[Tensor], Tensor] | bool = False,
         first: int = 0,
         last: int | None = None,
@@ -316,15 +317,19 @@ class LayerStack:
         with ExitStack() as stack:
             for index in range(first, self.num_layers if last is None else last + 1):
                 layer = self.layers[index]
-                if inputs:
-                    handle = layer.register_forward_pre_hook(_keep_input(capture.inputs, index, keep), with_kwargs=True)
+                if resid_pre:
+                    handle = layer.register_forward_pre_hook(
+                        _keep_input(capture.resid_pre, index, keep), with_kwargs=True
+                    )
                     stack.callback(handle.remove)
-                if outputs:
-                    stack.callback(layer.register_forward_hook(_keep_output(capture.outputs, index, keep)).remove)
+                if resid_post:
+                    stack.callback(layer.register_forward_hook(_keep_output(capture.resid_post, index, keep)).remove)
                 if sublayers:
                     self._capture_sublayers(capture, index, stack, torch.clone if sublayers is True else sublayers)
             watched = list(self.layers)
-            kept = [store for store, wanted in ((capture.inputs, inputs), (capture.outputs, outputs)) if wanted]
+            kept = [
+                store for store, wanted in ((capture.resid_pre, resid_pre), (capture.resid_post, resid_post)) if wanted
+            ]
 
             def missed(last: int) -> list[int]:
                 there = [index for index in range(first, last + 1) if self.layers[index] is watched[index]]
@@ -342,7 +347,7 @@ class LayerStack:
     def _capture_sublayers(
         self, capture: Capture, index: int, stack: ExitStack, keep: Callable[[Tensor], Tensor]
     ) -> None:
-        for part, store in (("attention", capture.attention), ("mlp", capture.mlp)):
+        for part, store in (("attention", capture.attn_out), ("mlp", capture.mlp_out)):
             module = self.sublayer(index, part)
             if module is not None:
                 stack.callback(module.register_forward_hook(_keep_output(store, index, keep)).remove)
@@ -351,7 +356,7 @@ class LayerStack:
         if any(module is layer for layer in self._trace.originals):
             return module  # a decoder layer already speaks the model's language
         stand_in = module if isinstance(module, StandIn) else StandIn(module)
-        return stand_in.placed(self._trace.originals[index], self._trace.dress[index])
+        return stand_in.bound_to(self._trace.originals[index], self._trace.as_result[index])
 
     @contextmanager
     def _giving(self, index: int, hidden: Tensor) -> Iterator[None]:
@@ -402,7 +407,7 @@ class LayerStack:
 
     def _resumes(self, index: int, hidden: Tensor, baseline: Tensor) -> bool:
         try:
-            with self.resuming_at(index, hidden):
+            with self.resume_from(index, hidden):
                 resumed = self.logits(self.example_ids)
         except MODEL_FAILURES:
             return False

@@ -24,7 +24,7 @@ def hidden_among(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
 
 
 def result_like(example: LayerResult) -> Callable[[Tensor], LayerResult]:
-    """A function that dresses a hidden state as the layer's own result: same container, its further entries empty."""
+    """A function that gives a hidden state the shape of the layer's own result: its container, other entries empty."""
     if isinstance(example, tuple | list):
         container, length = type(example), len(example)
         return lambda hidden: container([hidden, *[None] * (length - 1)])
@@ -34,23 +34,23 @@ def result_like(example: LayerResult) -> Callable[[Tensor], LayerResult]:
 class StandIn(nn.Module):
     """Stands in for a decoder layer: applies `inner` to the hidden state, ignores the layer's other arguments.
 
-    It is bound to a layer's place by `placed`, which `LayerStack.standing_in` calls.
+    It is bound to a layer's place by `bound_to`, which `LayerStack.replacing` calls.
     """
 
     def __init__(self, inner: nn.Module) -> None:
         super().__init__()
         self.inner = inner
 
-    def placed(self, layer: nn.Module, dress: Callable[[Tensor], LayerResult]) -> "StandIn":
+    def bound_to(self, layer: nn.Module, as_result: Callable[[Tensor], LayerResult]) -> "StandIn":
         """Bind to a layer: read its attributes, return its shape of result."""
         # Not registered as a submodule: the layer's parameters do not belong to what replaces it.
         object.__setattr__(self, "_layer", layer)
-        object.__setattr__(self, "_dress", dress)
+        object.__setattr__(self, "_as_result", as_result)
         return self
 
     def forward(self, *args: Any, **kwargs: Any) -> LayerResult:
         """Map the hidden state [B, T, d] and return it in the layer's shape of result."""
-        return self._dress(self.inner(hidden_among(args, kwargs)))
+        return self._as_result(self.inner(hidden_among(args, kwargs)))
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -61,7 +61,7 @@ class StandIn(nn.Module):
             return getattr(self.__dict__["_layer"], name)
 
 
-class Skip(StandIn):
+class PassThrough(StandIn):
     """Returns the hidden state as it came: the layer is skipped."""
 
     def __init__(self) -> None:
@@ -77,7 +77,7 @@ class Feed(StandIn):
 
     def forward(self, *args: Any, **kwargs: Any) -> LayerResult:
         """Return the kept hidden state in the layer's shape of result."""
-        return self._dress(self._hidden)
+        return self._as_result(self._hidden)
 
 
 class StopForward(Exception):

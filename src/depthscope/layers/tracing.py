@@ -79,10 +79,10 @@ class Trace:
     entry: nn.Module  # what takes the token ids: the model, or the one that a wrapper of the model's owner holds
     layers: nn.ModuleList
     originals: tuple[nn.Module, ...]
-    dress: tuple[Callable[[Tensor], LayerResult], ...]  # how each layer's result is shaped
+    as_result: tuple[Callable[[Tensor], LayerResult], ...]  # how each layer's result is shaped
     axes: StreamAxes
-    kinds: tuple[Hashable, ...]
-    kind_names: tuple[str, ...]
+    layer_types: tuple[Hashable, ...]
+    layer_type_names: tuple[str, ...]
     sublayers: tuple[Mapping[str, str], ...]  # for each layer {"attention": name, "mlp": name}, where found
     token_first: tuple[Mapping[str, bool], ...]  # and whether what they return has its tokens before its sequences
     changes_in_place: bool
@@ -227,10 +227,10 @@ def _trace(model: nn.Module, entry: nn.Module, head: bool) -> Trace:
         entry=entry,
         layers=layers,
         originals=tuple(layers),
-        dress=tuple(result_like(call.out) for call in ordered),
+        as_result=tuple(result_like(call.out) for call in ordered),
         axes=axes,
-        kinds=tuple((name, _structure(layer)) for name, layer in zip(names, layers, strict=True)),
-        kind_names=tuple(names),
+        layer_types=tuple((name, _structure(layer)) for name, layer in zip(names, layers, strict=True)),
+        layer_type_names=tuple(names),
         sublayers=sublayers,
         token_first=tuple(
             {

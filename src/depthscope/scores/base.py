@@ -46,10 +46,10 @@ class Batch:
     blocks: Blocks
     token_mask: Tensor  # [B, T] the tokens that count
     target_mask: Tensor  # [B, T - 1] the predictions that count
-    inputs: dict[int, Tensor]  # layer -> residual stream before it
-    outputs: dict[int, Tensor]  # layer -> residual stream after it
-    attention: dict[int, Tensor]  # layer -> variance of the attention's output by token
-    mlp: dict[int, Tensor]  # layer -> variance of the MLP's output by token
+    resid_pre: dict[int, Tensor]  # layer -> residual stream before it
+    resid_post: dict[int, Tensor]  # layer -> residual stream after it
+    attn_variance: dict[int, Tensor]  # layer -> variance of the attention's output by token
+    mlp_variance: dict[int, Tensor]  # layer -> variance of the MLP's output by token
     loss: Array  # [B] sum of the next-token losses of each block, nats
 
     def masked_sum(self, per_token: Tensor) -> Array:
@@ -63,8 +63,8 @@ class SkippedRun:
     """What the model did on a batch with one layer skipped."""
 
     layer: int
-    inputs: dict[int, Tensor]
-    outputs: dict[int, Tensor]
+    resid_pre: dict[int, Tensor]
+    resid_post: dict[int, Tensor]
     loss: Array | None  # [B] nats, or None where no score asked for it
 
 
@@ -153,12 +153,12 @@ def extent_of(stack: LayerStack) -> Extent:
 
 def run_from(stack: LayerStack, index: int, hidden: Tensor) -> AbstractContextManager[None]:
     """Start the model at layer `index` from the kept `hidden` where it allows that, else run it from the start."""
-    return stack.resuming_at(index, hidden) if stack.resumable else nullcontext()
+    return stack.resume_from(index, hidden) if stack.resumable else nullcontext()
 
 
 def experiment_loss(stack: LayerStack, batch: Batch, index: int, rows: Tensor | None = None) -> Array:
     """The loss sums [B] of a batch (or of some of its rows), as the model stands now, from layer `index` on."""
-    hidden, blocks, mask = batch.inputs[index], batch.blocks, batch.target_mask
+    hidden, blocks, mask = batch.resid_pre[index], batch.blocks, batch.target_mask
     if rows is not None:
         hidden, blocks, mask = stack.select(hidden, rows), blocks.select(rows), mask[rows]
     with run_from(stack, index, hidden):

@@ -27,7 +27,7 @@ class Causal(Score):
         """Keep the baseline's updates, which every skipped layer's run is held against."""
         count = self.stack.num_layers
         self.table("change", count, count)  # stays empty in a model of one layer
-        self._updates = [self._update(batch.inputs, batch.outputs, layer) for layer in range(count)]
+        self._updates = [self._update(batch.resid_pre, batch.resid_post, layer) for layer in range(count)]
         for layer, update in enumerate(self._updates):
             self.table("length", count)[batch.rows, layer] = batch.masked_sum(update.norm(dim=-1))
 
@@ -35,7 +35,7 @@ class Causal(Score):
         """Add the changes of all later layers' updates."""
         count = self.stack.num_layers
         for layer in range(run.layer + 1, count):
-            change = self._update(run.inputs, run.outputs, layer).sub_(self._updates[layer])
+            change = self._update(run.resid_pre, run.resid_post, layer).sub_(self._updates[layer])
             self.table("change", count, count)[batch.rows, run.layer, layer] = batch.masked_sum(change.norm(dim=-1))
 
     def _update(self, inputs: dict[int, Tensor], outputs: dict[int, Tensor], layer: int) -> Tensor:

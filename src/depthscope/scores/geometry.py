@@ -27,8 +27,8 @@ class _Geometry(Score):
     def measure(self, batch: Batch, tick: Callable[[float], None]) -> None:
         """Add the batch's sums, read off its baseline pass."""
         for layer in range(self.stack.num_layers):
-            before = wide(self.stack.flat(batch.inputs[layer]))  # [B, T, S * d]
-            after = wide(self.stack.flat(batch.outputs[layer]))
+            before = wide(self.stack.flat(batch.resid_pre[layer]))  # [B, T, S * d]
+            after = wide(self.stack.flat(batch.resid_post[layer]))
             for name, per_token in self.read(before, after).items():
                 self.table(name, self.stack.num_layers)[batch.rows, layer] = batch.masked_sum(per_token)
 

@@ -66,7 +66,7 @@ class Jacobian(Score):
         shape = (self.stack.num_layers, self.chosen.shape[1], self.stack.width)
         products, tokens = self.table("products", *shape, rows=self.groups), self.table("tokens", rows=self.groups)
         # As the model's own dtype has them, since they are taken off again from what comes out.
-        self.vectors = self.vectors.to(batch.inputs[0].dtype).float()
+        self.vectors = self.vectors.to(batch.resid_pre[0].dtype).float()
         # Each block is a batch of its own in its group's sum, so groups need not follow batches.
         np.add.at(tokens, self.group_of[batch.rows], batch.token_mask.sum(1).cpu().numpy())
         with frozen(self.stack.model), torch.enable_grad():
@@ -154,13 +154,13 @@ class Jacobian(Score):
 
     def _products(self, batch: Batch, layer: int) -> Iterator[Array]:
         """For each of P probes the sum over tokens of `J^T z` of each block, z the block's own: [B, F]."""
-        leaf = batch.inputs[layer].detach().clone().requires_grad_()
+        leaf = batch.resid_pre[layer].detach().clone().requires_grad_()
         with (
-            self.stack.capturing(inputs=False, first=layer, last=layer) as capture,
+            self.stack.capture(resid_pre=False, first=layer, last=layer) as capture,
             self.stack.giving(layer, leaf.clone()),
         ):
             self.stack.run_through(layer, batch.blocks.input_ids, batch.blocks.attention_mask)
-        out = capture.outputs[layer]
+        out = capture.resid_post[layer]
         mask = batch.token_mask.to(leaf.device)
         for probe in self.chosen[self.group_of[batch.rows]].T:
             vectors = self._everywhere(self.vectors[probe], out, mask)

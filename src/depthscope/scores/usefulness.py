@@ -73,18 +73,21 @@ class Usefulness(Score):
         """Add the loss of the batch with each layer linearised in turn."""
         self.table("loss")[batch.rows] = batch.loss
         for layer, affine in self.maps.items():
-            with self.stack.standing_in({layer: OnFlat(self.stack, affine)}):
+            with self.stack.replacing({layer: OnFlat(self.stack, affine)}):
                 loss = experiment_loss(self.stack, batch, layer)
             self.table("linear_loss", self.stack.num_layers)[batch.rows, layer] = loss
             tick(len(batch.rows) * (forwards_from(self.extent, layer + 1) + self.head))
 
     def _fit_some(self, layers: list[int], batches: Iterable[Blocks], add_up: Callable[..., None]) -> None:
         sums = {layer: LeastSquares(self.stack.width) for layer in layers}
-        with self.stack.capturing(first=layers[0], last=layers[-1]) as capture:
+        with self.stack.capture(first=layers[0], last=layers[-1]) as capture:
             for blocks in batches:
                 self.stack.run_through(layers[-1], blocks.input_ids, blocks.attention_mask)
                 for layer in layers:
-                    before, after = self.stack.flat(capture.inputs[layer]), self.stack.flat(capture.outputs[layer])
+                    before, after = (
+                        self.stack.flat(capture.resid_pre[layer]),
+                        self.stack.flat(capture.resid_post[layer]),
+                    )
                     mask = blocks.token_mask.to(before.device)
                     sums[layer].add(before[mask], after[mask])
         for layer in layers:

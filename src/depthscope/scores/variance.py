@@ -30,8 +30,8 @@ class Variance(Score):
         stack, count = self.stack, self.stack.num_layers
         self.table("tokens")[batch.rows] = batch.token_mask.sum(1).cpu().numpy()
         for layer in range(count):
-            before = wide(stack.features(batch.inputs[layer]))  # [B, T, S, d]
-            after = wide(stack.features(batch.outputs[layer]))
+            before = wide(stack.features(batch.resid_pre[layer]))  # [B, T, S, d]
+            after = wide(stack.features(batch.resid_post[layer]))
             update = after - before
             covariance = 2 * _covariance(before, update)
             for name, per_token in (
@@ -41,7 +41,7 @@ class Variance(Score):
                 ("variance_covariance", covariance.mean(-1)),
             ):
                 self.table(name, count)[batch.rows, layer] = batch.masked_sum(per_token)
-            for part, kept in zip(PARTS, (batch.attention, batch.mlp), strict=True):
+            for part, kept in zip(PARTS, (batch.attn_variance, batch.mlp_variance), strict=True):
                 if layer in kept:
                     per_token = kept[layer].reshape(batch.token_mask.shape)
                     if stack.token_first(layer, part):

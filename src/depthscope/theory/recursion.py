@@ -113,9 +113,9 @@ def predict_from_model(model: PreTrainedModel, token_ids: Tensor) -> VariancePre
     ours = model if isinstance(model, DepthLMForCausalLM) else to_depthlm(model)
     with evaluating(ours):
         stack = LayerStack(ours)
-        with stack.capturing(outputs=False) as seen:
+        with stack.capture(resid_post=False) as seen:
             stack.run_through(0, token_ids)
-    hidden = seen.inputs[0].double().cpu().numpy()  # [B, T, d]
+    hidden = seen.resid_pre[0].double().cpu().numpy()  # [B, T, d]
     start = hidden @ hidden.swapaxes(-1, -2) / hidden.shape[-1]
     return _predict(ours.config, gains_of_model(ours), start)
 

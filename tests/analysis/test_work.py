@@ -45,5 +45,5 @@ def test_the_work_is_known_before_a_model_is_loaded(make: Any, options: dict[str
         measure(stack, scores, BLOCKS, settings, Processes.here(), progress)
     assert progress.done == pytest.approx(total) or stack.unskippable  # what cannot be left out takes nothing
     experts = isinstance(stack.model, MixtralForCausalLM)
-    extent = Extent(stack.num_layers, stack.width, head_work(stack), stack.kinds, stack.resumable, experts)
+    extent = Extent(stack.num_layers, stack.width, head_work(stack), stack.layer_types, stack.resumable, experts)
     assert estimated_work(extent, scores, settings) == pytest.approx(total, rel=0.02)

@@ -148,7 +148,7 @@ def head_work(stack: LayerStack) -> float:
 
 def extent_of(stack: LayerStack) -> Extent:
     """What the work of an analysis of this stack depends on."""
-    return Extent(stack.num_layers, stack.width, head_work(stack), stack.kinds, stack.resumable)
+    return Extent(stack.num_layers, stack.width, head_work(stack), stack.layer_types, stack.resumable)
 
 
 def run_from(stack: LayerStack, index: int, hidden: Tensor) -> AbstractContextManager[None]:

@@ -20,6 +20,7 @@ from huggingface_hub.utils import validate_repo_id
 from layer_effectiveness_measurement import DESCRIPTION, LayerEffectiveness
 
 import depthscope
+from depthscope.errors import ModelLoadError
 
 LARGEST_GB = 1.5  # of weights; a free Space has 16 GB of memory and two cores
 MOST_CHARACTERS = 20_000
@@ -51,20 +52,20 @@ def bounded_revision(model: str) -> str:
     try:
         validate_repo_id(model)
     except HFValidationError as error:
-        raise depthscope.ModelLoadError(f"{model!r} is not the id of a model on the Hub: {error}") from error
+        raise ModelLoadError(f"{model!r} is not the id of a model on the Hub: {error}") from error
     if Path(model).exists():
-        raise depthscope.ModelLoadError(f"{model!r} is a folder of this Space; give the id of a model on the Hub.")
+        raise ModelLoadError(f"{model!r} is a folder of this Space; give the id of a model on the Hub.")
     try:
         api = HfApi()
         revision = api.model_info(model).sha
         tree = api.list_repo_tree(model, revision=revision)
         sizes = [file.size for file in tree if file.path.endswith(".safetensors")]
     except (HfHubHTTPError, HTTPError) as error:
-        raise depthscope.ModelLoadError(f"The Hub gives no public model {model!r}: {type(error).__name__}.") from error
+        raise ModelLoadError(f"The Hub gives no public model {model!r}: {type(error).__name__}.") from error
     if not sizes:
-        raise depthscope.ModelLoadError(f"{model!r} has no weights as safetensors; others are not loaded here.")
+        raise ModelLoadError(f"{model!r} has no weights as safetensors; others are not loaded here.")
     if sum(sizes) > LARGEST_GB * 1e9:
-        raise depthscope.ModelLoadError(
+        raise ModelLoadError(
             f"The weights of {model!r} take {sum(sizes) / 1e9:.1f} GB; here at most {LARGEST_GB} GB are loaded. "
             f"Measure it on your own machine: depthscope analyze {model}"
         )

@@ -8,6 +8,7 @@ import datasets
 import evaluate
 
 import depthscope
+from depthscope.errors import SettingsError
 from depthscope.text.choices import bos_choice
 from depthscope.text.special_tokens import SpecialTokens
 
@@ -91,7 +92,7 @@ class LayerEffectiveness(evaluate.Measurement):
         model_id = options.pop("model_id", None)
         model = model if model is not None else model_id
         if model is None:
-            raise depthscope.SettingsError("No model was given; name it as model=, here or in evaluate.load.")
+            raise SettingsError("No model was given; name it as model=, here or in evaluate.load.")
         loading = {name: options.pop(name) for name in LOADING if name in options}
         if isinstance(model, str):
             loaded = depthscope.load_model(model, **loading)
@@ -122,7 +123,7 @@ def _settings(data: list[str], tokenizer: Any, options: dict[str, Any]) -> depth
     try:
         return depthscope.Settings(fit_blocks=fit or 1, eval_blocks=measured or 1, block_size=size, **options)
     except TypeError as error:
-        raise depthscope.SettingsError(f"{', '.join(options)}: not all of these are options ({error}).") from error
+        raise SettingsError(f"{', '.join(options)}: not all of these are options ({error}).") from error
 
 
 def flat(report: depthscope.LayerReport) -> dict[str, Any]:

@@ -13,93 +13,54 @@ from typing import TYPE_CHECKING, Any
 from depthscope.models.registration import register as _register
 
 if TYPE_CHECKING:
-    from depthscope.analysis.analyze import AnalysisInterrupted, analyze
-    from depthscope.errors import (
-        AnalysisError,
-        ConversionError,
-        CorpusError,
-        DepthscopeError,
-        HubError,
-        ModelLoadError,
-        NoLayerStackError,
-        NonFiniteError,
-        OutOfMemoryError,
-        ReportError,
-        SettingsError,
-    )
+    from depthscope.analysis.analyze import analyze
+    from depthscope.errors import DepthscopeError
     from depthscope.hub.callback import HubCheckpointCallback
     from depthscope.hub.push import push
-    from depthscope.layers.stack import Capture, LayerStack
+    from depthscope.layers.stack import LayerStack
     from depthscope.layers.stand_ins import AffineMap
     from depthscope.loading.load import load_model
-    from depthscope.loading.loaded import LoadedModel
     from depthscope.models.configuration_depthlm import DepthLMConfig
     from depthscope.models.modeling_depthlm import DepthLMForCausalLM, DepthLMModel
-    from depthscope.recipes import Recipe, recipe
-    from depthscope.report.comparison import Comparison, compare
+    from depthscope.recipes import recipe
+    from depthscope.report.comparison import compare
     from depthscope.report.report import LayerReport
     from depthscope.settings import Settings
     from depthscope.text.blocks import Blocks, load_blocks
     from depthscope.views.report_page import write_page
 
 # Where each public name lives. They are imported when first used: torch and transformers take seconds.
-_PLACES = {
-    "analysis.analyze": ("AnalysisInterrupted", "analyze"),
-    "layers.stack": ("Capture", "LayerStack"),
-    "report.comparison": ("Comparison", "compare"),
-    "text.blocks": ("Blocks", "load_blocks"),
-    "errors": (
-        "AnalysisError",
-        "ConversionError",
-        "CorpusError",
-        "DepthscopeError",
-        "HubError",
-        "ModelLoadError",
-        "NoLayerStackError",
-        "NonFiniteError",
-        "OutOfMemoryError",
-        "ReportError",
-        "SettingsError",
-    ),
-    "hub.callback": ("HubCheckpointCallback",),
-    "hub.push": ("push",),
-    "loading.load": ("load_model",),
-    "loading.loaded": ("LoadedModel",),
-    "models": ("DepthLMConfig", "DepthLMForCausalLM", "DepthLMModel"),
-    "views.report_page": ("write_page",),
-    "recipes": ("Recipe", "recipe"),
-    "report.report": ("LayerReport",),
-    "settings": ("Settings",),
-    "layers.stand_ins": ("AffineMap",),
+_HOME = {
+    "AffineMap": "layers.stand_ins",
+    "Blocks": "text.blocks",
+    "DepthLMConfig": "models",
+    "DepthLMForCausalLM": "models",
+    "DepthLMModel": "models",
+    "DepthscopeError": "errors",
+    "HubCheckpointCallback": "hub.callback",
+    "LayerReport": "report.report",
+    "LayerStack": "layers.stack",
+    "Settings": "settings",
+    "analyze": "analysis.analyze",
+    "compare": "report.comparison",
+    "load_blocks": "text.blocks",
+    "load_model": "loading.load",
+    "push": "hub.push",
+    "recipe": "recipes",
+    "write_page": "views.report_page",
 }
-_HOME = {name: module for module, names in _PLACES.items() for name in names}
 
 __all__ = [
     "AffineMap",
-    "AnalysisError",
-    "AnalysisInterrupted",
     "Blocks",
-    "Capture",
-    "Comparison",
-    "ConversionError",
-    "CorpusError",
     "DepthLMConfig",
     "DepthLMForCausalLM",
     "DepthLMModel",
     "DepthscopeError",
     "HubCheckpointCallback",
-    "HubError",
     "LayerReport",
     "LayerStack",
-    "LoadedModel",
-    "ModelLoadError",
-    "NoLayerStackError",
-    "NonFiniteError",
-    "OutOfMemoryError",
-    "Recipe",
-    "ReportError",
     "Settings",
-    "SettingsError",
     "analyze",
     "compare",
     "load_blocks",

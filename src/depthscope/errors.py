@@ -65,3 +65,7 @@ class SweepError(DepthscopeError):
 
 class HubError(DepthscopeError):
     """The Hub refused, or did not answer; the message says what is there now and what to do."""
+
+
+class AnalysisInterrupted(KeyboardInterrupt):
+    """Ctrl-C during an analysis; the message says what had been done."""

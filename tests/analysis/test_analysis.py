@@ -10,15 +10,8 @@ import torch
 from torch import nn
 
 from commands import side_by_side
-from depthscope import (
-    AnalysisInterrupted,
-    CorpusError,
-    LayerStack,
-    NonFiniteError,
-    OutOfMemoryError,
-    SettingsError,
-    analyze,
-)
+from depthscope import LayerStack, analyze
+from depthscope.errors import AnalysisInterrupted, CorpusError, NonFiniteError, OutOfMemoryError, SettingsError
 from models import gemma_with_shared_keys_and_values, random_blocks, tiny_llama
 
 BLOCKS = random_blocks(8, 16)

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from depthscope import LayerStack, NoLayerStackError, analyze
+from depthscope import LayerStack, analyze
 from depthscope.conversion.checkpoint import convert_checkpoint
-from depthscope.errors import ConversionError, SettingsError
+from depthscope.errors import ConversionError, NoLayerStackError, SettingsError
 from depthscope.text.blocks import Blocks
 from models import VOCABULARY, random_blocks, tiny_llama
 

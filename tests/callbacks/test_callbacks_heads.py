@@ -29,8 +29,9 @@ from transformers import (
     T5ForSequenceClassification,
 )
 
-from depthscope import LayerStack, NoLayerStackError
+from depthscope import LayerStack
 from depthscope.callbacks import EffectivenessCallback, SparsityCallback, VarianceCallback, read_history
+from depthscope.errors import NoLayerStackError
 from models import random_blocks, tiny_llama
 from runs import LENGTH, Recorder, Sentences, arguments, naive_variances, trainer
 

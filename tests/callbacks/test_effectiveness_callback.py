@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from depthlm import tiny_depthlm
-from depthscope import Blocks, LayerReport, SettingsError, analyze
+from depthscope import Blocks, LayerReport, analyze
 from depthscope.callbacks import EffectivenessCallback, SparsityCallback, VarianceCallback, read_history
 from depthscope.callbacks import effectiveness as module
+from depthscope.errors import SettingsError
 from models import random_blocks, tiny_llama
 from runs import trainer
 

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from depthlm import tiny_depthlm
-from depthscope import SettingsError, analyze
+from depthscope import analyze
 from depthscope.callbacks import SparsityCallback, VarianceCallback, read_history
+from depthscope.errors import SettingsError
 from depthscope.scores.attention_sparsity import ATTENTION_METRICS
 from depthscope.scores.expert_load import EXPERT_METRICS
 from depthscope.scores.weight_sparsity import WEIGHT_METRICS, weight_sparsity

@@ -12,9 +12,10 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForSeq2SeqLM, Seq2SeqTrainer, T5Config, Trainer, TrainerCallback
 
 from depthlm import tiny_depthlm
-from depthscope import LayerStack, NoLayerStackError, SettingsError
+from depthscope import LayerStack
 from depthscope.callbacks import SparsityCallback, VarianceCallback, read_history
 from depthscope.callbacks.variance import _Spread
+from depthscope.errors import NoLayerStackError, SettingsError
 from models import tiny_llama, token_first_llama
 from runs import Recorder, Sentences, arguments, naive_variances, trainer
 

@@ -8,10 +8,10 @@ import torch
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaModel, PreTrainedModel
 
 from depthlm import KINDS, tiny_config, tiny_depthlm
-from depthscope import ConversionError
 from depthscope.conversion import to_depthlm, to_native
 from depthscope.conversion.assemble import largest_logit_difference
 from depthscope.conversion.forms import FORMS
+from depthscope.errors import ConversionError
 from depthscope.loading.load import load_model
 from depthscope.models import DepthLMForCausalLM
 from models import random_blocks

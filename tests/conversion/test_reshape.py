@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from depthlm import KINDS, tiny_depthlm
-from depthscope import ConversionError
 from depthscope.conversion import deepen, to_gqa, upcycle
 from depthscope.conversion.assemble import largest_logit_difference
+from depthscope.errors import ConversionError
 from depthscope.models import DepthLMForCausalLM
 
 DENSE = [kind for kind in KINDS if not kind.startswith("moe")]

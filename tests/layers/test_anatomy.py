@@ -22,7 +22,8 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from depthscope import AffineMap, LayerStack, NoLayerStackError
+from depthscope import AffineMap, LayerStack
+from depthscope.errors import NoLayerStackError
 from models import gemma_with_shared_keys_and_values
 
 LAYERS, WIDTH, VOCABULARY = 4, 32, 90

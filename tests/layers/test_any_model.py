@@ -8,8 +8,8 @@ import torch
 import transformers
 from packaging import version
 
-from depthscope import LayerStack, NoLayerStackError, analyze
-from depthscope.errors import NotCausalError
+from depthscope import LayerStack, analyze
+from depthscope.errors import NoLayerStackError, NotCausalError
 from zoo import NO_PLAIN_STACK, NOT_BUILT, NOT_CAUSAL, decoder_only_types, example_ids, tiny_model
 
 # What layers leave behind for later ones, beside the stream: every experiment runs these models from the start.

@@ -17,8 +17,8 @@ from transformers import (
     PreTrainedModel,
 )
 
-from depthscope import LayerStack, NoLayerStackError, analyze
-from depthscope.errors import BatchDependentError, NotCausalError
+from depthscope import LayerStack, analyze
+from depthscope.errors import BatchDependentError, NoLayerStackError, NotCausalError
 from depthscope.layers.causality import require_causal
 from models import VOCABULARY, random_blocks, tiny_llama
 from zoo import tiny_config, tiny_model

@@ -11,8 +11,9 @@ import torch
 from accelerate.utils import compile_regions
 from transformers import Trainer
 
-from depthscope import AnalysisError, LayerStack, analyze
+from depthscope import LayerStack, analyze
 from depthscope.callbacks import SparsityCallback, VarianceCallback, read_history
+from depthscope.errors import AnalysisError
 from models import random_blocks, tiny_llama
 from runs import Sentences, arguments, trainer
 

@@ -14,7 +14,8 @@ from gguf.gguf_reader import GGUFReader
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer
 
-from depthscope import ModelLoadError, load_model
+from depthscope import load_model
+from depthscope.errors import ModelLoadError
 from depthscope.loading.gguf.header import read_header
 from depthscope.loading.gguf.reading import reading_once
 from gguf_files import logits, packed, write_gguf

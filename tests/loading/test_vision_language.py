@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import CONFIG_MAPPING, AutoModelForMultimodalLM, PreTrainedModel
 
-from depthscope import DepthscopeError, LayerStack, NoLayerStackError, analyze
+from depthscope import DepthscopeError, LayerStack, analyze
+from depthscope.errors import NoLayerStackError
 from depthscope.loading.load import load_model
 from zoo import VOCAB_SIZE, example_ids, tiny_config
 

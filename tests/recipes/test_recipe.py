@@ -12,10 +12,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, HfArgumentParser, Tra
 from typer.testing import CliRunner
 
 from commands import depthscope
-from depthscope import DepthLMConfig, Recipe, recipe
+from depthscope import DepthLMConfig, recipe
 from depthscope.cli import app
 from depthscope.errors import SettingsError
 from depthscope.models import model_size
+from depthscope.recipes import Recipe
 from depthscope.recipes.evidence import PAPER, SMALL_MODELS
 from depthscope.recipes.shown import recipe_markdown
 from depthscope.recipes.write import write_recipe

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from depthscope import Blocks, LayerReport, LayerStack, Settings, SettingsError, analyze
+from depthscope import Blocks, LayerReport, LayerStack, Settings, analyze
 from depthscope.callbacks import EffectivenessCallback
+from depthscope.errors import SettingsError
 from depthscope.layers.stack import Capture
 from depthscope.scores import usefulness
 from models import WIDTH, AffineLayer, make_identity, random_blocks, tiny_llama, token_first_llama

@@ -24,8 +24,9 @@ from transformers.utils.output_capturing import OutputRecorder
 from typer.testing import CliRunner
 
 from depthlm import random_ids, tiny_depthlm
-from depthscope import LayerReport, LayerStack, SettingsError, analyze
+from depthscope import LayerReport, LayerStack, analyze
 from depthscope.cli import app
+from depthscope.errors import SettingsError
 from depthscope.layers.routers import Router
 from depthscope.scores.attention_sparsity import ATTENTION_METRICS, AttentionProbe, probing_attention
 from depthscope.scores.expert_load import EXPERT_METRICS, find_routers, router_sums, router_values

@@ -13,16 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GPT2Config, GPTNeoXConfig, MixtralConfig
 
-from depthscope import (
-    CorpusError,
-    DepthLMConfig,
-    LayerReport,
-    ModelLoadError,
-    NoLayerStackError,
-    OutOfMemoryError,
-    load_model,
-)
-from depthscope.errors import NotCausalError
+from depthscope import DepthLMConfig, LayerReport, load_model
+from depthscope.errors import CorpusError, ModelLoadError, NoLayerStackError, NotCausalError, OutOfMemoryError
 from job_functions import as_on_zero_gpu, as_stopped_on_zero_gpu
 from jobs import measuring, zero_gpu
 from jobs.processes import run, run_apart

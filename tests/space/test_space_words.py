@@ -13,6 +13,7 @@ from gradio.helpers import special_args
 
 import depthscope
 from depthscope import Blocks, LayerReport, Settings
+from depthscope.loading.loaded import LoadedModel
 from depthscope.views.plots.depth import against_depth, of_reports
 from depthscope.views.plots.sparsity import sparsity
 from forks import new_python
@@ -38,7 +39,7 @@ EVERY = tuple(score for scores in STAGES.values() for score in scores)
 
 
 def loaded(model):
-    return depthscope.LoadedModel(model, None, {"name": "tiny", "num_layers": 6, "hidden_size": 24, "vocab_size": 90})
+    return LoadedModel(model, None, {"name": "tiny", "num_layers": 6, "hidden_size": 24, "vocab_size": 90})
 
 
 def test_limits_come_from_the_environment():

@@ -7,9 +7,9 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
-from depthscope import ReportError
 from depthscope.callbacks import VarianceCallback, read_history
 from depthscope.cli import app
+from depthscope.errors import ReportError
 from depthscope.runs.layout import HISTORY
 from depthscope.views.plots.run import run_figures
 from depthscope.views.run_page import render_run_page, summary

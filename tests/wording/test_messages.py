@@ -4,7 +4,8 @@ import pytest
 import torch
 
 import depthscope
-from depthscope import Blocks, CorpusError, LayerStack, NonFiniteError
+from depthscope import Blocks, LayerStack
+from depthscope.errors import CorpusError, NonFiniteError
 from depthscope.wording.messages import counted
 from models import random_blocks, tiny_llama
 

@@ -4,7 +4,8 @@ from dataclasses import dataclass
 
 import torch
 
-from depthscope import Blocks, LayerReport, LayerStack, LoadedModel
+from depthscope import Blocks, LayerReport, LayerStack
+from depthscope.loading.loaded import LoadedModel
 from depthscope.scores.base import block_losses
 
 __all__ = ["Drop", "measure_drop", "run_to_drop"]

@@ -20,8 +20,9 @@ from transformers import (
     AutoModelForCausalLM,
 )
 
-from depthscope import Blocks, LayerReport, LoadedModel, Settings, analyze, load_blocks, load_model
+from depthscope import Blocks, LayerReport, Settings, analyze, load_blocks, load_model
 from depthscope.loading.failures import LOAD_FAILURES
+from depthscope.loading.loaded import LoadedModel
 from jobs.drops import measure_drop
 from jobs.estimate import Shape, work
 from jobs.tasks import Task, Text, stages

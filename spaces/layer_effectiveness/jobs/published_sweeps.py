@@ -17,7 +17,8 @@ from typing import Any
 from huggingface_hub import HfApi, hf_hub_download
 from huggingface_hub.hf_api import RepoFile
 
-from depthscope import LayerReport, ReportError
+from depthscope import LayerReport
+from depthscope.errors import ReportError
 from jobs.processes import run_apart
 from jobs.tasks import DATASET
 from safety.limits import Limits

@@ -12,7 +12,8 @@ import threading
 from huggingface_hub import HfApi, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HTTPError
 
-from depthscope import LayerReport, ReportError
+from depthscope import LayerReport
+from depthscope.errors import ReportError
 from jobs.tasks import Task
 
 __all__ = ["ResultStore", "result_store"]

@@ -10,7 +10,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
-from depthscope import Settings, SettingsError
+from depthscope import Settings
+from depthscope.errors import SettingsError
 from depthscope.report.measures import SCORE_NAMES
 from safety.limits import Limits
 from safety.problems import Problem

@@ -7,7 +7,8 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from depthscope import LayerReport, ReportError, Settings
+from depthscope import LayerReport, Settings
+from depthscope.errors import ReportError
 from depthscope.text.choices import BOS_CHOICES
 from jobs.estimate import Estimator, Shape, in_words, shape_of
 from jobs.tasks import DTYPES, SAMPLE, Task, Text, choose_settings

@@ -15,16 +15,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from depthscope import (
+from depthscope import DepthscopeError
+from depthscope.errors import (
     CorpusError,
-    DepthscopeError,
     ModelLoadError,
     NoLayerStackError,
     NonFiniteError,
+    NotCausalError,
     OutOfMemoryError,
     SettingsError,
 )
-from depthscope.errors import NotCausalError
 from jobs.tasks import Task, fitted
 from safety.limits import Limits
 from safety.problems import NO_ROOM, Kind, Problem, no_room

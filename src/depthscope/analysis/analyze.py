@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from depthscope.analysis.assemble import assemble
-from depthscope.analysis.measure import AnalysisInterrupted, measure, require_finite, total_work
+from depthscope.analysis.measure import measure, require_finite, total_work
 from depthscope.console.progress import Listener, showing_progress, showing_status
 from depthscope.errors import CorpusError, SettingsError
 from depthscope.layers.facts import model_facts, text_only_notes
@@ -29,7 +29,7 @@ from depthscope.settings import Settings
 from depthscope.text.blocks import Blocks, load_blocks
 from depthscope.wording.messages import counted
 
-__all__ = ["AnalysisInterrupted", "analyze", "analyze_blocks", "memory_errors"]
+__all__ = ["analyze", "analyze_blocks", "memory_errors"]
 
 
 def analyze(

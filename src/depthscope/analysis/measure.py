@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from depthscope.console.progress import Progress
-from depthscope.errors import NonFiniteError
+from depthscope.errors import AnalysisInterrupted, NonFiniteError
 from depthscope.layers.stack import Capture, LayerStack
 from depthscope.layers.tracing import PLACEHOLDER
 from depthscope.processes import Processes
@@ -34,10 +34,6 @@ from depthscope.text.blocks import Blocks
 # The logits of a batch are by far its largest tensor; a batch holds as many blocks as keep them under this.
 LOGITS_BYTES = {"cpu": 256 << 20, "cuda": 1 << 30}
 LARGEST_BATCH = 16
-
-
-class AnalysisInterrupted(KeyboardInterrupt):
-    """Ctrl-C during an analysis; the message says what had been done."""
 
 
 def total_work(stack: LayerStack, scores: Mapping[str, Score], settings: Settings) -> float:

@@ -7,10 +7,9 @@ Importing it makes `AutoConfig`, `AutoModel` and `AutoModelForCausalLM` know Dep
 losses are in nats.
 """
 
+from collections.abc import Callable, Mapping
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
-
-from depthscope.models.registration import register as _register
 
 if TYPE_CHECKING:
     from depthscope.analysis.analyze import analyze
@@ -71,14 +70,28 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module 'depthscope' has no attribute {name!r}")
-    return getattr(import_module(f"depthscope.{_HOME[name]}"), name)
+def lazily(package: str, home: Mapping[str, str]) -> Callable[[str], Any]:
+    """A package's `__getattr__` (PEP 562) that imports each public name when it is first used.
+
+    Args:
+        package: its name.
+        home: the module of it in which each name lives.
+    """
+
+    def attribute(name: str) -> Any:
+        if name not in home:
+            raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        return getattr(import_module(f"{package}.{home[name]}"), name)
+
+    return attribute
+
+
+__getattr__ = lazily(__name__, _HOME)
 
 
 def __dir__() -> list[str]:
     return [*globals(), *__all__]
 
 
-_register()
+# Last, since the package of the models is lazy too.
+import_module("depthscope.models.registration").register()

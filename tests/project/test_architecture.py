@@ -22,8 +22,7 @@ from depthscope import analyze, compare
 from depthscope.hub.cards.data import DepthCardData
 from depthscope.hub.cards.render import render_card
 from depthscope.report.measures import EXPLAINED, measures_markdown
-from depthscope.sweep.report.derived import COLUMNS, derive
-from depthscope.sweep.report.tables import MAIN
+from depthscope.sweep.report.derived import COLUMNS, MAIN, derive
 from depthscope.views.report_page import render_page
 from depthscope.views.terminal import print_comparison, print_measures, print_report
 from models import random_blocks, tiny_llama

@@ -1,7 +1,8 @@
 """A model as another class that computes the same, or nearly: DepthLM from and to other architectures, and reshaped."""
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from depthscope import lazily
 
 if TYPE_CHECKING:
     from depthscope.conversion.native import to_depthlm, to_native
@@ -19,7 +20,4 @@ _HOME = {
 __all__ = ["deepen", "to_depthlm", "to_gqa", "to_native", "upcycle"]
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module 'depthscope.conversion' has no attribute {name!r}")
-    return getattr(import_module(f"depthscope.conversion.{_HOME[name]}"), name)
+__getattr__ = lazily(__name__, _HOME)

@@ -1,7 +1,8 @@
 """DepthLM, its presets and its sizes."""
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from depthscope import lazily
 
 if TYPE_CHECKING:
     from depthscope.models.configuration_depthlm import DepthLMConfig
@@ -29,7 +30,4 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module 'depthscope.models' has no attribute {name!r}")
-    return getattr(import_module(f"depthscope.models.{_HOME[name]}"), name)
+__getattr__ = lazily(__name__, _HOME)

@@ -8,8 +8,9 @@
 The steps, their assumptions and how well they hold stand in docs/theory.md.
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from depthscope import lazily
 
 if TYPE_CHECKING:
     from depthscope.theory.decay import decayed_std, equilibrium_std
@@ -45,7 +46,4 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module 'depthscope.theory' has no attribute {name!r}")
-    return getattr(import_module(f"depthscope.theory.{_HOME[name]}"), name)
+__getattr__ = lazily(__name__, _HOME)

@@ -13,12 +13,13 @@ from functools import cache
 from importlib.resources import files
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from depthscope.report.measures import format_score
 from depthscope.views.plots.style import TITLE_HEIGHT
+from depthscope.views.templates import templates
 from depthscope.wording.numbers import format_number, format_with_error
 
 __all__ = ["framed", "render"]
@@ -89,14 +90,7 @@ def _script_hash(script: str) -> str:
 @cache
 def _environment() -> Environment:
     """The templates, with the filters that they use."""
-    made = Environment(
-        loader=PackageLoader("depthscope", "templates"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
+    made = templates(autoescape=True)
     made.filters["number"] = format_number
     made.filters["value"] = _as_text
     made.globals["format_score"] = format_score

@@ -14,7 +14,7 @@ from functools import cache
 from typing import Any
 
 from huggingface_hub import ModelCard
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment
 
 from depthscope.hub.cards.data import LAYER_COLUMNS, DepthCardData
 from depthscope.hub.cards.figures import FOLDER, figure_names
@@ -22,6 +22,7 @@ from depthscope.hub.cards.front_matter import INDEXED, evaluation, front_matter,
 from depthscope.hub.cards.read import read_card_data
 from depthscope.report.measures import GLOBAL_SCORES, LAYER_SCORES, format_score
 from depthscope.report.summary import beginning, summarize
+from depthscope.views.templates import templates
 from depthscope.wording.markdown import Markdown, code, inline
 from depthscope.wording.numbers import format_number, format_with_error
 
@@ -110,14 +111,7 @@ def render_card(data: DepthCardData, figures: str | None = FOLDER) -> ModelCard:
 @cache
 def _environment() -> Environment:
     """The templates of cards: what an expression gives is escaped, unless it is Markdown already."""
-    made = Environment(
-        loader=PackageLoader("depthscope", "templates"),
-        finalize=_shown,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
+    made = templates(finalize=_shown)
     made.filters["code"] = code
     made.filters["number"] = lambda value, digits=4: Markdown(format_number(value, digits))
     made.filters["size"] = lambda value: Markdown(_size(value))

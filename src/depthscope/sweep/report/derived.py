@@ -17,7 +17,7 @@ from functools import partial
 from depthscope.report.measures import GLOBAL_SCORES, LAYER_SCORES, shown_in
 from depthscope.report.report import LayerReport
 
-__all__ = ["COLUMNS", "LOW_THRESHOLD", "SCORES", "Number", "Numbers", "derive"]
+__all__ = ["COLUMNS", "CONTROL", "LOW_THRESHOLD", "MAIN", "SCORES", "Number", "Numbers", "derive"]
 
 Numbers = dict[str, float | None]
 Compute = Callable[[LayerReport], float | None]
@@ -272,3 +272,23 @@ _SIZES = (
 
 # Every number by the name of its column, in the order of the tables.
 COLUMNS: dict[str, Number] = {number.name: number for number in (*_SIZES, *SCORES)}
+# Of them, what tables show, and what is compared with the models before training.
+MAIN = (
+    "loss",
+    "perplexity",
+    "variance_last",
+    "variance_growth",
+    "usefulness",
+    "usefulness_at_1.01",
+    "linearise_excess_mean_no0",
+    "linearise_excess_sum_no0",
+    "skip_excess_mean_no0",
+    "skip_excess_sum_no0",
+    "causal",
+    "permutation",
+    "permutation_no0",
+    "jacobian_mean_no0",
+    "effective_depth_skip",
+    *shown_in("sweep", GLOBAL_SCORES),
+)
+CONTROL = tuple(name for name in MAIN if name not in ("perplexity", "usefulness", "usefulness_at_1.01"))

@@ -21,9 +21,9 @@ from rich.text import Text
 from depthscope.console.terminal import terminal
 from depthscope.files.csv_cells import csv_cell
 from depthscope.files.validation import UNPRINTABLE
-from depthscope.report.measures import GLOBAL_SCORES, LAYER_SCORES, shown_in
+from depthscope.report.measures import LAYER_SCORES
 from depthscope.report.report import LayerReport
-from depthscope.sweep.report.derived import COLUMNS, SCORES
+from depthscope.sweep.report.derived import COLUMNS, CONTROL, MAIN, SCORES
 from depthscope.sweep.report.families import Cell, as_number, axis_label, cell, lay_out, shown_value
 from depthscope.sweep.report.results import Family, PointResult, SweepResults
 from depthscope.sweep.report.words import family_words, noise_words, standing, titled
@@ -36,25 +36,6 @@ if TYPE_CHECKING:
 __all__ = ["FamilyTable", "control_table", "layer_rows", "main_table", "print_results", "result_rows", "to_csv"]
 __all__ += ["to_markdown", "to_parquet"]
 
-MAIN = (
-    "loss",
-    "perplexity",
-    "variance_last",
-    "variance_growth",
-    "usefulness",
-    "usefulness_at_1.01",
-    "linearise_excess_mean_no0",
-    "linearise_excess_sum_no0",
-    "skip_excess_mean_no0",
-    "skip_excess_sum_no0",
-    "causal",
-    "permutation",
-    "permutation_no0",
-    "jacobian_mean_no0",
-    "effective_depth_skip",
-    *shown_in("sweep", GLOBAL_SCORES),
-)
-CONTROL = tuple(name for name in MAIN if name not in ("perplexity", "usefulness", "usefulness_at_1.01"))
 # What a narrow terminal keeps longest comes first.
 TERMINAL = (
     "loss",

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from depthscope.runs.layout import DIVERGED, FAILED, FINISHED, NOT_RUN, UNFINISHED, UNREADABLE
-from depthscope.sweep.report.derived import COLUMNS
+from depthscope.sweep.report.derived import COLUMNS, CONTROL
 from depthscope.sweep.report.families import Cell, Layout, Line, Place, axis_label, cell, pooled_deviation
 from depthscope.sweep.report.paper import direction, paper_series
 from depthscope.sweep.report.results import SweepResults
@@ -22,20 +22,6 @@ __all__ = ["Change", "changes", "family_words", "noise_words", "standing", "titl
 CLEAR = 2.0  # times the noise
 
 # What the sentences are about, in this order; the tables have more.
-TOLD = (
-    "loss",
-    "variance_last",
-    "variance_growth",
-    "linearise_excess_mean_no0",
-    "linearise_excess_sum_no0",
-    "skip_excess_mean_no0",
-    "skip_excess_sum_no0",
-    "causal",
-    "permutation",
-    "permutation_no0",
-    "jacobian_mean_no0",
-    "effective_depth_skip",
-)
 # Told only beside the paper's, which has them.
 PAPER_ONLY = ("usefulness", "perplexity", "jacobian_first", "jacobian_last")
 
@@ -88,7 +74,7 @@ def changes(results: SweepResults, places: Sequence[Place], first: Place, last: 
         last: another.
     """
     found = []
-    for name in (*TOLD, *PAPER_ONLY):
+    for name in (*CONTROL, *PAPER_ONLY):
         cells = {place.variant: cell(results, place.variant, name) for place in places}
         ends = [cells[place.variant] for place in (first, last)]
         if ends[0].mean is not None and ends[1].mean is not None:
@@ -105,7 +91,7 @@ def changes(results: SweepResults, places: Sequence[Place], first: Place, last: 
     return found
 
 
-def family_words(results: SweepResults, layout: Layout, most: int = len(TOLD), paper: bool = True) -> list[str]:
+def family_words(results: SweepResults, layout: Layout, most: int = len(CONTROL), paper: bool = True) -> list[str]:
     """What changes along the axis, and how that stands to the paper.
 
     Args:
@@ -155,7 +141,7 @@ def _compared(layout: Layout, line: Line, results: SweepResults) -> Iterator[tup
 
 
 def _sentences(head: str, told: list[Change], most: int) -> str:
-    main = [change for change in told if change.name in TOLD]
+    main = [change for change in told if change.name in CONTROL]
     kept = {
         "Clear": [change.words() for change in main if change.clear],
         "Within the noise": [COLUMNS[change.name].label for change in main if change.clear is False],

@@ -195,7 +195,7 @@ def test_every_attention_implementation_gives_the_same_logits(kind: str, impleme
 
 @pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile needs a C++ compiler")
 def test_compiled_flex_attention_gives_the_same_logits() -> None:
-    model, ids = tiny_depthlm("gqa", sliding_window=5), random_ids(2, 12)
+    model, ids = tiny_depthlm("gqa", sliding_window=5, num_hidden_layers=2), random_ids(2, 12)
     model.set_attn_implementation("eager")
     expected = logits_of(model, ids)
     model.set_attn_implementation("flex_attention")

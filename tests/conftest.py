@@ -4,6 +4,7 @@ import gc
 import os
 import signal
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -30,6 +31,8 @@ gc.disable()  # until all tests are collected: what they import stays
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
+BEGUN = pytest.StashKey[float]()
+LONG_SECONDS = 3
 DATA = Path(os.environ.get("DEPTHSCOPE_DATA", Path(__file__).parents[2] / "shared" / "data"))
 
 
@@ -40,10 +43,15 @@ def pytest_collection_finish() -> None:
     gc.enable()
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Remember when a test began."""
+    item.stash[BEGUN] = time.monotonic()
+
+
 @pytest.hookimpl(trylast=True)
 def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
-    """And over what the tests of a file imported besides."""
-    if nextitem is not None and nextitem.path != item.path:
+    """And over what the tests of a file imported besides, or a long one, such as one that compiled a model."""
+    if nextitem is not None and (nextitem.path != item.path or time.monotonic() - item.stash[BEGUN] > LONG_SECONDS):
         gc.collect()
         gc.freeze()
 

@@ -8,7 +8,7 @@ import pytest
 from depthscope.errors import ReportError
 from depthscope.hub.cards.read import read_card_data
 from depthscope.runs.layout import checkpoint_folder, checkpoints, is_published, published_steps, step_folder
-from depthscope.runs.read import losses, read_record, variances
+from depthscope.runs.read import losses, read_sealed, variances
 
 
 def test_steps_are_found_by_their_number_and_in_its_order(tmp_path: Path) -> None:
@@ -52,4 +52,4 @@ def test_a_line_that_is_cut_is_counted_and_no_card_is_made_of_it(tmp_path: Path)
 def test_a_record_that_is_not_what_was_written_is_refused_by_name(tmp_path: Path, content: str) -> None:
     (tmp_path / "result.json").write_text(content)
     with pytest.raises(ReportError, match=r"^result.json is not"):
-        read_record(tmp_path / "result.json")
+        read_sealed(tmp_path / "result.json")

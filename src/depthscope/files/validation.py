@@ -14,6 +14,7 @@ from depthscope.files.atomic import read_text
 from depthscope.files.strict_json import parse
 
 __all__ = [
+    "MAX_BYTES",
     "MAX_FLOAT",
     "MAX_INTEGER",
     "UNPRINTABLE",
@@ -23,6 +24,7 @@ __all__ = [
     "read_object",
 ]
 
+MAX_BYTES = 64 * 2**20  # of one file
 MAX_INTEGER = 2**63 - 1
 MAX_FLOAT = 1e100  # beyond any measurement, and far enough from overflow to compute with
 MAX_TEXT = 20_000  # characters of one string
@@ -32,7 +34,7 @@ MOST_SAID = 400  # characters of what is wrong
 UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
-def read_object(path: str | os.PathLike[str], max_bytes: int) -> dict[str, Any]:
+def read_object(path: str | os.PathLike[str], max_bytes: int = MAX_BYTES) -> dict[str, Any]:
     """Read a JSON object that others wrote, with null for what is not finite; empty where there is no such file.
 
     Raises:

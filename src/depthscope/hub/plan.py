@@ -28,7 +28,6 @@ from depthscope.hub.reports_dataset import Reported, reports_tree
 from depthscope.hub.tree import MAIN, Tree
 from depthscope.loading.checkpoint import CONFIG
 from depthscope.runs.layout import FINISHED, HISTORY, MODEL, NOT_RUN, POINT, REPORTS, RESULT, SWEEP_INDEX, point_folder
-from depthscope.runs.read import MAX_BYTES
 from depthscope.wording.messages import one_line
 
 __all__ = ["Options", "Plan", "check_names", "make_plan"]
@@ -112,7 +111,7 @@ def check_names(to: str, space: str | None = None) -> None:
 
 
 def _add_sweep(plan: Plan, source: Path, namespace: str, work: Path, options: Options) -> None:
-    index = read_object(source / SWEEP_INDEX, MAX_BYTES)
+    index = read_object(source / SWEEP_INDEX)
     sweep = str(index.get("name") or source.name)
     listed = [point for point in index.get("points") or [] if isinstance(point, dict)]
     wanted = [point for point in listed if _is_wanted(point, options.only)]
@@ -122,7 +121,7 @@ def _add_sweep(plan: Plan, source: Path, namespace: str, work: Path, options: Op
     points, left = [], []
     for facts in wanted:
         folder = point_folder(source, _folder_name(str(facts.get("point"))))
-        status = read_object(folder / RESULT, MAX_BYTES).get("status", NOT_RUN)
+        status = read_object(folder / RESULT).get("status", NOT_RUN)
         if status == FINISHED and (folder / MODEL).is_dir():
             points.append(Reported(folder, facts, model_repository(namespace, sweep, str(facts["point"]))))
         else:
@@ -175,7 +174,7 @@ def _add_run(plan: Plan, source: Path, repo_id: str, work: Path, options: Option
 
 def _run_name(source: Path, namespace: str) -> str:
     """The name of a run's repository: a point's has that of its sweep before it, any other run's is its folder's."""
-    index = read_object(source.parent.parent / SWEEP_INDEX, MAX_BYTES) if (source / POINT).is_file() else {}
+    index = read_object(source.parent.parent / SWEEP_INDEX) if (source / POINT).is_file() else {}
     if index:
         return model_repository(namespace, str(index.get("name")), source.name).partition("/")[2]
     return source.name
@@ -211,7 +210,7 @@ def _add_model(
     branches = [Tree(repo_id, "model", step_branch(step), model_files(path)) for step, path in steps.items()]
     plan.repositories.append([*branches, Tree(repo_id, "model", MAIN, files | measured | _card(data, work / "card"))])
     if native is not None:
-        config = read_object(native / CONFIG, MAX_BYTES)
+        config = read_object(native / CONFIG)
         derived = read_card_data(folder, repo_id=repo_id + NATIVE, base_model=repo_id, **shared)
         derived = derived.model_copy(update={"config": config})
         reports = {name: path for name, path in measured.items() if name in REPORTS}

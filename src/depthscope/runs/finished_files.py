@@ -13,7 +13,7 @@ from depthscope.files.atomic import says_nothing_of_content, write_atomically
 from depthscope.files.checksums import sealed
 from depthscope.report.report import LayerReport
 from depthscope.runs.layout import CHECKSUMS
-from depthscope.runs.read import read_record
+from depthscope.runs.read import read_sealed
 
 __all__ = ["keep_checksums", "known_checksums", "report_checksum"]
 
@@ -43,7 +43,7 @@ def known_checksums(folder: Path) -> dict[str, str] | None:
     """
     if not (folder / CHECKSUMS).exists():
         return None
-    files = read_record(folder / CHECKSUMS, MAX_BYTES).get("files")
+    files = read_sealed(folder / CHECKSUMS, MAX_BYTES).get("files")
     if not isinstance(files, dict):
         raise ReportError(f"{CHECKSUMS} is not what was written.")
     return {str(name): str(value) for name, value in files.items()}

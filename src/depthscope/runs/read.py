@@ -10,14 +10,12 @@ from depthscope.errors import ReportError
 from depthscope.files.atomic import read_text
 from depthscope.files.checksums import is_whole
 from depthscope.files.strict_json import parse
-from depthscope.files.validation import MAX_FLOAT
+from depthscope.files.validation import MAX_BYTES, MAX_FLOAT
 from depthscope.runs.history import read_history
 from depthscope.runs.layout import HISTORY, LOG
 from depthscope.wording.scalars import finite_number
 
-__all__ = ["MAX_BYTES", "Course", "losses", "losses_of", "read_record", "variances"]
-
-MAX_BYTES = 64 * 2**20  # of one file
+__all__ = ["Course", "losses", "losses_of", "read_sealed", "variances"]
 
 
 @dataclass(frozen=True)
@@ -32,7 +30,7 @@ class Course:
     unread: int = 0
 
 
-def read_record(path: Path, max_bytes: int = MAX_BYTES) -> dict[str, Any]:
+def read_sealed(path: Path, max_bytes: int = MAX_BYTES) -> dict[str, Any]:
     """Read a JSON object that a run has written, and whose checksum, where it has one, is right.
 
     Raises:

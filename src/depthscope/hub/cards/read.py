@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 
 from depthscope.errors import ReportError, SettingsError
 from depthscope.files.atomic import read_text, reason, require_opens
-from depthscope.files.validation import MAX_FLOAT, read_object
+from depthscope.files.validation import MAX_BYTES, MAX_FLOAT, read_object
 from depthscope.hub.cards import data as card
 from depthscope.hub.cards.data import LAYER_COLUMNS, DepthCardData, Evaluation, LayerCourse, Relation, rounded
 from depthscope.hub.errors import why_no_repository
@@ -40,7 +40,7 @@ from depthscope.runs.layout import (
     UNTRAINED_REPORT,
     checkpoints,
 )
-from depthscope.runs.read import MAX_BYTES, Course, losses, losses_of, variances
+from depthscope.runs.read import Course, losses, losses_of, variances
 from depthscope.wording.scalars import finite_number
 
 if TYPE_CHECKING:
@@ -132,11 +132,11 @@ def read_card_data(
     if not root.is_dir():
         raise SettingsError(f"There is no folder {str(folder)!r}: give the folder of a trained model.")
     model = root / MODEL if (root / MODEL).is_dir() else root
-    adapter = _json(model / ADAPTER_CONFIG)
+    adapter = read_object(model / ADAPTER_CONFIG)
     if base_model is None and (named := _repository(adapter.get("base_model_name_or_path"), model)):
         base_model, base_model_relation = named, base_model_relation or "adapter"
     report, untrained = _report(root / TRAINED_REPORT), _report(root / UNTRAINED_REPORT)
-    result = _json(root / RESULT)
+    result = read_object(root / RESULT)
     given: Row = {
         "repo_id": repo_id,
         "license": license,
@@ -148,7 +148,7 @@ def read_card_data(
         "reports_dataset": reports_dataset,
         "collection": collection,
         "accuracies": list((report.downstream if report else []) if accuracies is None else accuracies),
-        "config": rounded(_json(model / CONFIG)),
+        "config": rounded(read_object(model / CONFIG)),
         "adapter": bool(adapter),
         "tokenizer": (model / "tokenizer_config.json").is_file(),
         "parameters": result.get("parameters") or _parameters(model, report),
@@ -168,9 +168,9 @@ def read_card_data(
 
 
 def _of_point(root: Path, report: LayerReport | None, result: Row) -> Row:
-    point, environment = _json(root / POINT), _json(root / ENVIRONMENT)
+    point, environment = read_object(root / POINT), read_object(root / ENVIRONMENT)
     sweep = root.parent.parent
-    index, specification = _json(sweep / SWEEP_INDEX), _yaml(sweep / SWEEP_FILE)
+    index, specification = read_object(sweep / SWEEP_INDEX), _yaml(sweep / SWEEP_FILE)
     settings, text = _mapping(point, "training"), _mapping(index, "data").get("name")
     batch = settings.get("batch_tokens")
     steps = settings["tokens"] // batch if batch and settings.get("tokens") else None
@@ -224,7 +224,7 @@ def _of_result(result: Row, report: LayerReport | None, text: Any, scoring: Row)
 
 
 def _of_trainer(root: Path) -> Row:
-    state = _json(_state(root))
+    state = read_object(_state(root))
     rows = [row for row in state.get("log_history") or [] if isinstance(row, dict)]
     training: Row = {"steps": state.get("global_step") or None, "tokens": state.get("num_input_tokens_seen") or None}
     if isinstance(epoch := state.get("epoch"), (int, float)):
@@ -310,10 +310,6 @@ def _report(path: Path) -> LayerReport | None:
     content = rounded(LayerReport.load(path).model_dump(exclude={"pairs"}))
     rows = [{name: value for name, value in row.items() if name in DRAWN} for row in content["layers"]]
     return LayerReport.model_validate(content | {"layers": rows})
-
-
-def _json(path: Path) -> Row:
-    return read_object(path, MAX_BYTES)
 
 
 def _yaml(path: Path) -> Row:

@@ -42,7 +42,7 @@ from depthscope.runs.layout import (
     UNTRAINED_REPORT,
     point_folder,
 )
-from depthscope.runs.read import Course, losses, read_record, variances
+from depthscope.runs.read import Course, losses, read_sealed, variances
 from depthscope.sweep.report.derived import Numbers, derive
 from depthscope.sweep.specification import NAME_PATTERN
 from depthscope.wording.messages import one_line
@@ -287,7 +287,7 @@ def _read_point(folder: Path, point: _Point) -> PointResult:
         if os.path.lexists(folder) and not folder.is_dir():
             raise ReportError(f"{folder.name} is not the folder of a point.")
         if os.path.lexists(folder / POINT):
-            _validated(_Point, read_record(folder / POINT, MAX_INDEX_BYTES), POINT)
+            _validated(_Point, read_sealed(folder / POINT, MAX_INDEX_BYTES), POINT)
         training = _validated(_Training, point.training, f"training of {point.point}")
         has_result = os.path.lexists(folder / RESULT)
         notes: list[str] = []
@@ -297,7 +297,7 @@ def _read_point(folder: Path, point: _Point) -> PointResult:
         if not has_result:
             status = UNFINISHED if folder.is_dir() else NOT_RUN
             return PointResult(**fixed, status=status, **courses)
-        result = _validated(_Result, read_record(folder / RESULT, MAX_INDEX_BYTES), RESULT)
+        result = _validated(_Result, read_sealed(folder / RESULT, MAX_INDEX_BYTES), RESULT)
         if result.point != point.point:
             raise ReportError(f"result.json is of another point, {result.point}")
         if result.status != FINISHED:
@@ -346,7 +346,7 @@ def _read_courses(
     environment: dict[str, Any] = {}
     try:
         if os.path.lexists(folder / ENVIRONMENT):
-            environment = read_record(folder / ENVIRONMENT, MAX_INDEX_BYTES)
+            environment = read_sealed(folder / ENVIRONMENT, MAX_INDEX_BYTES)
     except ReportError as error:
         _note(error, "How the point was run is not known", notes, unread)
     courses: dict[str, Any] = {}

@@ -1,55 +1,70 @@
-"""Timing one thing against another on a machine whose speed drifts: short alternating rounds, compared in pairs."""
+"""The time of depthscope's commands with this source tree and with another, in alternation, as ratios.
 
-import random
-import statistics
+    git worktree add /tmp/before COMMIT
+    python benchmarks/paired.py /tmp/before/src -- scores
+    python benchmarks/paired.py /tmp/before/src --times 5 -- show report.json
+
+Of each command the first two runs (one of each tree) are not counted: Python compiles what it imports. Seconds are of
+the processor, of the process and its children; wall-clock time stands beside them.
+"""
+
+import argparse
+import os
+import resource
+import subprocess
+import sys
 import time
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
 
-import torch
+from rich.console import Console
+from rich.table import Table
+
+HERE = Path(__file__).parents[1] / "src"
 
 
 @dataclass(frozen=True)
-class Ratio:
-    """How long one side takes relative to another: the median over rounds, and its 95% bootstrap interval."""
-
-    middle: float
-    low: float
-    high: float
-
-    def __str__(self) -> str:
-        return f"{self.middle:.3f} ({self.low:.3f} to {self.high:.3f})"
+class Timing:
+    processor: float  # seconds
+    wall: float
 
 
-def rounds(sides: Mapping[str, Callable[[], object]], count: int, seed: int = 0) -> dict[str, list[float]]:
-    """Seconds that each side takes in each of `count` rounds; the order within a round is drawn anew.
-
-    Each side runs once before, unmeasured.
-    """
-    order = list(sides)
-    chance = random.Random(seed)
-    for side in order:
-        sides[side]()
-    taken: dict[str, list[float]] = {side: [] for side in order}
-    for _ in range(count):
-        chance.shuffle(order)
-        for side in order:
-            _wait()
-            begun = time.perf_counter()
-            sides[side]()
-            _wait()
-            taken[side].append(time.perf_counter() - begun)
-    return taken
+def run(source: Path, command: list[str]) -> Timing:
+    """Run a command of depthscope from a source tree."""
+    environment = {**os.environ, "PYTHONPATH": str(source)}
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)
+    before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
+    done = subprocess.run(
+        [sys.executable, "-m", "depthscope", *command], env=environment, capture_output=True, text=True
+    )
+    wall, after = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN)
+    if done.returncode:
+        sys.exit(f"{source}: {' '.join(command)} ended with {done.returncode}:\n{done.stderr}")
+    return Timing(after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime, wall)
 
 
-def ratio(above: list[float], below: list[float], seed: int = 0) -> Ratio:
-    """The ratio of two sides, pair by pair, since both of a pair met the machine in the same state."""
-    pairs = [one / other for one, other in zip(above, below, strict=True)]
-    chance = random.Random(seed)
-    drawn = sorted(statistics.median(chance.choices(pairs, k=len(pairs))) for _ in range(2000))
-    return Ratio(statistics.median(pairs), drawn[50], drawn[-51])
+def main() -> None:
+    """Time both trees and print the ratios."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("before", type=Path, help="the other source tree, its folder src")
+    parser.add_argument("--times", type=int, default=3, help="runs of each that count")
+    parser.add_argument("command", nargs="+", help="of depthscope, after --")
+    given = parser.parse_args()
+    trees = {"before": given.before.resolve(), "now": HERE.resolve()}
+    timings: dict[str, list[Timing]] = {name: [] for name in trees}
+    for _ in range(given.times + 1):
+        for name, source in trees.items():
+            timings[name].append(run(source, given.command))
+    table = Table("depthscope " + " ".join(given.command), "processor", "wall", box=None)
+    middle = {}
+    for name, found in timings.items():
+        middle[name] = Timing(*(median(getattr(each, of) for each in found[1:]) for of in ("processor", "wall")))
+        table.add_row(name, f"{middle[name].processor:.2f} s", f"{middle[name].wall:.2f} s")
+    ratios = [getattr(middle["now"], of) / getattr(middle["before"], of) for of in ("processor", "wall")]
+    table.add_row("ratio", *(f"{ratio:.2f}" for ratio in ratios))
+    Console().print(table)
 
 
-def _wait() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+if __name__ == "__main__":
+    main()

@@ -26,6 +26,8 @@ HERE = Path(__file__).parents[1] / "src"
 
 @dataclass(frozen=True)
 class Timing:
+    """What one run took."""
+
     processor: float  # seconds
     wall: float
 

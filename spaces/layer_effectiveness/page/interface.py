@@ -88,13 +88,14 @@ def build(service: Service) -> gr.Blocks:
 
 def launch_options(service: Service) -> dict[str, Any]:
     """What `launch` of the page is called with, wherever it runs."""
-    style = (HERE / "style.css").read_text(encoding="utf-8")
-    script = (HERE / "page.js").read_text(encoding="utf-8")
+    style, narrow, script = (
+        (HERE / name).read_text(encoding="utf-8") for name in ("style.css", "narrow.css", "page.js")
+    )
     return {
         "app_kwargs": {"middleware": [Middleware(Listening, readers=service.readers), Middleware(Receiving)]},
         "theme": _theme(),
         "css": style,
-        "head": f"<script>{script}</script>",
+        "head": f"<style>{narrow}</style><script>{script}</script>",
         "state_session_capacity": MOST_SESSIONS,
         "max_file_size": service.limits.max_upload_bytes,
         "show_error": True,

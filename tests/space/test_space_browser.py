@@ -213,7 +213,7 @@ def test_a_report_is_shown_on_a_telephone(visit, tmp_path):
     keep(page, "report-telephone")
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
     first, second = (page.locator(f"#plot-{name}").bounding_box() for name in ("causal_map", "permutation_map"))
-    assert first["width"] > 300  # one below the other, and not two in half the width
+    assert first["width"] > 250  # one below the other, and not two in half the width
     assert first["y"] + first["height"] <= second["y"]
     page.locator("#layers th").nth(2).click()
     assert serious(page) == []

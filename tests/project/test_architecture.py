@@ -77,6 +77,7 @@ def block(language: str) -> str:
 def test_one_file_and_one_record_put_a_score_everywhere(tmp_path: Path) -> None:
     package = tmp_path / "src" / "depthscope"
     shutil.copytree(SOURCE, package, ignore=shutil.ignore_patterns("__pycache__"))
+    assert len(list((package / "scores").glob("*.py"))) < 14  # there is room for one more
     (package / "scores" / "sign_flips.py").write_text(block("python"))
     with (package / "report" / "measures.yaml").open("a") as records:
         records.write("\n" + block("yaml"))

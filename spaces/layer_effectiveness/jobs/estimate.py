@@ -43,7 +43,7 @@ class Shape:
     def extent(self) -> Extent:
         """The same, as work is counted by."""
         head = self.vocabulary * self.width / max(self.layer_weights, 1.0)
-        return Extent(self.layers, self.width, head, kinds=("",) * self.layers, has_experts=self.has_experts)
+        return Extent(self.layers, self.width, head, layer_types=("",) * self.layers, has_experts=self.has_experts)
 
 
 def shape_of(config: Mapping[str, Any], parameters: float | None, limits: Limits) -> Shape:

@@ -10,8 +10,7 @@ import numpy as np
 
 from depthscope.layers.stack import LayerStack
 from depthscope.report.report import SCHEMA_VERSION, DataFacts, LayerReport, ModelFacts
-from depthscope.scores.base import Array, Score, Values
-from depthscope.scores.jackknife import values_with_errors
+from depthscope.scores.base import Array, Score, Values, values_with_errors
 from depthscope.scores.jacobian import Jacobian
 from depthscope.scores.permutation import Permutation
 from depthscope.scores.usefulness import Usefulness

@@ -29,8 +29,7 @@ from torch import Tensor
 
 from depthscope.layers.modes import frozen
 from depthscope.layers.stack import LayerStack
-from depthscope.scores.base import Array, Batch, Score, Sums, Values, mean, ratio
-from depthscope.scores.jackknife import jackknife
+from depthscope.scores.base import Array, Batch, Score, Sums, Values, jackknife, mean, ratio
 from depthscope.scores.work import jacobian_work, vectors_of_block
 from depthscope.settings import Settings
 

@@ -35,7 +35,7 @@ class Extent:
         num_layers: decoder layers.
         width: features of the residual stream.
         head: what head and loss cost, in forward passes of one layer.
-        kinds: of each layer, as `LayerStack.kinds`; only layers of equal kind change places.
+        layer_types: of each layer, as `LayerStack.layer_types`; only layers of equal type change places.
         resumable: whether an experiment may begin at any layer, as `LayerStack.resumable`.
         has_experts: whether there are routers and experts.
     """
@@ -43,7 +43,7 @@ class Extent:
     num_layers: int
     width: int
     head: float
-    kinds: tuple[Hashable, ...]
+    layer_types: tuple[Hashable, ...]
     resumable: bool = True
     has_experts: bool = False
 
@@ -108,4 +108,4 @@ def forwards_from(extent: Extent, index: int) -> int:
 def swappable_pairs(extent: Extent, *, adjacent: bool) -> list[tuple[int, int]]:
     """Pairs of layers i < j of equal kind, in order of i; with `adjacent` only neighbours."""
     pairs = combinations(range(extent.num_layers), 2)
-    return [(i, j) for i, j in pairs if extent.kinds[i] == extent.kinds[j] and (j == i + 1 or not adjacent)]
+    return [(i, j) for i, j in pairs if extent.layer_types[i] == extent.layer_types[j] and (j == i + 1 or not adjacent)]

@@ -58,8 +58,7 @@ from depthscope.runs.layout import (
     point_folder,
     step_folder,
 )
-from depthscope.scores.base import Values, block_losses
-from depthscope.scores.jackknife import values_with_errors
+from depthscope.scores.base import Values, block_losses, values_with_errors
 from depthscope.settings import Settings
 from depthscope.sweep.checkpoints import mark_complete, remove_checkpoints, unreadable_file, usable_checkpoint
 from depthscope.sweep.cost.hardware import choose_attention, choose_precision
@@ -423,7 +422,7 @@ def held_out_loss(
     """The mean loss [nats a token] over blocks [N, T], in the model's own precision; each process takes its share.
 
     Returns:
-        The loss, and its standard error over the blocks (`depthscope.scores.jackknife`); None for one block.
+        The loss, and its standard error over the blocks (`depthscope.scores.base`); None for one block.
     """
     losses = torch.zeros(len(rows), dtype=torch.float64)  # [N] summed over the tokens of a block
     with processes.together(), evaluating(model):

@@ -4,8 +4,8 @@ A score never keeps means. It keeps, for every evaluation block, the sums that i
 turns totals over blocks into values. So the same `finish` gives the score (all blocks) and its standard error (leaving
 one block out at a time), and neither depends on the batch size or on how many processes shared the blocks.
 
-The errors are those of the delete-one jackknife. With `f` the function from totals over n blocks to a value and `f_(-b)`
-its value when block b is left out,
+The errors are those of the delete-one jackknife. With `f` the function from totals over n blocks to a value and
+`f_(-b)` its value when block b is left out,
 
     se^2 = (n - 1) / n * sum over b of (f_(-b) - mean of f_(-b))^2.
 

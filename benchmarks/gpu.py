@@ -45,7 +45,7 @@ SMALL = {
     "eos_token_id": 2,
     "pad_token_id": 0,
 }
-# name -> shape, blocks, tokens a block, blocks a batch
+# name -> shape, blocks, tokens per block, blocks per batch
 TIMED: dict[str, tuple[dict[str, int], int, int, int]] = {
     "134M (SmolLM2's shape)": (
         {
@@ -208,7 +208,7 @@ def main() -> None:
     print(f"torch {torch.__version__}, transformers {transformers.__version__}, {torch.cuda.get_device_name()}\n")
     good = options.only == "times" or all([show_equal_scores(device), show_equal_callback(device)])
     if options.only != "equal":
-        print("\n| model, bfloat16 | score | released | depthscope | ratio | evaluated tokens a second |")
+        print("\n| model, bfloat16 | score | released | depthscope | ratio | evaluated tokens per second |")
         print("| --- | --- | --- | --- | --- | --- |")
         for name in TIMED:
             torch.cuda.reset_peak_memory_stats()

@@ -43,6 +43,7 @@ def pytest_collection_finish() -> None:
     gc.enable()
 
 
+@pytest.hookimpl(tryfirst=True)  # before the marks that skip it
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Remember when a test began."""
     item.stash[BEGUN] = time.monotonic()

@@ -127,7 +127,7 @@ def _settings(data: list[str], tokenizer: Any, options: dict[str, Any]) -> depth
 
 
 def flat(report: depthscope.LayerReport) -> dict[str, Any]:
-    """A report as numbers and lists of numbers, one a layer."""
+    """A report as numbers and lists of numbers, one per layer."""
     found: dict[str, Any] = {name: value for name, value in report.scores.items() if value is not None}
     found |= {f"layer_{name}": report.column(name) for name in report.layer_scores}
     return {**found, "num_layers": len(report.layers), "tokens": report.data["tokens"]}

@@ -1,6 +1,6 @@
 """depthscope: how much every layer of a language model contributes.
 
-    report = depthscope.analyze("model")    # a LayerReport: global scores, one row a layer, pairs of layers
+    report = depthscope.analyze("model")    # a LayerReport: global scores, one row per layer, pairs of layers
     stack = depthscope.LayerStack(model)    # find, watch and stand in for the layers of any causal language model
 
 Importing it makes `AutoConfig`, `AutoModel` and `AutoModelForCausalLM` know DepthLM. Layers count from 0 everywhere,

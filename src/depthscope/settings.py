@@ -32,8 +32,8 @@ class Settings:
             un-transposed.
         pairs: "all" pairs of layers for the permutation score, "adjacent" ones, or the share of (pair, block) cells to
             sample, in (0, 1); a sampled score carries its sampling error.
-        probes: backward passes a layer that estimate the Jacobian distance, each with a random vector for every block,
-            or "exact" for one a feature; as many as there are features, or more, are exact too.
+        probes: backward passes per layer that estimate the Jacobian distance, each with a random vector for every
+            block, or "exact" for one per feature; as many as there are features, or more, are exact too.
         seed: of the probes and of the sampled pairs.
     """
 

@@ -76,7 +76,7 @@ def test_it_spaces_itself_out_to_stay_within_its_time(tmp_path: Path, monkeypatc
 
         def __getitem__(self, row: int) -> dict[str, torch.Tensor]:
             nonlocal now
-            now += 0.25  # four rows a step
+            now += 0.25  # four rows per step
             return {"input_ids": BLOCKS[0], "labels": BLOCKS[0]}
 
     trainer(tiny_llama(), tmp_path, [callback], Clock(), max_steps=100, logging_steps=50).train()

@@ -1,6 +1,5 @@
 """What pyproject.toml, the pinned requirements and the installed package say of each other."""
 
-import importlib
 import re
 import subprocess
 import sys
@@ -59,7 +58,7 @@ def test_every_public_name_is_there() -> None:
 
 
 def test_the_package_is_typed_and_carries_its_templates() -> None:
-    folder = Path(importlib.import_module("depthscope.views.page").__file__).parent
+    folder = Path(depthscope.__file__).parent
     assert (folder / "py.typed").is_file()
     assert (folder / "templates" / "report.html.j2").is_file()
 

@@ -46,7 +46,7 @@ def build(service: Service, kept: gr.State) -> None:
                 elem_id="compare-reports",
             )
             models = gr.Textbox(
-                label="Models on the Hub, one a line",
+                label="Models on the Hub, one per line",
                 lines=3,
                 placeholder="EleutherAI/pythia-70m\nEleutherAI/pythia-160m",
                 elem_id="compare-models",

@@ -43,7 +43,8 @@ def run(
         ),
     ] = None,
     jobs: Annotated[
-        int | None, typer.Option(min=1, help="Points at once; by default one a GPU, or one a core of the processor.")
+        int | None,
+        typer.Option(min=1, help="Points at once; by default one per GPU, or one per processor core."),
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="List the points and train nothing.")] = False,
 ) -> None:

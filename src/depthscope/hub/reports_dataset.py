@@ -1,7 +1,7 @@
 """The reports of a sweep as a data set of the Hub.
 
     load_dataset("namespace/name")              one row a report: point, settings, global scores, and the report itself
-    load_dataset("namespace/name", "layers")    one row a layer of a report
+    load_dataset("namespace/name", "layers")    one row per layer of a report
 
 Each model has two reports, of the trained model and of the same before training (`trained` is false): the control.
 `LayerReport.from_json(row["report"])` gives a report back.
@@ -95,7 +95,7 @@ def _reports(found: Iterable[Found]) -> Columns:
 
 
 def _layers(found: Iterable[Found]) -> Columns:
-    """A row a layer of each report."""
+    """A row per layer of each report."""
     columns: Columns = {}
     for point, trained, report in found:
         table, rows = report.table(), len(report.layers)

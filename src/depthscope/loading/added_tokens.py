@@ -13,7 +13,7 @@ from depthscope.wording.messages import listed
 __all__ = ["fit_vocabulary"]
 
 PREFIX = "base_model.model."
-Table = tuple[str, Any]  # a module with a row a token, and its name
+Table = tuple[str, Any]  # a module with a row per token, and its name
 
 
 def fit_vocabulary(adapter: str, config: Any, shapes: Mapping[str, list[int]], base: Any) -> None:

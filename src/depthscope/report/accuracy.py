@@ -2,7 +2,7 @@
 
     schema_version, created     the schema (1) and when it was measured (ISO 8601)
     model                       what was evaluated: the facts that a report states about it
-    accuracies                  one row a task and metric
+    accuracies                  one row per task and metric
     settings, versions, notes   how, with what, and what a reader must know
 
 Values and standard errors are shares between 0 and 1, not per cent.
@@ -72,7 +72,7 @@ def mean_accuracy(accuracies: Sequence[Accuracy], metric: str = ACC) -> tuple[fl
     """The unweighted mean over tasks and its standard error, the tasks being independent; None without tasks.
 
     Args:
-        accuracies: one row a task and metric.
+        accuracies: one row per task and metric.
         metric: `acc`, or `acc_norm`, which counts as `acc` where a task has no other.
     """
     wanted = (metric, ACC) if metric == ACC_NORM else (metric,)

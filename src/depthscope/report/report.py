@@ -4,7 +4,7 @@
     model, data                 what was analysed, on which text
     settings, versions, notes   how, with what, and what a reader must know
     scores                      global values by name; each `<name>` may have a `<name>_se` beside it
-    layers                      one row a layer, layers counted from 0
+    layers                      one row per layer, layers counted from 0
     pairs                       L x L matrices by name, null where undefined; `causal[s][l]`: layer s skipped, seen at l
     downstream                  accuracies on downstream tasks, where they were measured
 
@@ -274,7 +274,7 @@ class LayerReport(BaseModel):
     # ------------------------------------------------------------------------------------------------ other forms
 
     def to_frame(self) -> "pd.DataFrame":
-        """Give the layers as a pandas frame, one row a layer; an undefined value is NaN."""
+        """Give the layers as a pandas frame, one row per layer; an undefined value is NaN."""
         import pandas as pd  # half a second that only callers of this method should wait for
 
         names = {name for row in self.layers for name in row}

@@ -2,9 +2,9 @@
 
     {"step": 40, "epoch": 0.5, "kind": "variance", "values": {...}, "layers": {"variance": [...], ...}}
 
-`values` are single numbers, `layers` one number a layer; null where there is none. A line is on the disk before the log
-that it belongs to is reported, and a run that goes on from a checkpoint drops the lines that came after it. A line that
-is not whole, cut off by a crash, is skipped, with a note.
+`values` are single numbers, `layers` one number per layer; null where there is none. A line is on the disk before the
+log that it belongs to is reported, and a run that goes on from a checkpoint drops the lines that came after it. A line
+that is not whole, cut off by a crash, is skipped, with a note.
 
 A training does not end because its history cannot be written (a full disk, a folder that is gone): lines wait until it
 can be, and those that never could are told of at the end.

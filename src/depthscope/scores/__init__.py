@@ -1,4 +1,4 @@
-"""The scores, one file a score (or a family read off the same tensors), each over a `LayerStack`.
+"""The scores, one file per score (or a family read off the same tensors), each over a `LayerStack`.
 
 Every file opens with its formula, units and source; its record in `depthscope.report.measures` says the rest. Whatever
 class of these files has the name of a record is found here: `SCORES`, in the order of the records. They are looked for

@@ -39,7 +39,7 @@ LOSS_CHUNK = {"cpu": 1 << 21, "elsewhere": 1 << 27}
 
 @dataclass
 class Values:
-    """What a score comes to: single numbers, one a layer [L], one a pair of layers [L, L]; NaN where undefined."""
+    """What a score comes to: single numbers, one per layer [L], one per pair of layers [L, L]; NaN where undefined."""
 
     scores: dict[str, Array | float] = field(default_factory=dict)
     layers: dict[str, Array] = field(default_factory=dict)

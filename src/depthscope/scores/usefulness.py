@@ -33,7 +33,7 @@ from depthscope.scores.base import (
 from depthscope.scores.work import forwards_from
 from depthscope.text.blocks import Blocks
 
-# The sums of a fit take 16 d^2 bytes a layer; more layers than fit in here take another pass.
+# The sums of a fit take 16 d^2 bytes per layer; more layers than fit in here take another pass.
 ACCUMULATOR_BYTES = 2 << 30
 
 

@@ -196,7 +196,7 @@ def _run_points(
 
 
 def _jobs(wanted: int | None, points: int, processes: Processes) -> int:
-    """How many points to run at once: one a GPU, or one a core, since small models gain little from several."""
+    """How many points to run at once: one per GPU, or one per core, since small models gain little from several."""
     if processes.count > 1:
         return 1
     if wanted is None:

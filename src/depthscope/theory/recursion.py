@@ -78,7 +78,7 @@ def predict_variance(
         config: a `DepthLMConfig`, or the configuration of an architecture that `to_depthlm` reads.
         tokens: the sequence length, for tokens that all differ; or token ids [B, T], whose repetitions then count.
         density: the share of the weights that is kept where a random mask sets the others to zero, in (0, 1].
-        weight_std: standard deviation of the layers' matrices, one or one a layer, in place of the configuration's:
+        weight_std: standard deviation of the layers' matrices, one or one per layer, in place of the configuration's:
             what weight decay leaves, say (`decayed_std`). Embeddings keep theirs.
         attention_density: the share of the visible positions that attention does not mask, in (0, 1].
 

@@ -13,7 +13,7 @@ __all__ = ["accuracy_table"]
 
 
 def accuracy_table(accuracies: Sequence[Accuracy]) -> Table:
-    """One row a task and metric, then the means over tasks."""
+    """One row per task and metric, then the means over tasks."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("task")
     table.add_column("metric")

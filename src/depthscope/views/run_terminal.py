@@ -67,7 +67,7 @@ class RunHistory:
         return [row["step"] for row in rows], [row["layers"][metric] for row in rows]
 
     def to_frame(self) -> Any:
-        """A pandas data frame, one row a step and layer, one column a metric."""
+        """A pandas data frame, one row per step and layer, one column per metric."""
         import pandas as pd
 
         cells: dict[tuple[int, int], dict[str, Any]] = {}

@@ -13,7 +13,7 @@ FRONT_MATTER = re.compile(r"\A---[ \t]*\r?\n(.*?)\r?\n?^---[ \t]*$", re.DOTALL |
 LANGUAGE = re.compile(r"[a-z]{2,3}(-[A-Za-z0-9]+)*|multilingual|code")
 REPO_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 ARXIV = re.compile(r"arxiv\.org/(?:abs|pdf)/(\d{4}\.\d{4,5})", re.IGNORECASE)
-# What the Hub takes for a license, one a line.
+# What the Hub takes for a license, one per line.
 LICENSES = frozenset(Path(__file__).with_name("licenses.txt").read_text().split())
 LISTS = ("tags", "datasets", "metrics")
 

@@ -70,7 +70,7 @@ def plot_data(figure: go.Figure, name: str) -> PlotData:
 
 
 def layer_table(report: LayerReport) -> pd.DataFrame:
-    """One row a layer, with the scores that the report has, rounded as they are read; to sort in the browser."""
+    """One row per layer, with the scores that the report has, rounded as they are read; to sort in the browser."""
     near = report.near_identity()
     columns: dict[str, list[Any]] = {"layer": list(range(len(report.layers)))}
     if near is not None:

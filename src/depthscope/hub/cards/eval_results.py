@@ -94,7 +94,7 @@ def _called(term: Term) -> str:
 
 
 def _number(name: str, value: Any) -> float | None:
-    """A score as Python's number; None where there is none, or one a layer."""
+    """A score as Python's number; None where there is none, or one per layer."""
     value = plain_scalars(value)
     if value is None or isinstance(value, list) or getattr(value, "shape", None):
         return None

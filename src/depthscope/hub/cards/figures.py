@@ -1,7 +1,7 @@
 """The figures of a model card as PNG, drawn by matplotlib: plotly would need a browser, which servers do not have.
 
     variance_by_layer           variance of the residual stream, and of what attention and MLP put out
-    effectiveness_by_layer      what each layer contributes, a panel a score, with bands of one standard error
+    effectiveness_by_layer      what each layer contributes, a panel per score, with bands of one standard error
     learning_curve              loss over training, and the variance of every layer
 
 Layers count from 0. The same model before training is drawn in grey. The ground is white, also on a dark page, and no

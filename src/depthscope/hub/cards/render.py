@@ -328,7 +328,7 @@ def _unbroken(value: float | None, error: float | None) -> Markdown:
 
 
 def _rows(data: DepthCardData) -> Sequence[list[str]]:
-    """The table of layers: its heads, then a row a layer."""
+    """The table of layers: its heads, then a row per layer."""
     names = [name for name in LAYER_COLUMNS if data.report is not None and data.report.has(name)]
     if data.report is None or not names:
         return []

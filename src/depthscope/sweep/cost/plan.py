@@ -68,7 +68,7 @@ class Plan:
 
     Attributes:
         name: of the sweep.
-        points: one row a variant.
+        points: one row per variant.
         seeds: with how many seeds each is trained.
         gpu: the kind of GPU.
         utilisation: share of its peak.

@@ -258,7 +258,7 @@ SCORES: tuple[Number, ...] = tuple(_scores())
 _SIZES = (
     Number("parameters", "parameters", "", "all parameters", "counted"),
     Number("active_parameters", "active parameters", "", "parameters that one token meets", "counted"),
-    Number("tokens", "tokens", "", "tokens trained on", "steps x tokens a step"),
+    Number("tokens", "tokens", "", "tokens trained on", "steps x tokens per step"),
     Number("flops", "FLOPs", "", "of forward and backward over the whole training", "FLOPs a token x tokens"),
     Number(
         "loss",

@@ -222,7 +222,7 @@ def _draw_control(
 
 
 def paper_panels(layout: Layout) -> list[Drawn]:
-    """What the paper reports along this axis, one panel a score."""
+    """What the paper reports along this axis, one panel per score."""
     values = [place.value for place in layout.places]
     return [
         Drawn(f"paper-{index}", _paper_title(series), _paper_panel(series))
@@ -263,9 +263,9 @@ def _paper_panel(series: PaperSeries) -> go.Figure:
 
 
 def course_figures(results: SweepResults, layout: Layout) -> list[Drawn]:
-    """Loss and variance over training, one line a variant."""
+    """Loss and variance over training, one line per variant."""
     made = []
-    loss = "Training loss over tokens, a line a variant: the mean over seeds, and each seed faintly."
+    loss = "Training loss over tokens, a line per variant: the mean over seeds, and each seed faintly."
     variance = "Variance of the residual stream after the last layer over tokens; both axes are logarithmic."
     for name, title, meaning, unit, curve_of, log in (
         ("course-loss", "Loss over training", loss, "nats/token", lambda point: point.losses, False),
@@ -316,7 +316,7 @@ def _draw_curves(figure: go.Figure, curves: list[Curve], style: dict[str, Any], 
 
 
 def layer_figures(results: SweepResults, layout: Layout) -> list[Drawn]:
-    """Variance and costs by layer, one line a variant, by relative depth where the depths differ."""
+    """Variance and costs by layer, one line per variant, by relative depth where the depths differ."""
     reports = {
         place.variant: [point.report for point in results.of_variant(place.variant) if point.report is not None]
         for place in layout.places
@@ -379,7 +379,7 @@ def _layer_figure(
     what = capital(LAYER_SCORES[score].phrase)
     if cost:
         what = f"{what}, as a rise in percent on a logarithmic axis; {COST}"
-    return _finished(figure, f"{what}. A line a variant: the mean over seeds, and each seed faintly.", LAYER_HEIGHT)
+    return _finished(figure, f"{what}. A line per variant: the mean over seeds, and each seed faintly.", LAYER_HEIGHT)
 
 
 def _draw_layers(

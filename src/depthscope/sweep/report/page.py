@@ -1,8 +1,8 @@
 """The report of a sweep: its tables, and one self-contained HTML page with figures, words and what the paper reports.
 
-    DIR/report/results.csv, results.parquet     a row a point
-    DIR/report/layers.parquet                   a row a layer of each model
-    DIR/report/tables.md                        a row a variant, and what moves
+    DIR/report/results.csv, results.parquet     a row per point
+    DIR/report/layers.parquet                   a row per layer of each model
+    DIR/report/tables.md                        a row per variant, and what moves
     DIR/report/sweep.html                       the page
 
 Like the other pages it asks nothing of the network, escapes what comes from files, and has no time in it.
@@ -175,7 +175,7 @@ def _facts(results: SweepResults) -> dict[str, dict[str, str]]:
         "blocks of": f"{results.block_size:,} tokens",
         "seeds": ", ".join(map(str, results.seeds)),
         "usefulness above": _several([f"{threshold:g}" for threshold in results.thresholds]),
-        "tokens a model": _several([f"{point.tokens:,}" for point in results.points if point.finished]),
+        "tokens per model": _several([f"{point.tokens:,}" for point in results.points if point.finished]),
     }
     environments = [point.environment for point in results.points]
     run = {name: _several([_word(each.get(name)) for each in environments]) for name in ENVIRONMENT}

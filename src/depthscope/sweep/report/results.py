@@ -1,4 +1,4 @@
-"""What a sweep came to, read from its folder: one record a point, whatever state it is in.
+"""What a sweep came to, read from its folder: one record per point, whatever state it is in.
 
     load_results(DIR) -> SweepResults: its families, and for each point
         status      finished, diverged, failed; "unfinished" where it was begun, "not run" where it was not, and
@@ -120,7 +120,7 @@ class _Result(_Loose):
 
 @dataclass(frozen=True)
 class Curve:
-    """Something over training: at `tokens` tokens it had `values`, one number or one a layer; None where not finite."""
+    """Something over training: `values` at `tokens` tokens, one number or one per layer; None where not finite."""
 
     tokens: list[int] = field(default_factory=list)
     values: list[Any] = field(default_factory=list)

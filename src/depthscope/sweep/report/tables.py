@@ -1,8 +1,8 @@
-"""The tables of a sweep: one row a point, one row a layer, one row a variant; for programs, notes and the terminal.
+"""The tables of a sweep: a row per point, a row per layer, a row per variant; for programs, notes and the terminal.
 
-    results.csv, results.parquet   a row a point: its settings and all numbers of `depthscope.sweep.report.derived`
-    layers.parquet                 a row a layer of each trained and untrained model: its scores, and their errors
-    tables.md                      for each family a row a variant, over seeds, and what moves in words
+    results.csv, results.parquet   a row per point: its settings and all numbers of `depthscope.sweep.report.derived`
+    layers.parquet                 a row per layer of each trained and untrained model: its scores, and their errors
+    tables.md                      for each family a row per variant, over seeds, and what moves in words
 
 None holds a time, a date or a path, and rows are in the order of the sweep: two sweeps that came to the same have the
 same bytes.
@@ -67,7 +67,7 @@ MOST_SAFE = 20_000  # characters of a line of ours, which names of others are in
 
 
 def result_rows(results: SweepResults) -> list[dict[str, Any]]:
-    """One row a point, in the order of the sweep; every row has every column."""
+    """One row per point, in the order of the sweep; every row has every column."""
     axes = list(dict.fromkeys(axis for family in results.families for axis in family.axes))
     columns = _columns_of(axes, [[point.setting(axis) for point in results.points] for axis in axes])
     rows = []
@@ -88,7 +88,7 @@ def result_rows(results: SweepResults) -> list[dict[str, Any]]:
 
 
 def layer_rows(results: SweepResults) -> list[dict[str, Any]]:
-    """One row a layer of every trained and untrained model, with the scores that any of them has."""
+    """One row per layer of every trained and untrained model, with the scores that any of them has."""
     reports = [
         (point, kind, report)
         for point in results.points

@@ -98,7 +98,7 @@ def _draw(figure: go.Figure, name: str, points: Sequence[Point], color: str, das
 
 
 def over_training(courses: Sequence[tuple[str, Sequence[float], Sequence[float]]]) -> go.Figure:
-    """Draw the variance after the last layer over training, one line a model: name, steps and values."""
+    """Draw the variance after the last layer over training, one line per model: name, steps and values."""
     figure = go.Figure()
     for index, (name, steps, values) in enumerate(courses):
         figure.add_scatter(

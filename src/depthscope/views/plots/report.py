@@ -1,6 +1,6 @@
 """Figures of a report (plotly), each a function `LayerReport -> Figure`.
 
-    effectiveness       every score over the layers, one panel a score, with bands of one standard error
+    effectiveness       every score over the layers, one panel per score, with bands of one standard error
     variance_growth     the residual stream's variance by layer, and what made it grow
     skip_cost           the layers ranked by what leaving them out costs
     causal_map          how skipping a layer (row) changes the update of a later one (column)
@@ -93,7 +93,7 @@ EXPLANATIONS = {
 
 
 def effectiveness(report: LayerReport) -> go.Figure:
-    """Draw every score over the layers, one panel a score.
+    """Draw every score over the layers, one panel per score.
 
     Raises:
         ReportError: the report has none of these scores.

@@ -1,7 +1,7 @@
 """Figures over time of a training run.
 
-They are those of the paper (arXiv 2603.15389): variance by layer over training, one line a layer, and the same as a map
-of layers over steps.
+They are those of the paper (arXiv 2603.15389): variance by layer over training, one line per layer, and the same as a
+map of layers over steps.
 """
 
 import math
@@ -33,7 +33,7 @@ def run_figures(run: RunHistory) -> dict[str, go.Figure]:
 
 
 def _lines(metric: str, steps: list[int], values: list[list[float | None]]) -> go.Figure:
-    """One line a layer over the steps, from the first layer (dark) to the last (light)."""
+    """One line per layer over the steps, from the first layer (dark) to the last (light)."""
     count = len(values[-1])
     colors = sample_colorscale("Viridis", [layer / max(count - 1, 1) * 0.9 for layer in range(count)])
     figure = go.Figure()
@@ -67,7 +67,7 @@ def _lines(metric: str, steps: list[int], values: list[list[float | None]]) -> g
     log = metric in LOGARITHMIC and known and min(known) > 0
     figure.update_yaxes(title_text=term(metric).unit or term(metric).label, type="log" if log else "linear")
     figure.update_xaxes(title_text="optimiser step")
-    reading = "One line a layer, dark for the first and light for the last"
+    reading = "One line per layer, dark for the first and light for the last"
     return _finished(figure, f"{capital(term(metric).label)} over training", f"{reading}: {term(metric).phrase}.")
 
 

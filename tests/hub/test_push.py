@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -170,6 +171,25 @@ def test_every_repository_is_there_with_its_branches_and_files(published: Publis
         assert len(list(repository.history(repository.head))) == 2  # the first commit, and all of ours
         assert all(len(list(repository.history(repository.at(step)))) == 2 for step in STEPS)
     assert {"config.json", "model.safetensors", "README.md"} <= published.hub.repository(f"{MOE}-native").files().keys()
+
+
+@pytest.mark.parametrize("fault", ["a bit", "gone"])
+def test_a_model_that_is_not_what_was_trained_is_not_pushed(published: Published, tmp_path: Path, fault: str) -> None:
+    point = tmp_path / "point"
+    shutil.copytree(published.point(DENSE), point)
+    weights = point / "model" / "model.safetensors"
+    if fault == "gone":
+        (point / "model" / "tokenizer.json").unlink()
+    else:
+        content = bytearray(weights.read_bytes())
+        content[-1] ^= 1
+        weights.write_bytes(content)
+    done = command("push", point, "--to", "ada/other", "--dry-run", "--out", tmp_path / "out")
+    assert done.exit_code == 2
+    assert ("tokenizer.json is missing" if fault == "gone" else "model.safetensors is not what was") in done.output
+    (point / "checksums.json").unlink()  # changed on purpose
+    done = command("push", point, "--to", "ada/other", "--dry-run", "--out", tmp_path / "out")
+    assert done.exit_code == 0, done.output
 
 
 def test_cards_name_what_belongs_together(published: Published) -> None:

@@ -7,13 +7,15 @@
 With `native`, what an architecture of transformers expresses exactly is a second repository, `<name>-native`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 from depthscope.errors import ConversionError, HubError, SettingsError
+from depthscope.files.atomic import reason
+from depthscope.files.checksums import damaged_file
 from depthscope.files.validation import read_object
 from depthscope.hub.cards.data import DepthCardData
 from depthscope.hub.cards.figures import write_figures
@@ -27,7 +29,19 @@ from depthscope.hub.names import model_repository, step_branch
 from depthscope.hub.reports_dataset import Reported, reports_tree
 from depthscope.hub.tree import MAIN, Tree
 from depthscope.loading.checkpoint import CONFIG
-from depthscope.runs.layout import FINISHED, HISTORY, MODEL, NOT_RUN, POINT, REPORTS, RESULT, SWEEP_INDEX, point_folder
+from depthscope.runs.finished_files import known_checksums
+from depthscope.runs.layout import (
+    CHECKSUMS,
+    FINISHED,
+    HISTORY,
+    MODEL,
+    NOT_RUN,
+    POINT,
+    REPORTS,
+    RESULT,
+    SWEEP_INDEX,
+    point_folder,
+)
 from depthscope.wording.messages import one_line
 
 __all__ = ["Options", "Plan", "check_names", "make_plan"]
@@ -189,6 +203,7 @@ def _add_model(
     require_repository_name(repo_id, f"the repository {repo_id!r}")
     model = folder / MODEL if (folder / MODEL).is_dir() else folder
     files = model_files(model)
+    _require_whole(folder, model, files)
     steps = find_steps(folder) if options.steps else {}
     work.mkdir(parents=True, exist_ok=True)
     native = _export(plan, model, repo_id, work / "native") if options.native else None
@@ -216,6 +231,23 @@ def _add_model(
         reports = {name: path for name, path in measured.items() if name in REPORTS}
         exported = model_files(native) | reports | _card(derived, work / "native-card")
         plan.repositories.append([Tree(repo_id + NATIVE, "model", MAIN, exported)])
+
+
+def _require_whole(folder: Path, model: Path, files: Mapping[str, Path]) -> None:
+    """Refuse a trained model that is not what the point wrote, where checksums of it were kept."""
+    known = known_checksums(folder) or {}
+    kept = {name.removeprefix(f"{MODEL}/"): value for name, value in known.items() if name.startswith(f"{MODEL}/")}
+    missing = [name for name in kept if not (model / name).is_file()]
+    try:
+        changed = damaged_file(model, {name: value for name, value in kept.items() if name in files})
+    except OSError as error:
+        raise HubError(f"the model in {model} cannot be read: {reason(error)}.") from error
+    if name := next(iter(missing), changed):
+        what = "is missing" if missing else "is not what was written when the model had been trained"
+        raise HubError(
+            f"{model / name} {what}. Run the sweep again, which trains a damaged model anew; or, if it was changed on "
+            f"purpose, delete {folder / CHECKSUMS}."
+        )
 
 
 def _measured(folder: Path, work: Path) -> dict[str, Path]:

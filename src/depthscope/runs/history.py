@@ -100,8 +100,8 @@ class History:
             yield
         except (OSError, ReportError) as error:
             if not self._told:
-                reason = error.strerror if isinstance(error, OSError) else error
-                logger.warning("%s cannot be written: %s. The training goes on without it.", self.path, reason)
+                what = f"{self.path} cannot be written: {error.strerror}" if isinstance(error, OSError) else str(error)
+                logger.warning("%s. The training goes on without it.", what.rstrip("."))
                 self._told = True
 
     def _write(self, lines: bytes) -> None:

@@ -24,7 +24,6 @@ __all__ = [
     "MEASURES",
     "SCORE_NAMES",
     "SPARSITY_NAMES",
-    "SPARSITY_SCORES",
     "Measure",
     "Panel",
     "Term",
@@ -48,12 +47,14 @@ class Panel:
     """How a number of each layer is drawn as one panel of small multiples.
 
     Attributes:
+        score: the number's name.
         title: of the panel.
         unit: of its axis.
         cost: it is a ratio of losses, drawn as (ratio - 1) in percent, on a logarithmic axis.
         log: it is always drawn on a logarithmic axis.
     """
 
+    score: str
     title: str
     unit: str
     cost: bool = False
@@ -129,13 +130,13 @@ _TABLE = Path(__file__).with_name("measures.yaml").read_text(encoding="utf-8")
 
 def _measure(name: str, record: dict[str, Any]) -> Measure:
     layers, model = (
-        {each: _term(**fields) for each, fields in record.pop(of, {}).items()} for of in ("layers", "model")
+        {each: _term(each, **fields) for each, fields in record.pop(of, {}).items()} for of in ("layers", "model")
     )
     return Measure(name, layers=layers, model=model, **record)
 
 
-def _term(panel: dict[str, Any] | None = None, **fields: Any) -> Term:
-    return Term(panel=None if panel is None else Panel(**panel), **fields)
+def _term(name: str, panel: dict[str, Any] | None = None, **fields: Any) -> Term:
+    return Term(panel=None if panel is None else Panel(name, **panel), **fields)
 
 
 MEASURES = {name: _measure(name, record) for name, record in yaml.load(_TABLE, _LOADER).items()}
@@ -159,7 +160,6 @@ EXPLAINED = tuple(measure for measure in MEASURES.values() if measure.meaning)
 # What can be asked for: what "all" means, and what is not effectiveness but at work behind it.
 SCORE_NAMES = tuple(measure.name for measure in MEASURES.values() if measure.kind == "effectiveness")
 SPARSITY_NAMES = tuple(measure.name for measure in MEASURES.values() if measure.kind == "sparsity")
-SPARSITY_SCORES = tuple(name for measure in MEASURES.values() if measure.kind == "sparsity" for name in measure.layers)
 
 
 def shown_in(place: Where, terms: Mapping[str, Term] = LAYER_SCORES) -> tuple[str, ...]:

@@ -21,7 +21,7 @@ from plotly.subplots import make_subplots
 
 from depthscope.errors import ReportError
 from depthscope.report.comparison import compare, relative_depth
-from depthscope.report.measures import LAYER_SCORES
+from depthscope.report.measures import LAYER_SCORES, Panel
 from depthscope.report.report import LayerReport, Matrix
 from depthscope.views.plots.style import (
     BLUE,
@@ -38,7 +38,6 @@ from depthscope.views.plots.style import (
     TITLE_HEIGHT,
     VARIANCE_PANEL,
     VERMILION,
-    LayerPanel,
     finish,
     is_wide,
     log_ticks,
@@ -126,7 +125,7 @@ def variance_growth(report: LayerReport) -> go.Figure:
     names = {"variance": "stream", "attention_variance": "attention", "mlp_variance": "MLP"}
     for (score, name), color in zip(names.items(), (BLUE, VERMILION, GREEN), strict=True):
         if report.has(score):
-            series = _series(report, LayerPanel(score, name, "variance"))
+            series = _series(report, Panel(score, name, "variance"))
             _draw(figure, 1, list(range(len(series.values))), series, color=color, name=name, log=True, legend=True)
     every = [value for score in names for value in report.column(score)]
     _log_axis(figure, 1, "variance", every)
@@ -287,7 +286,7 @@ class _Series:
     clamped: list[bool]
 
 
-def _series(report: LayerReport, panel: LayerPanel) -> _Series:
+def _series(report: LayerReport, panel: Panel) -> _Series:
     """Take one score of every layer as its panel draws it: as it is, or as a percentage by which the loss rises."""
     raw, errors = report.column(panel.score), report.column(f"{panel.score}_se")
     label = LAYER_SCORES[panel.score].label
@@ -419,7 +418,7 @@ def _layer_axis(figure: go.Figure, rows: int, num_layers: int) -> None:
         figure.update_xaxes(dtick=1)
 
 
-def _scale(figure: go.Figure, row: int, panel: LayerPanel, values: Sequence[Sequence[float | None]]) -> None:
+def _scale(figure: go.Figure, row: int, panel: Panel, values: Sequence[Sequence[float | None]]) -> None:
     """Choose a panel's axis."""
     every = [value for series in values for value in series]
     if is_wide(panel, every):

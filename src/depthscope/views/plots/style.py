@@ -3,11 +3,10 @@
 import html
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from depthscope.report.measures import LAYER_SCORES, shown_in
+from depthscope.report.measures import LAYER_SCORES, Panel, shown_in
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -24,29 +23,15 @@ SMALLEST_COST = 1e-4  # loss increases below 0.01% are drawn there: a logarithmi
 TINY = 1e-100  # as good as zero, and its logarithm is still safe
 
 
-@dataclass(frozen=True)
-class LayerPanel:
-    """One panel of small multiples: what to draw, its title and the unit of its axis."""
-
-    score: str
-    title: str
-    unit: str
-    cost: bool = False  # drawn as (ratio - 1), as a percentage on a logarithmic axis
-    log: bool = False  # always on a logarithmic axis
+def _panels(*scores: str) -> tuple[Panel, ...]:
+    return tuple(panel for score in scores if (panel := LAYER_SCORES[score].panel) is not None)
 
 
-def layer_panel(score: str) -> LayerPanel:
-    """The panel that a score's record describes."""
-    panel = LAYER_SCORES[score].panel
-    assert panel is not None
-    return LayerPanel(score, panel.title, panel.unit, panel.cost, panel.log)
+PANELS = _panels(*shown_in("panel"))
+(VARIANCE_PANEL,) = _panels("variance")
 
 
-PANELS = tuple(map(layer_panel, shown_in("panel")))
-VARIANCE_PANEL = layer_panel("variance")
-
-
-def is_wide(panel: LayerPanel, values: Sequence[float | None]) -> bool:
+def is_wide(panel: Panel, values: Sequence[float | None]) -> bool:
     """Tell whether values are better seen on a logarithmic axis: some always, others when one dwarfs the rest."""
     known = [value for value in values if value is not None]
     if panel.cost or panel.log:

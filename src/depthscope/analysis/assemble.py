@@ -8,6 +8,7 @@ from typing import Any, cast
 
 import numpy as np
 
+from depthscope.analysis.measure import runs_experiments
 from depthscope.layers.stack import LayerStack
 from depthscope.report.report import SCHEMA_VERSION, DataFacts, LayerReport, ModelFacts
 from depthscope.scores.base import Array, Score, Values, values_with_errors
@@ -106,12 +107,15 @@ def _notes(stack: LayerStack, scores: Mapping[str, Score], blocks: Blocks, setti
             "one may be far off what it was trained on."
         )
     notes += [note for score in scores.values() for note in score.notes()]
-    for layer, reason in stack.unskippable.items():
-        notes.append(f"Layer {layer} cannot be skipped or replaced in this model ({reason}); its scores are empty.")
-    if not stack.resumable:
-        notes.append(
-            "Later layers of this model read what earlier ones left behind; every experiment ran from the start."
-        )
+    if runs_experiments(scores):
+        notes += [
+            f"Layer {layer} cannot be skipped or replaced in this model ({reason}); its scores are empty."
+            for layer, reason in stack.unskippable.items()
+        ]
+        if not stack.resumable:
+            notes.append(
+                "Later layers of this model read what earlier ones left behind; every experiment ran from the start."
+            )
     if stack.virtual_tokens:
         verbs = ("stands", "it counts") if stack.virtual_tokens == 1 else ("stand", "they count")
         notes.append(

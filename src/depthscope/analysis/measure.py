@@ -12,7 +12,7 @@ from torch import Tensor
 
 from depthscope.console.progress import Progress
 from depthscope.errors import AnalysisInterrupted, NonFiniteError
-from depthscope.layers.stack import Capture, LayerStack
+from depthscope.layers.stack import LayerStack
 from depthscope.layers.tracing import PLACEHOLDER
 from depthscope.processes import Processes
 from depthscope.scores.base import (
@@ -26,7 +26,6 @@ from depthscope.scores.base import (
     run_from,
 )
 from depthscope.scores.usefulness import Usefulness
-from depthscope.scores.variance import token_variance
 from depthscope.scores.work import shared_work, skip_work
 from depthscope.settings import Settings
 from depthscope.text.blocks import Blocks
@@ -38,12 +37,17 @@ LARGEST_BATCH = 16
 
 def total_work(stack: LayerStack, scores: Mapping[str, Score], settings: Settings) -> float:
     """What the whole analysis takes, in forward passes of one layer over one block."""
-    extent = extent_of(stack)
+    extent = extent_of(stack, experiments=runs_experiments(scores))
     each = sum(score.work() for score in scores.values())
     losses = any(score.skip_losses for score in scores.values())
     if losses or any(score.skip_updates for score in scores.values()):
         each += sum(skip_work(extent, losses=losses))
     return each * settings.eval_blocks + shared_work(extent, scores, settings)
+
+
+def runs_experiments(scores: Mapping[str, Score]) -> bool:
+    """Whether any score runs the model with something changed."""
+    return any(score.experiments for score in scores.values())
 
 
 def measure(
@@ -84,7 +88,8 @@ def _measure_batch(
     """The baseline pass of some evaluation blocks, and what every score makes of them."""
     place = f"block {rows[0] + 1} of {len(measured)}: "
     shown.at(place + "baseline")
-    batch = _baseline(stack, measured.select(torch.tensor(rows)), np.array(rows), "variance" in scores)
+    batch = Batch.of(measured.select(torch.tensor(rows)), np.array(rows))
+    _run_baseline(stack, scores, batch)
     shown.advance(len(rows) * (stack.num_layers + head_work(stack)))
     for name, score in scores.items():
         shown.at(place + name)
@@ -97,9 +102,7 @@ def _measure_batch(
 def require_finite(stack: LayerStack) -> None:
     """Refuse a model with broken weights before any work is done."""
     if not torch.isfinite(stack.example_logits).all():
-        with stack.capture() as capture:
-            stack.logits(stack.example_ids)
-        raise NonFiniteError(_not_finite(capture))
+        raise NonFiniteError(_not_finite(stack, stack.example_ids))
 
 
 def _batch_size(stack: LayerStack, settings: Settings) -> int:
@@ -121,33 +124,47 @@ def _fit_batches(
         shown.advance(len(rows) * stack.num_layers)
 
 
-def _baseline(stack: LayerStack, blocks: Blocks, rows: Array, sublayers: bool) -> Batch:
-    """Run the unchanged model on a batch and keep what all scores read."""
-    tokens = blocks.token_mask
-    # A prediction counts where it is made at a token that counts, of a token that is there.
-    targets = tokens[:, :-1] & (tokens[:, 1:] if blocks.attention_mask is None else blocks.attention_mask[:, 1:].bool())
-    with stack.capture(sublayers=token_variance if sublayers else False) as capture:
-        logits = stack.logits(blocks.input_ids, blocks.attention_mask)
-    loss = block_losses(logits, blocks.input_ids, targets)
-    if not np.isfinite(loss).all():
-        raise NonFiniteError(_not_finite(capture))
-    return Batch(
-        rows, blocks, tokens, targets, capture.resid_pre, capture.resid_post, capture.attn_out, capture.mlp_out, loss
-    )
+def _run_baseline(stack: LayerStack, scores: Mapping[str, Score], batch: Batch) -> None:
+    """Run the unchanged model on a batch: scores observe it, and what experiments need is kept."""
+    ids, mask = batch.blocks.input_ids, batch.blocks.attention_mask
+
+    def on_layer(layer: int, before: Tensor, after: Tensor) -> None:
+        for score in scores.values():
+            score.observe(batch, layer, before, after)
+
+    def on_part(layer: int, part: str, output: Tensor) -> None:
+        for score in scores.values():
+            score.observe_part(batch, layer, part, output)
+
+    kept = runs_experiments(scores)
+    parts = any(score.parts for score in scores.values())
+    with (
+        stack.observing(on_layer, on_part if parts else None),
+        stack.capture(resid_pre=kept, resid_post=kept) as capture,
+    ):
+        logits = stack.logits(ids, mask)
+    batch.loss = block_losses(logits, ids, batch.target_mask)
+    if not np.isfinite(batch.loss).all():
+        raise NonFiniteError(_not_finite(stack, ids, mask))
+    batch.resid_pre, batch.resid_post = capture.resid_pre, capture.resid_post
 
 
-def _not_finite(capture: Capture) -> str:
-    places = [("the embeddings are", capture.resid_pre.get(0))]
-    places += [(f"the output of layer {layer} is", hidden) for layer, hidden in sorted(capture.resid_post.items())]
-    where = next((name for name, hidden in places if not _finite(hidden)), "the logits are")
+def _not_finite(stack: LayerStack, ids: Tensor, mask: Tensor | None = None) -> str:
+    """Say where NaN or infinity first came up."""
+    found: dict[int, tuple[bool, bool]] = {}
+    with stack.observing(lambda layer, *streams: found.update({layer: tuple(map(_finite, streams))})):
+        stack.logits(ids, mask)
+    places = [("the embeddings are", found[0][0])]
+    places += [(f"the output of layer {layer} is", after) for layer, (_, after) in sorted(found.items())]
+    where = next((name for name, finite in places if not finite), "the logits are")
     return (
         f"The model cannot be scored: {where} not finite (NaN or infinity). Check its weights, or use a wider "
         "dtype: float32 or bfloat16."
     )
 
 
-def _finite(hidden: Tensor | None) -> bool:
-    return hidden is None or bool(torch.isfinite(hidden).all())
+def _finite(hidden: Tensor) -> bool:
+    return bool(torch.isfinite(hidden).all())
 
 
 def _skip_layers(stack: LayerStack, scores: list[Score], batch: Batch, shown: Progress) -> None:
@@ -156,7 +173,7 @@ def _skip_layers(stack: LayerStack, scores: list[Score], batch: Batch, shown: Pr
     if not (updates or losses):
         return
     last = stack.num_layers - 1
-    for layer, work in enumerate(skip_work(extent_of(stack), losses=losses)):
+    for layer, work in enumerate(skip_work(extent_of(stack, experiments=True), losses=losses)):
         if layer not in stack.unskippable and (losses or layer < last):
             with (
                 stack.skipping(layer),

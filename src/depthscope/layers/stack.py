@@ -8,7 +8,7 @@ forward pass is re-implemented: masks, positions, caches, final norm, head and l
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from math import prod
 from typing import Any
 
@@ -339,6 +339,44 @@ class LayerStack:
             stack.enter_context(self.as_written())
             yield capture
 
+    @contextmanager
+    def observing(
+        self,
+        on_layer: Callable[[int, Tensor, Tensor], None],
+        on_part: Callable[[int, str, Tensor], None] | None = None,
+    ) -> Iterator[None]:
+        """Call back for each layer in the forward passes inside, when it has returned; nothing is kept.
+
+        Args:
+            on_layer: gets a layer's index, and the residual stream before it and after it, as the model passed them.
+            on_part: gets a layer's index, "attention" or "mlp", and what that returned, where there is such a part.
+        """
+        before: dict[int, Tensor] = {}
+        seen: set[int] = set()
+        keep = torch.clone if self._trace.changes_in_place else _as_is
+
+        def returned(index: int, after: Tensor) -> None:
+            seen.add(index)
+            on_layer(index, before.pop(index), after)
+
+        with ExitStack() as stack:
+            for index, layer in enumerate(self.layers):
+                into = _keep_input(before, index, keep)
+                stack.callback(layer.register_forward_pre_hook(into, with_kwargs=True).remove)
+                stack.callback(layer.register_forward_hook(_tell_output(partial(returned, index))).remove)
+                for part in ("attention", "mlp") if on_part is not None else ():
+                    if on_part is not None and (module := self.sublayer(index, part)) is not None:
+                        tell = _tell_output(partial(on_part, index, part))
+                        stack.callback(module.register_forward_hook(tell).remove)
+            watched = list(self.layers)
+            stack.enter_context(
+                self._awaiting(
+                    lambda last: [i for i in range(last + 1) if self.layers[i] is watched[i] and i not in seen]
+                )
+            )
+            stack.enter_context(self.as_written())
+            yield
+
     def sublayer(self, index: int, part: str) -> nn.Module | None:
         """The "attention" (or other token mixer) or the "mlp" of a layer, where it has such a `part`."""
         name = self._trace.sublayers[index].get(part)
@@ -459,6 +497,13 @@ def _as_is(hidden: Tensor) -> Tensor:
 def _keep_input(store: dict[int, Tensor], index: int, keep: Callable[[Tensor], Tensor]) -> Callable[..., None]:
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         store[index] = keep(hidden_among(args, kwargs))
+
+    return hook
+
+
+def _tell_output(function: Callable[[Tensor], None]) -> Callable[..., None]:
+    def hook(module: nn.Module, args: Any, result: Any) -> None:
+        function(hidden_of(result))
 
     return hook
 

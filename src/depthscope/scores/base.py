@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from depthscope.layers.precision import precise
+from depthscope.layers.precision import precise, wide
 from depthscope.layers.stack import LayerStack
 from depthscope.layers.tracing import output_embeddings
 from depthscope.scores.work import Extent, own_work
@@ -35,6 +35,9 @@ Sums = Mapping[str, Array]
 # Elements of logits that are turned into losses at once: on a CPU few enough to stay in its cache, elsewhere so many
 # that starting the work is not what takes the time.
 LOSS_CHUNK = {"cpu": 1 << 21, "elsewhere": 1 << 27}
+
+# Elements of a stream that one thread of a CPU reads at once, so few that they stay in its cache from step to step.
+STREAM_CHUNK = 1 << 15
 
 
 @dataclass
@@ -54,16 +57,26 @@ class Batch:
     blocks: Blocks
     token_mask: Tensor  # [B, T] the tokens that count
     target_mask: Tensor  # [B, T - 1] the predictions that count
-    resid_pre: dict[int, Tensor]  # layer -> residual stream before it
-    resid_post: dict[int, Tensor]  # layer -> residual stream after it
-    attn_variance: dict[int, Tensor]  # layer -> variance of the attention's output by token
-    mlp_variance: dict[int, Tensor]  # layer -> variance of the MLP's output by token
     loss: Array  # [B] sum of the next-token losses of each block, nats
+    # Where a score runs experiments, else empty:
+    resid_pre: dict[int, Tensor] = field(default_factory=dict)  # layer -> residual stream before it
+    resid_post: dict[int, Tensor] = field(default_factory=dict)  # layer -> residual stream after it
+
+    @classmethod
+    def of(cls, blocks: Blocks, rows: Array) -> "Batch":
+        """A batch whose baseline pass has not run yet."""
+        tokens, mask = blocks.token_mask, blocks.attention_mask
+        # A prediction counts where it is made at a token that counts, of a token that is there.
+        targets = tokens[:, :-1] & (tokens[:, 1:] if mask is None else mask[:, 1:].bool())
+        return cls(rows, blocks, tokens, targets, np.full(len(rows), np.nan))
+
+    def token_sums(self, per_token: Tensor) -> Tensor:
+        """Sum a quantity [B, T] over the tokens that count: [B], in float64, on its device if that has it."""
+        return precise(torch.where(self.token_mask.to(per_token.device), per_token, 0)).sum(1)
 
     def masked_sum(self, per_token: Tensor) -> Array:
-        """Sum a quantity [B, T] over the tokens that count: [B], in float64."""
-        kept = torch.where(self.token_mask.to(per_token.device), per_token, 0)
-        return kept.double().sum(1).cpu().numpy() if kept.device.type != "mps" else kept.cpu().double().sum(1).numpy()
+        """The same, as an array."""
+        return self.token_sums(per_token).cpu().numpy()
 
 
 @dataclass
@@ -83,9 +96,14 @@ class Score(ABC):
         name: of its record in `depthscope.report.measures`.
         skip_updates: it wants the later layers' inputs and outputs of every skipped-layer run.
         skip_losses: it wants the loss of every skipped-layer run.
+        experiments: it runs the model with something changed, or wants such runs, and reads the baseline's states of
+            all layers. What looks at one layer at a time gets its states in `observe`, and they are not kept.
+        parts: it wants to see, in `observe_part`, what attention and MLP return.
     """
 
     name: str
+    experiments = False
+    parts = False
     skip_updates = False
     skip_losses = False
 
@@ -93,7 +111,7 @@ class Score(ABC):
         self.stack = stack
         self.settings = settings
         self.num_blocks = num_blocks
-        self.extent = extent_of(stack)
+        self.extent = extent_of(stack, experiments=self.experiments)
         self.head = self.extent.head
         self.sums: dict[str, Array] = {}
 
@@ -103,6 +121,18 @@ class Score(ABC):
         `depthscope.scores.work` says it by the score's name, also for a model that is not loaded.
         """
         return own_work(self.name, self.extent, self.settings)
+
+    def observe(self, batch: Batch, layer: int, before: Tensor, after: Tensor) -> None:
+        """See the stream before and after a layer, in the model's own layout, while the baseline pass of a batch runs.
+
+        It comes once for each layer, before `measure`; the loss is not known yet. The tensors are the model's own and
+        may change when the next layer runs.
+        """
+        return
+
+    def observe_part(self, batch: Batch, layer: int, part: str, output: Tensor) -> None:
+        """See what the "attention" or the "mlp" of a layer returned, in the same pass."""
+        return
 
     def measure(self, batch: Batch, tick: Callable[[float], None]) -> None:
         """Add a batch to the sums, running what experiments it takes; `tick` counts the work done."""
@@ -127,6 +157,41 @@ class Score(ABC):
         return self.sums[name]
 
 
+class PerToken(Score):
+    """A score that is a sum over tokens of something read off the stream before and after one layer.
+
+    It is read while the baseline pass runs, as each layer returns, so that no state is kept. `finish` gets sums [L] by
+    the names that `read` gives them, and the number of "tokens".
+    """
+
+    def __init__(self, stack: LayerStack, settings: Settings, num_blocks: int) -> None:
+        super().__init__(stack, settings, num_blocks)
+        self._seen: dict[str, dict[int, Tensor]] = {}  # of the running pass: name -> layer -> sums [B]
+
+    def read(self, before: Tensor, after: Tensor) -> dict[str, Tensor]:
+        """What to sum over tokens: streams [n, S, d] of n tokens, in at least float32 -> [n] by name."""
+        raise NotImplementedError
+
+    def observe(self, batch: Batch, layer: int, before: Tensor, after: Tensor) -> None:
+        """Read one layer."""
+        one, other = (self.stack.features(stream).flatten(0, 1) for stream in (before, after))
+        for name, per_token in by_chunk(self.read, one, other).items():
+            self.keep(batch, layer, name, per_token.view(batch.token_mask.shape))
+
+    def keep(self, batch: Batch, layer: int, name: str, per_token: Tensor) -> None:
+        """Sum a quantity [B, T] of a layer over the tokens that count; the sums stay on its device for now."""
+        self._seen.setdefault(name, {})[layer] = batch.token_sums(per_token)
+
+    def measure(self, batch: Batch, tick: Callable[[float], None]) -> None:
+        """Fetch the sums of the pass: one transfer a quantity."""
+        self.table("tokens")[batch.rows] = batch.token_mask.sum(1).cpu().numpy()
+        for name, of_layers in self._seen.items():
+            layers, sums = list(of_layers), list(of_layers.values())
+            fetched = torch.stack([each.to(sums[0].device) for each in sums], 1).cpu().numpy()  # [B, layers]
+            self.table(name, self.stack.num_layers)[batch.rows[:, None], layers] = fetched
+        self._seen = {}
+
+
 def block_losses(logits: Tensor, input_ids: Tensor, target_mask: Tensor) -> Array:
     """Sum each block's next-token cross-entropy: logits [B, T, V], ids [B, T], mask [B, T - 1] -> [B], nats.
 
@@ -146,6 +211,15 @@ def block_losses(logits: Tensor, input_ids: Tensor, target_mask: Tensor) -> Arra
     return torch.stack(totals).cpu().numpy()
 
 
+def by_chunk(read: Callable[..., dict[str, Tensor]], *streams: Tensor) -> dict[str, Tensor]:
+    """Apply `read` to streams [n, ...], a few tokens at a time on a CPU, whose cache they fit: name -> [n]."""
+    rows = len(streams[0])
+    if streams[0].device.type == "cpu":
+        rows = max(1, STREAM_CHUNK * torch.get_num_threads() // streams[0][0].numel())
+    parts = [read(*map(wide, chunk)) for chunk in zip(*(stream.split(rows) for stream in streams), strict=True)]
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+
 def head_work(stack: LayerStack) -> float:
     """What head and loss cost, in forward passes of one layer: an estimate by their parameters, for progress."""
     head = output_embeddings(stack.model)
@@ -154,9 +228,10 @@ def head_work(stack: LayerStack) -> float:
     return of_head / max(of_layer, 1)
 
 
-def extent_of(stack: LayerStack) -> Extent:
-    """What the work of an analysis of this stack depends on."""
-    return Extent(stack.num_layers, stack.width, head_work(stack), stack.layer_types, stack.resumable)
+def extent_of(stack: LayerStack, *, experiments: bool) -> Extent:
+    """What the work of an analysis of this stack depends on; whether it can resume is tried for experiments only."""
+    resumable = stack.resumable if experiments else True
+    return Extent(stack.num_layers, stack.width, head_work(stack), stack.layer_types, resumable)
 
 
 def run_from(stack: LayerStack, index: int, hidden: Tensor) -> AbstractContextManager[None]:

@@ -22,6 +22,7 @@ class Causal(Score):
 
     name = "causal"
     skip_updates = True
+    experiments = True
 
     def measure(self, batch: Batch, tick: Callable[[float], None]) -> None:
         """Keep the baseline's updates, which every skipped layer's run is held against."""

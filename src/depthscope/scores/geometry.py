@@ -12,32 +12,14 @@ No units; influence in [0, 2], angle in [0, 1], cosine in [-1, 1].
 """
 
 import math
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from depthscope.layers.precision import wide
-from depthscope.scores.base import Batch, Score, Sums, Values, mean, ratio
+from depthscope.scores.base import PerToken, Sums, Values, mean, ratio
 
 
-class _Geometry(Score):
-    """Scores that are a sum over tokens of something read off the stream before and after a layer, over another sum."""
-
-    def measure(self, batch: Batch, tick: Callable[[float], None]) -> None:
-        """Add the batch's sums, read off its baseline pass."""
-        for layer in range(self.stack.num_layers):
-            before = wide(self.stack.flat(batch.resid_pre[layer]))  # [B, T, S * d]
-            after = wide(self.stack.flat(batch.resid_post[layer]))
-            for name, per_token in self.read(before, after).items():
-                self.table(name, self.stack.num_layers)[batch.rows, layer] = batch.masked_sum(per_token)
-
-    def read(self, before: Tensor, after: Tensor) -> dict[str, Tensor]:
-        """What to sum over tokens, [B, T] each."""
-        raise NotImplementedError
-
-
-class BlockInfluence(_Geometry):
+class BlockInfluence(PerToken):
     """`1 - cos(h_in, h_out)` of each layer."""
 
     name = "block_influence"
@@ -45,10 +27,7 @@ class BlockInfluence(_Geometry):
     def read(self, before: Tensor, after: Tensor) -> dict[str, Tensor]:
         """The influence on each token."""
         # Half the squared distance of the unit vectors: 1 - cos without its cancellation, so an identity layer gives 0.
-        return {
-            "influence": (_unit(before) - _unit(after)).square().sum(-1) / 2,
-            "tokens": torch.ones_like(before[..., 0]),
-        }
+        return {"influence": _length(_unit(before) - _unit(after)).square() / 2}
 
     def finish(self, sums: Sums) -> Values:
         """Divide by the number of tokens."""
@@ -56,7 +35,7 @@ class BlockInfluence(_Geometry):
         return Values(scores={"block_influence": mean(influence)}, layers={"block_influence": influence})
 
 
-class AngularDistance(_Geometry):
+class AngularDistance(PerToken):
     """The angle between a layer's input and output, over pi."""
 
     name = "angular_distance"
@@ -65,8 +44,8 @@ class AngularDistance(_Geometry):
         """The angle at each token."""
         # Kahan's formula is exact for small angles, where arccos loses half of the digits.
         unit_before, unit_after = _unit(before), _unit(after)
-        angle = 2 * torch.atan2((unit_before - unit_after).norm(dim=-1), (unit_before + unit_after).norm(dim=-1))
-        return {"angle": angle / math.pi, "tokens": torch.ones_like(before[..., 0])}
+        angle = 2 * torch.atan2(_length(unit_before - unit_after), _length(unit_before + unit_after))
+        return {"angle": angle / math.pi}
 
     def finish(self, sums: Sums) -> Values:
         """Divide by the number of tokens."""
@@ -74,7 +53,7 @@ class AngularDistance(_Geometry):
         return Values(scores={"angular_distance": mean(angle)}, layers={"angular_distance": angle})
 
 
-class Update(_Geometry):
+class Update(PerToken):
     """The length of a layer's update relative to the stream, and its cosine with the stream."""
 
     name = "update"
@@ -83,10 +62,9 @@ class Update(_Geometry):
         """Lengths and cosine at each token."""
         update = after - before
         return {
-            "update_length": update.norm(dim=-1),
-            "stream_length": before.norm(dim=-1),
-            "cosine": (_unit(update) * _unit(before)).sum(-1),
-            "tokens": torch.ones_like(before[..., 0]),
+            "update_length": _length(update),
+            "stream_length": _length(before),
+            "cosine": (_unit(update) * _unit(before)).sum((-2, -1)),
         }
 
     def finish(self, sums: Sums) -> Values:
@@ -98,7 +76,12 @@ class Update(_Geometry):
         )
 
 
-def _unit(vectors: Tensor) -> Tensor:
-    """Vectors of length 1; a zero vector stays zero."""
-    length = vectors.norm(dim=-1, keepdim=True)
-    return vectors / torch.where(length == 0, 1.0, length)
+def _length(streams: Tensor) -> Tensor:
+    """The length of each token's streams, taken as one vector: [n, S, d] -> [n]."""
+    return torch.linalg.vector_norm(streams, dim=(-2, -1))
+
+
+def _unit(streams: Tensor) -> Tensor:
+    """Streams [n, S, d] of length 1; those of zeros stay zero."""
+    length = _length(streams)[:, None, None]
+    return streams / torch.where(length == 0, 1.0, length)

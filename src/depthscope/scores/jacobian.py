@@ -43,6 +43,7 @@ class Jacobian(Score):
     """`||J_l - I||_F / d` of each layer, estimated with random orthonormal vectors or exact."""
 
     name = "jacobian"
+    experiments = True
 
     def __init__(self, stack: LayerStack, settings: Settings, num_blocks: int) -> None:
         super().__init__(stack, settings, num_blocks)

@@ -35,6 +35,7 @@ class Permutation(Score):
     """The relative change of the loss when two layers are swapped, [L, L]."""
 
     name = "permutation"
+    experiments = True
 
     def __init__(self, stack: LayerStack, settings: Settings, num_blocks: int) -> None:
         super().__init__(stack, settings, num_blocks)

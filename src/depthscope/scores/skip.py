@@ -13,6 +13,7 @@ class Skip(Score):
 
     name = "skip"
     skip_losses = True
+    experiments = True
 
     def measure_skip(self, batch: Batch, run: SkippedRun) -> None:
         """Add the loss of one skipped layer."""

@@ -54,6 +54,7 @@ class Usefulness(Score):
     """The loss ratio of linearising each layer, and the share of layers where it exceeds the threshold."""
 
     name = "usefulness"
+    experiments = True
 
     def fit(self, batches: Callable[[], Iterable[Blocks]], add_up: Callable[..., None]) -> None:
         """Fit the affine maps of all layers: one pass over the fitting blocks for as many layers as memory holds.

@@ -1,7 +1,7 @@
 """depthscope: how much every layer of a language model contributes.
 
     report = depthscope.analyze("model")    # a LayerReport: global scores, one row per layer, pairs of layers
-    stack = depthscope.LayerStack(model)    # find, watch and stand in for the layers of any causal language model
+    stack = depthscope.LayerStack(model)    # find, record and replace the layers of any causal language model
 
 Importing it makes `AutoConfig`, `AutoModel` and `AutoModelForCausalLM` know DepthLM. Layers count from 0 everywhere,
 losses are in nats.

@@ -1,14 +1,14 @@
 """The exceptions of depthscope: each says what was given, what was expected and what to do next.
 
-Everything that is the user's to mend derives from `DepthscopeError`; the command line prints its message and exits with
-2, the Space shows it, and a Python caller can catch one cause without catching the others.
+Every error that a user can correct derives from `DepthscopeError`. The command line prints its message and exits with
+code 2, the Space shows the message, and a Python caller can catch each cause by its class.
 """
 
 
 class DepthscopeError(Exception):
     """Base class of every error that depthscope raises on purpose."""
 
-    of_peer = False  # whether another process of the same run raised it, and this one left because of that
+    of_peer = False  # True if another process of the same run failed, and this one stopped because of it
 
 
 class NoLayerStackError(DepthscopeError):
@@ -20,7 +20,7 @@ class NotCausalError(NoLayerStackError):
 
 
 class BatchDependentError(NoLayerStackError):
-    """What the model says of a text depends on more than the text."""
+    """The model's output for one text depends on the other texts in its batch."""
 
 
 class ModelLoadError(DepthscopeError):
@@ -28,7 +28,7 @@ class ModelLoadError(DepthscopeError):
 
 
 class CorpusError(DepthscopeError):
-    """The text could not be read, or holds fewer tokens than were asked for."""
+    """The text could not be read, or holds fewer tokens than are needed."""
 
 
 class SettingsError(DepthscopeError, ValueError):
@@ -44,11 +44,11 @@ class NonFiniteError(AnalysisError):
 
 
 class OutOfMemoryError(AnalysisError):
-    """The device ran out of memory; the message says what to lower."""
+    """The device ran out of memory; the message names the setting to lower."""
 
 
 class ConversionError(DepthscopeError, ValueError):
-    """A model cannot be turned exactly into the architecture or the shape that was asked for; the message says why."""
+    """A model cannot be converted exactly to the requested architecture or shape; the message says why."""
 
 
 class ReportError(DepthscopeError):
@@ -56,7 +56,7 @@ class ReportError(DepthscopeError):
 
 
 class SpecificationError(DepthscopeError, ValueError):
-    """A sweep file says something that is not allowed; the message names the line and what is."""
+    """A sweep file holds a value that is not allowed; the message names the line and the allowed values."""
 
 
 class SweepError(DepthscopeError):
@@ -64,8 +64,8 @@ class SweepError(DepthscopeError):
 
 
 class HubError(DepthscopeError):
-    """The Hub refused, or did not answer; the message says what is there now and what to do."""
+    """The Hub refused a request or did not answer; the message says what is on the Hub now and what to do."""
 
 
 class AnalysisInterrupted(KeyboardInterrupt):
-    """Ctrl-C during an analysis; the message says what had been done."""
+    """Ctrl-C during an analysis; the message says how far it was."""

@@ -1,7 +1,7 @@
 """The processes that share an analysis: one by itself, or those that `torchrun` started.
 
-What one process does alone may fail there only, while the others wait for it in the next exchange of tensors, until its
-time-out. So they meet before each such exchange, and one that failed says so at that meeting, and all leave.
+Work that one process does alone may fail in that process only, while the others wait in the next exchange of tensors
+until it times out. So before each exchange all processes report whether they failed, and all stop if one did.
 """
 
 from collections.abc import Iterator, Sequence
@@ -29,7 +29,7 @@ class Processes:
     @classmethod
     def here(cls) -> "Processes":
         """The processes of this run, joined if `torchrun` (or accelerate) started several."""
-        # Without being told, accelerate does not join processes that have no accelerator.
+        # Without `cpu=True`, accelerate does not join processes that have no accelerator.
         state = PartialState(cpu=not torch.accelerator.is_available())
         return cls(state.process_index, state.num_processes, state.device)
 
@@ -44,9 +44,9 @@ class Processes:
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """Work that may fail in one process: where it does, all of them leave it with an error.
+        """Run work that may fail in one process; if it does, all processes raise an error.
 
-        Every process must come here, and meet as often as the others inside (`add_up` and `add_up_tables` do).
+        Every process must enter it and call `add_up` and `add_up_tables` inside it equally often.
 
         Raises:
             DepthscopeError: another process failed; of the class that it raised, if that is one of ours.
@@ -54,26 +54,26 @@ class Processes:
         try:
             yield
         except BaseException as error:
-            if not getattr(error, "of_peer", False):  # of that all have heard
-                self._tell(error)
+            if not getattr(error, "of_peer", False):  # the other processes know of that failure
+                self._exchange_failures(error)
             raise
-        self._meet()
+        self._raise_failures()
 
     def add_up(self, *tensors: Tensor) -> None:
         """Add tensors up over all processes, in place; see `together`."""
         if self.count > 1:
-            self._meet()
+            self._raise_failures()
             for tensor in tensors:
                 self._reduce(tensor)
 
     def add_up_tables(self, tables: dict[str, np.ndarray]) -> None:
-        """Add named arrays up over all processes, in place; a process that had nothing to do starts from zeros."""
+        """Add named arrays up over all processes, in place; a process that has no such array starts from zeros."""
         if self.count == 1:
             return
-        self._meet()
+        self._raise_failures()
         shapes: list[dict[str, tuple[int, ...]]] = [{} for _ in range(self.count)]
         dist.all_gather_object(shapes, {name: table.shape for name, table in tables.items()})
-        for name, shape in sorted({name: shape for known in shapes for name, shape in known.items()}.items()):
+        for name, shape in sorted({name: shape for each in shapes for name, shape in each.items()}.items()):
             self._reduce(torch.from_numpy(tables.setdefault(name, np.zeros(shape))))
 
     def _reduce(self, tensor: Tensor) -> None:
@@ -81,9 +81,9 @@ class Processes:
         dist.all_reduce(moved)
         tensor.copy_(moved)
 
-    def _meet(self) -> None:
-        """Leave, with an error, if a process comes to this meeting to say that it failed."""
-        for rank, failure in enumerate(self._tell(None)):
+    def _raise_failures(self) -> None:
+        """Raise an error if a process failed; every process calls this at the same points."""
+        for rank, failure in enumerate(self._exchange_failures(None)):
             if failure is not None:
                 name, text = failure
                 kind = getattr(depthscope.errors, name, DepthscopeError)
@@ -91,9 +91,9 @@ class Processes:
                 error.of_peer = True
                 raise error
 
-    def _tell(self, error: BaseException | None) -> list[tuple[str, str] | None]:
-        """Exchange what happened: for each process the class of its failure and its message."""
-        told: list[tuple[str, str] | None] = [None] * self.count
+    def _exchange_failures(self, error: BaseException | None) -> list[tuple[str, str] | None]:
+        """Exchange failures: for each process the class and the message of its error, or None."""
+        failures: list[tuple[str, str] | None] = [None] * self.count
         if self.count > 1:
-            dist.all_gather_object(told, None if error is None else (type(error).__name__, str(error)))
-        return told
+            dist.all_gather_object(failures, None if error is None else (type(error).__name__, str(error)))
+        return failures

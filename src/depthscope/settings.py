@@ -21,8 +21,8 @@ class Settings:
         eval_blocks: how many blocks, after those, measure everything.
         block_size: tokens in a block, T, special tokens at its start included.
         bos: whether each block of text begins with the beginning-of-sequence token: "yes", "no", or "auto", what the
-            tokenizer puts before a text by itself. It counts for nothing: no score is taken at it, nor is the
-            prediction of the token after it. Blocks that are given are measured as they are.
+            tokenizer puts before a text by itself. No score includes that token or the
+            prediction of the token after it. Blocks that are passed in are measured as they are.
         batch_size: blocks in a forward pass; None chooses one that keeps the logits small. Scores do not depend on it.
         threshold: a layer is useful when linearising it multiplies the loss by more than this (the paper's is 1.1).
         ridge: ridge of the linear fit, relative to the mean variance of a feature; it pulls the maps towards the
@@ -34,7 +34,7 @@ class Settings:
             sample, in (0, 1); a sampled score carries its sampling error.
         probes: backward passes per layer that estimate the Jacobian distance, each with a random vector for every
             block, or "exact" for one per feature; as many as there are features, or more, are exact too.
-        seed: of the probes and of the sampled pairs.
+        seed: seeds the probes and the sampled pairs.
     """
 
     scores: tuple[str, ...] | str = SCORE_NAMES
@@ -54,16 +54,16 @@ class Settings:
     def __post_init__(self) -> None:
         object.__setattr__(self, "scores", _checked_scores(self.scores))
         needs_fit = "usefulness" in self.scores and not self.fits_in_sample
-        self._whole("fit_blocks", 1 if needs_fit else 0, "blocks to fit the linear maps on")
-        self._whole("eval_blocks", 1, "blocks to measure on")
-        self._whole("block_size", 2, "tokens in a block")
+        self._set_whole("fit_blocks", 1 if needs_fit else 0, "blocks to fit the linear maps on")
+        self._set_whole("eval_blocks", 1, "blocks to measure on")
+        self._set_whole("block_size", 2, "tokens in a block")
         require_tokens(self.fit_blocks + self.eval_blocks, self.block_size)
         object.__setattr__(self, "bos", bos_choice(self.bos))
         if self.batch_size is not None:
-            self._whole("batch_size", 1, "blocks in a forward pass")
+            self._set_whole("batch_size", 1, "blocks in a forward pass")
         if self.probes != "exact":
-            self._whole("probes", 1, 'random probes, or "exact"')
-        self._whole("seed", 0, "a seed", LARGEST_SEED)
+            self._set_whole("probes", 1, 'random probes, or "exact"')
+        self._set_whole("seed", 0, "a seed", LARGEST_SEED)
         require_number("threshold", self.threshold, "a loss ratio above 0, such as the paper's 1.1", above=0)
         require_number("ridge", self.ridge, "a number from 0 up to 1, such as 0 or 1e-6", least=0, below=1)
         if self.pairs not in ("all", "adjacent") and not (isinstance(self.pairs, float) and 0 < self.pairs < 1):
@@ -71,18 +71,18 @@ class Settings:
                 f'pairs is {self.pairs!r}; give "all", "adjacent", or the share to sample as a number between 0 and 1.'
             )
 
-    def _whole(self, name: str, least: int, what: str, most: int = MOST) -> None:
-        """Check a whole number, and keep it as Python's own."""
-        object.__setattr__(self, name, require_whole(name, getattr(self, name), least, what, most))
+    def _set_whole(self, name: str, least: int, meaning: str, most: int = MOST) -> None:
+        """Check a whole number, and store it as a Python int."""
+        object.__setattr__(self, name, require_whole(name, getattr(self, name), least, meaning, most))
 
     @property
     def fits_in_sample(self) -> bool:
-        """Whether the linear maps are fitted on the evaluation blocks: asked for, or as the paper's code does."""
-        # Not written into `in_sample`, where it would outlast a `paper_code` that is taken back.
+        """Whether the linear maps are fitted on the evaluation blocks: chosen, or implied by `paper_code`."""
+        # Not written into `in_sample`, where it would stay after `paper_code` is switched off again.
         return self.in_sample or self.paper_code
 
     def to_dict(self) -> dict[str, Any]:
-        """The settings as a report keeps them: what was done, so `in_sample` also where `paper_code` implies it."""
+        """The settings as a report keeps them; `in_sample` is true also where `paper_code` implies it."""
         return {**asdict(self), "scores": list(self.scores), "in_sample": self.fits_in_sample}
 
     def with_(self, **changes: Any) -> "Settings":
@@ -96,14 +96,14 @@ def _checked_scores(scores: Any) -> tuple[str, ...]:
     names = scores.split(",") if isinstance(scores, str) else list(scores)
     chosen = [name.strip() if isinstance(name, str) else name for name in names]
     # The effective depths are derived from two scores and have no measurement of their own.
-    if words := [item for item in chosen if not isinstance(item, str)]:
-        raise SettingsError(f"a score is {words[0]!r}; give its name.")
-    wanted = {name for item in chosen for name in (("skip", "usefulness") if item == "effective_depth" else (item,))}
-    if "all" in wanted:
-        wanted = wanted - {"all"} | set(SCORE_NAMES)
-    known = (*SCORE_NAMES, *SPARSITY_NAMES)
-    unknown = sorted(wanted - set(known))
-    if unknown or not wanted:
-        what = f"unknown score {', '.join(map(repr, unknown))}" if unknown else "no score was chosen"
-        raise SettingsError(f"{what}; choose from {', '.join(known)}, effective_depth, all.")
-    return tuple(name for name in known if name in wanted)
+    if others := [item for item in chosen if not isinstance(item, str)]:
+        raise SettingsError(f"a score is {others[0]!r}; give its name.")
+    requested = {name for item in chosen for name in (("skip", "usefulness") if item == "effective_depth" else (item,))}
+    if "all" in requested:
+        requested = requested - {"all"} | set(SCORE_NAMES)
+    available = (*SCORE_NAMES, *SPARSITY_NAMES)
+    unknown = sorted(requested - set(available))
+    if unknown or not requested:
+        problem = f"unknown score {', '.join(map(repr, unknown))}" if unknown else "no score was chosen"
+        raise SettingsError(f"{problem}; choose from {', '.join(available)}, effective_depth, all.")
+    return tuple(name for name in available if name in requested)

@@ -21,7 +21,7 @@ from depthscope.errors import HubError
 from depthscope.hub.collection import CollectionPlan, Item
 from depthscope.hub.commit import Changes, Remote, changes
 from depthscope.hub.errors import hide_tokens
-from depthscope.hub.plan import Plan
+from depthscope.hub.plan import PushPlan
 from depthscope.hub.push import client, publish, push
 from depthscope.hub.retry import Patience
 from depthscope.hub.tree import MANIFEST, Digest, Tree, read_manifest
@@ -133,7 +133,7 @@ def test_a_hundred_pushes_with_a_fault_each_end_whole(
         now = Version.number(version)
         before = [Version.number(version - 1)] if version else []
         collection = CollectionPlan("ada", "nets", (Item("paper", "2603.15389"), Item("model", repo_id)))
-        plan = Plan([now.trees(repo_id, tmp_path / str(version))], collection)
+        plan = PushPlan([now.trees(repo_id, tmp_path / str(version))], collection)
         fault = dict(chance.choice(FAULTS))
         times = chance.choice((1, 1, 2, LASTING))
         rule = hub.faults.next(chance.choice(OPERATIONS), times=times, skip=chance.choice((0, 0, 1, 2)), **fault)
@@ -260,7 +260,7 @@ def test_a_token_that_may_not_push_is_one_message_at_once(
 
 def test_a_permission_lost_half_way_stops_all_repositories(hub: LocalHub, tmp_path: Path) -> None:
     version = Version.number(0)
-    plan = Plan([version.trees(f"lab/net-{number}", tmp_path / str(number)) for number in range(8)])
+    plan = PushPlan([version.trees(f"lab/net-{number}", tmp_path / str(number)) for number in range(8)])
     api = client(hub.token)
     lost = hub.faults.next("commit", times=LASTING, skip=3, status=403)
     with pytest.raises(HubError, match="the token may not"):

@@ -163,7 +163,7 @@ def test_a_base_model_named_by_a_relative_path_is_found_from_the_adapter(
     loaded = load_model(str(adapter))
     assert torch.equal(logits(loaded.model, random_blocks(1, 9)), expected)
     assert loaded.notes == [
-        f"The base model {name!r} of the adapter is not there from the current folder; it was found from the adapter's."
+        f"The base model {name!r} of the adapter was found relative to the adapter's folder, not to the current one."
     ]
     assert loaded.facts["base_model"] == "base"
 

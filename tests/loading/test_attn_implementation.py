@@ -78,7 +78,7 @@ def test_an_attention_that_the_user_has_registered_can_be_asked_for(folder: Path
 
 
 def test_what_is_no_attention_is_refused_with_what_there_is(folder: Path) -> None:
-    with pytest.raises(SettingsError, match=r"'nonsense' is no implementation of attention; there is eager, .*sdpa"):
+    with pytest.raises(SettingsError, match=r"'nonsense' is no attention implementation; choose from eager, .*sdpa"):
         load_model(str(folder), attn_implementation="nonsense")
     with pytest.raises(ModelLoadError, match=r"'flash_attention_2' does not run on a CPU. Take one of eager, sdpa"):
         load_model(str(folder), device="cpu", attn_implementation="flash_attention_2")
@@ -97,7 +97,7 @@ def test_what_is_no_attention_ends_a_command(command: str, folder: Path) -> None
     out = [str(folder.parent / "out")] if command == "convert" else []
     told = CliRunner().invoke(app, [command, str(folder), *out, "--attn-implementation", "nonsense"])
     assert told.exit_code == 2
-    assert "is no implementation of attention" in " ".join(told.output.split())
+    assert "is no attention implementation" in " ".join(told.output.split())
 
 
 def test_every_command_that_loads_a_model_has_the_option() -> None:

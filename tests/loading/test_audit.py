@@ -378,7 +378,9 @@ def test_weights_without_a_place_that_change_the_function_are_refused(
             put("model.layers.0.self_attn.masked_bias", torch.tensor(-1e9)), "causal masks: 1", id="mask value"
         ),
         pytest.param(put("model.embed_positions.position_ids", torch.arange(64)[None]), "position ids: 1", id="ids"),
-        pytest.param(put("model.vision_tower.proj.weight", torch.ones(4, 4)), "what is not for text: 1", id="vision"),
+        pytest.param(
+            put("model.vision_tower.proj.weight", torch.ones(4, 4)), "parts that are not for text: 1", id="vision"
+        ),
         pytest.param(put("mtp.layers.0.eh_proj.weight", torch.ones(4, 4)), "heads for further tokens: 1", id="mtp"),
         pytest.param(put("v_head.summary.weight", torch.ones(1, 32)), "other heads: 1", id="value head"),
     ],

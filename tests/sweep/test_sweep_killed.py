@@ -209,4 +209,4 @@ def test_ctrl_c_says_how_to_go_on(uninterrupted: tuple[Path, Path, float], tmp_p
     os.kill(pid, signal.SIGINT)
     _, status = os.waitpid(pid, 0)
     assert os.waitstatus_to_exitcode(status) == 130
-    assert "Run the same command again to go on." in os.read(read, 10_000).decode()
+    assert "Run the same command again to continue." in os.read(read, 10_000).decode()

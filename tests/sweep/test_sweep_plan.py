@@ -12,7 +12,7 @@ from depthscope.cli import app
 from depthscope.errors import SettingsError
 from depthscope.models import DepthLMConfig, DepthLMForCausalLM
 from depthscope.sweep.cost.memory import activation_bytes, needed_memory
-from depthscope.sweep.cost.plan import Plan, launcher, plan
+from depthscope.sweep.cost.plan import CostPlan, launcher, plan
 from depthscope.sweep.grid import expand
 from depthscope.sweep.specification import Training, load_sweep
 from depthscope.wording.numbers import format_count
@@ -24,7 +24,7 @@ ONE = {"grid": {"depth": {"num_hidden_layers": 4}}}
 TWO = {"depth": {"num_hidden_layers": [2, 4]}}
 
 
-def planned(source: str | Path, changes: dict | None = None, **options: object) -> Plan:
+def planned(source: str | Path, changes: dict | None = None, **options: object) -> CostPlan:
     sweep = load_sweep(source, changes)
     return plan(sweep, expand(sweep), **{"gpu": "h100", "gpus": 8, "utilisation": 0.4, **options})
 

@@ -8,7 +8,7 @@ from typing import Any
 import gradio as gr
 
 from depthscope.report.measures import EXPLAINED
-from depthscope.views.plots.depth import Point, against_depth
+from depthscope.views.plots.depth import DepthPoint, against_depth
 from page.results import parts
 
 __all__ = ["build"]
@@ -82,5 +82,5 @@ def build() -> None:
     gr.HTML(f"<h2>What these scores cannot tell</h2><ul class='ds-limits'>{limits}</ul>")
 
 
-def _points(rows: list[dict[str, Any]], name: str) -> list[Point]:
-    return [Point(f"{name}, {row['layers']} layers", row["layers"], row["scores"]) for row in rows]
+def _points(rows: list[dict[str, Any]], name: str) -> list[DepthPoint]:
+    return [DepthPoint(f"{name}, {row['layers']} layers", row["layers"], row["scores"]) for row in rows]

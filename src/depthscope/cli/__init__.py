@@ -1,7 +1,7 @@
 """The command line.
 
-torch and transformers are imported inside the commands, so that `--help` answers at once. Bad input ends with one
-message and exit code 2, Ctrl-C with 130.
+torch and transformers are imported inside the commands, so that `--help` is fast. Bad input ends with one message and
+exit code 2, Ctrl-C with 130.
 """
 
 import os
@@ -16,5 +16,5 @@ __all__ = ["analysis", "app", "evaluate", "main", "models", "push", "recipe", "s
 def main() -> None:
     """Run the command line."""
     if "COLUMNS" in os.environ:
-        os.environ["COLUMNS"] = str(readable_width())  # for the pages of help, which are not ours to print
+        os.environ["COLUMNS"] = str(readable_width())  # for the help pages, which typer prints
     app()

@@ -46,10 +46,10 @@ def analyze(
     column: Column = None,
     split: Split = None,
     fit_blocks: Annotated[
-        int, typer.Option(help="Blocks, from the start of the text, that fit the linear maps.", rich_help_panel=TEXT)
+        int, typer.Option(help="Blocks at the start of the text that fit the linear maps.", rich_help_panel=TEXT)
     ] = 16,
     eval_blocks: Annotated[
-        int, typer.Option(help="Blocks after those, that measure everything.", rich_help_panel=TEXT)
+        int, typer.Option(help="Blocks after those that all scores are measured on.", rich_help_panel=TEXT)
     ] = 8,
     block_size: BlockSize = 256,
     bos: Bos = "auto",
@@ -67,7 +67,7 @@ def analyze(
         ),
     ] = "all",
     probes: Annotated[
-        str, typer.Option(help="Random probes for the Jacobian distance, or exact.", rich_help_panel=DEPTH)
+        str, typer.Option(help="Random probes per layer for the Jacobian distance, or exact.", rich_help_panel=DEPTH)
     ] = "16",
     threshold: Annotated[
         float, typer.Option(help="Loss ratio above which a layer counts as useful.", rich_help_panel=DEPTH)
@@ -156,7 +156,7 @@ def show(
     ],
     html: Annotated[Path | None, typer.Option(help="Write a page with interactive plots."), WRITES] = None,
 ) -> None:
-    """Show a report that was saved earlier, or what the layers did in a training run."""
+    """Show a saved report, or the layers over a training run."""
     with errors_for_people():
         require_places(html)
         if report.is_dir() or report.suffix == ".jsonl":
@@ -182,11 +182,11 @@ def _show_run(run: Path, html: Path | None) -> None:
 @app.command()
 def compare(
     reports: Annotated[list[Path], typer.Argument(help="Two or more reports.", metavar="REPORT..."), READS],
-    html: Annotated[Path | None, typer.Option(help="Write a page that lays the layers side by side."), WRITES] = None,
+    html: Annotated[Path | None, typer.Option(help="Write a page that shows the layers side by side."), WRITES] = None,
 ) -> None:
-    """Hold reports side by side: what differs, and whether by more than the noise."""
+    """Compare reports: what differs, and whether by more than the noise."""
     with errors_for_people():
-        from depthscope.report.comparison import compare as hold
+        from depthscope.report.comparison import compare as compare_reports
         from depthscope.report.report import LayerReport
         from depthscope.views.terminal import print_comparison
 
@@ -194,7 +194,7 @@ def compare(
             raise SettingsError(f"{len(reports)} report was given; compare needs at least two.")
         require_places(html)
         loaded = [LayerReport.load(path) for path in reports]
-        print_comparison(hold(loaded), terminal())
+        print_comparison(compare_reports(loaded), terminal())
         if html is not None:
             from depthscope.views.report_page import write_page
 
@@ -213,14 +213,14 @@ def scores() -> None:
 
 
 def deliver(report: "LayerReport", out: Path | None, html: Path | None, quiet: bool, saved: Path | None = None) -> None:
-    """Write what was asked for, then print; the measurements survive a disk or an output that takes nothing.
+    """Write the report and its page, then print it; where that fails, the measurements are kept in a temporary folder.
 
     Args:
-        report: what was measured.
+        report: the report.
         out: where to save it.
         html: where to write its page.
         quiet: whether to print nothing.
-        saved: where the report lies already, if it does.
+        saved: the file that already holds the report, if there is one.
     """
     from depthscope.views.terminal import print_report
 
@@ -242,7 +242,7 @@ def deliver(report: "LayerReport", out: Path | None, html: Path | None, quiet: b
             print_report(report, terminal())
         for line in written:
             say(line)
-    except BrokenPipeError:  # whoever reads has seen enough
+    except BrokenPipeError:  # the reader closed the pipe
         raise
     except OSError as error:
         failure = failure or ReportError(f"cannot write the standard output: {reason(error)}.{_safe(report, saved)}")
@@ -251,7 +251,7 @@ def deliver(report: "LayerReport", out: Path | None, html: Path | None, quiet: b
 
 
 def _safe(report: "LayerReport", saved: Path | None) -> str:
-    """Say where a report is that could not be delivered, once it is saved where there may still be room."""
+    """Save a report that could not be delivered in a temporary folder, and say where it is."""
     if saved is None:
         try:
             folder = Path(tempfile.mkdtemp(prefix="depthscope-"))
@@ -266,7 +266,7 @@ def _safe(report: "LayerReport", saved: Path | None) -> str:
 
 
 def require_places(*places: Path | None) -> None:
-    """Refuse outputs that cannot be written before hours are spent on them."""
+    """Refuse outputs that cannot be written, before hours of work are spent."""
     for place in places:
         if place is None:
             continue

@@ -45,7 +45,7 @@ def evaluate(
         READS,
     ] = None,
     limit: Annotated[
-        int | None, typer.Option(help="The first documents of each task only.", rich_help_panel=TASKS)
+        int | None, typer.Option(help="Use only the first documents of each task.", rich_help_panel=TASKS)
     ] = None,
     shots: Annotated[
         int | None,
@@ -63,7 +63,7 @@ def evaluate(
     ] = None,
     report: Annotated[
         Path | None,
-        typer.Option(help="A report of analyze, to add the accuracies to.", rich_help_panel=OUTPUT),
+        typer.Option(help="A report of analyze that the accuracies are added to.", rich_help_panel=OUTPUT),
         ADDS_TO,
     ] = None,
     quiet: Quiet = False,
@@ -74,8 +74,8 @@ def evaluate(
         from depthscope.downstream.evaluation import evaluate as measure
         from depthscope.report.report import LayerReport
 
-        described = None if report is None else LayerReport.load(report)
-        found = measure(
+        measured_report = None if report is None else LayerReport.load(report)
+        downstream = measure(
             model,
             tasks=tasks,
             data=data,
@@ -90,36 +90,36 @@ def evaluate(
             base_model=base_model,
             progress=not quiet,
         )
-        _deliver(found, described, out, report, quiet)
+        _deliver(downstream, measured_report, out, report, quiet)
 
 
 def _deliver(
-    found: "Downstream", described: "LayerReport | None", out: Path | None, report: Path | None, quiet: bool
+    downstream: "Downstream", measured_report: "LayerReport | None", out: Path | None, report: Path | None, quiet: bool
 ) -> None:
-    """Write what was asked for, then print it: a disk that is full costs no accuracy, which may be hours of work."""
+    """Write the accuracies, then print them; where writing fails they are printed all the same."""
     failure: DepthscopeError | None = None
     written = []
     try:
         if out is not None:
-            found.save(out)
+            downstream.save(out)
             written.append(f"Accuracies: {out}")
-        if report is not None and described is not None:
-            found.added_to(described).save(report)
+        if report is not None and measured_report is not None:
+            downstream.added_to(measured_report).save(report)
             written.append(f"Report: {report}")
     except DepthscopeError as error:
         failure = error
     if not quiet or failure is not None:
-        _show(found)
+        _print_accuracies(downstream)
     for line in written:
         say(line)
     if failure is not None:
         raise failure
 
 
-def _show(found: "Downstream") -> None:
+def _print_accuracies(downstream: "Downstream") -> None:
     from depthscope.views.accuracy import accuracy_table
 
     console = terminal()
-    console.print(accuracy_table(found.accuracies))
-    for note in found.notes:
+    console.print(accuracy_table(downstream.accuracies))
+    for note in downstream.notes:
         say(f"Note: {note}")

@@ -23,10 +23,10 @@ def convert(
     ] = "native",
     kv_heads: Annotated[
         int | None,
-        typer.Option(help="Key and value heads: fewer are pooled by their mean, more repeated.", rich_help_panel=SHAPE),
+        typer.Option(help="Key and value heads: averaged in groups, or repeated.", rich_help_panel=SHAPE),
     ] = None,
     experts: Annotated[
-        int | None, typer.Option(help="Make a dense model one with this many experts.", rich_help_panel=SHAPE)
+        int | None, typer.Option(help="Turn a dense model into one with this many experts.", rich_help_panel=SHAPE)
     ] = None,
     top_k: Annotated[
         int | None, typer.Option(help="Experts that see each token, with --experts.", rich_help_panel=SHAPE)
@@ -36,12 +36,12 @@ def convert(
     ] = None,
     preserve_function: Annotated[
         bool,
-        typer.Option("--preserve-function", help="Let added layers start as the identity.", rich_help_panel=SHAPE),
+        typer.Option("--preserve-function", help="Start added layers as the identity.", rich_help_panel=SHAPE),
     ] = False,
     dtype: Annotated[
         str,
         typer.Option(
-            help="float32, bfloat16, float16, or auto: the checkpoint's own where nothing is lost by it.",
+            help="float32, bfloat16, float16, or auto: the checkpoint's own where that loses nothing.",
             rich_help_panel=HOW,
         ),
     ] = "auto",
@@ -52,13 +52,13 @@ def convert(
 ) -> None:
     """Turn MODEL into a DepthLM or into a native architecture, exactly, or give it another shape.
 
-    Exact means that the logits differ by rounding at most, which is measured before anything is written; what cannot be
-    converted exactly is refused with the reason. Pooled heads and stacked layers are meant to be trained on.
+    Exact means that the logits differ by rounding at most. That is measured before anything is written, and a model
+    that cannot be converted exactly is refused. Averaged heads and stacked layers need further training.
     """
     with errors_for_people():
-        from depthscope.conversion.checkpoint import Shape, convert_checkpoint
+        from depthscope.conversion.checkpoint import TargetShape, convert_checkpoint
 
-        shape = Shape(kv_heads, experts, top_k, layers, preserve_function)
+        shape = TargetShape(kv_heads, experts, top_k, layers, preserve_function)
         with terminal(stderr=True).status("Starting") as status:
             lines = convert_checkpoint(
                 model,

@@ -1,4 +1,4 @@
-"""Arguments and options that several commands take, each told once."""
+"""Arguments and options that several commands take, each defined once."""
 
 from pathlib import Path
 from typing import Annotated
@@ -57,8 +57,8 @@ BlockSize = Annotated[int, typer.Option(help="Tokens in a block.", rich_help_pan
 Bos = Annotated[
     str,
     typer.Option(
-        help="Whether each block begins with the beginning-of-sequence token, which counts for nothing: yes, no, or "
-        "auto, what the tokenizer does by itself.",
+        help="Whether each block begins with the beginning-of-sequence token, which no score includes: yes, no, or "
+        "auto (what the tokenizer does by itself).",
         rich_help_panel=TEXT,
     ),
 ]
@@ -77,15 +77,15 @@ TrustRemoteCode = Annotated[
 AttnImplementation = Annotated[
     str | None,
     typer.Option(
-        help="eager, sdpa, flash_attention_2, ...; by default the config's, or one that runs here.",
+        help="eager, sdpa, flash_attention_2, ...; by default the config's, or one that this machine runs.",
         rich_help_panel=HOW,
     ),
 ]
 BaseModel = Annotated[
     str | None,
-    typer.Option(help="The base model of an adapter, where it is not where the adapter says.", rich_help_panel=HOW),
+    typer.Option(help="The base model of an adapter, if it has moved.", rich_help_panel=HOW),
     READS,
 ]
 
 ReportOut = Annotated[Path | None, typer.Option(help="Write the report as JSON.", rich_help_panel=OUTPUT), WRITES]
-Quiet = Annotated[bool, typer.Option("--quiet", help="No table, no progress.", rich_help_panel=OUTPUT)]
+Quiet = Annotated[bool, typer.Option("--quiet", help="Print no table and no progress.", rich_help_panel=OUTPUT)]

@@ -1,12 +1,12 @@
-"""Which arguments of a command name paths, and what it does there, so that no output overwrites an input.
+"""Which arguments of a command are paths, and what it does with them, so that no output overwrites an input.
 
-Each argument that may be a path says in its annotation what the command does with it:
+The annotation of each argument that may be a path says what the command does with it:
 
     model: Annotated[str, typer.Argument(...), READS]
     out: Annotated[Path | None, typer.Option(...), WRITES] = None
 
-Before a command begins, `refuse_overwriting` holds all its paths against each other. A `Path` without such a mark is a
-mistake in the program, and `paths_of` raises.
+Before a command begins, `refuse_overwriting` compares all its paths. A `Path` without such a mark is a mistake in the
+program, and `paths_of` raises.
 """
 
 import inspect
@@ -40,8 +40,8 @@ __all__ = [
 class Use(Enum):
     """What a command does with a path."""
 
-    READS = "a file, or what lies in a folder; the name of something else where there is no such path"
-    READS_TREE = "a file, or all that lies below a folder"
+    READS = "a file, or the files of a folder; the name of something else where there is no such path"
+    READS_TREE = "a file, or all files below a folder"
     WRITES = "a file"
     ADDS_TO = "a file that is read, and written again with more in it"
     FILLS = "a folder that files are written into"
@@ -49,14 +49,14 @@ class Use(Enum):
 
 READS, READS_TREE, WRITES, ADDS_TO, FILLS = Use
 
-# How what we write begins: a report or a record of accuracies, or a page. Written again, none of them is lost.
+# How the files that depthscope writes begin: reports, records of accuracies, pages. They may be overwritten.
 JSON_HEAD = b'{\n  "schema_version"'
 PAGE_HEAD, PAGE_MARK, HEAD_BYTES = b"<!doctype html>", b"depthscope", 8192
 
 
 @dataclass(frozen=True)
-class _Named:
-    """One path: what the option or argument is called, what is done with the path, and the path."""
+class _NamedPath:
+    """One path, the option or argument that names it, and what is done with it."""
 
     option: str
     use: Use
@@ -68,17 +68,17 @@ class _Named:
 
 
 def paths_of(command: Callable[..., Any]) -> dict[str, tuple[str, Use]]:
-    """The parameters of a command that name paths: what a person calls each, and what is done with it.
+    """The parameters of a command that are paths: how the help names each, and what is done with it.
 
     Raises:
-        TypeError: a parameter is a `Path` and does not say what is done with it.
+        TypeError: a parameter is a `Path` whose annotation does not say what is done with it.
     """
     found = {}
     for name, parameter in inspect.signature(command).parameters.items():
         kind, *marks = get_args(parameter.annotation) if get_origin(parameter.annotation) is Annotated else [None]
         use = next((mark for mark in marks if isinstance(mark, Use)), None)
         if use is not None:
-            found[name] = (_called(name, marks), use)
+            found[name] = (_label(name, marks), use)
         elif Path in (kind, parameter.annotation, *_inside(kind), *_inside(parameter.annotation)):
             raise TypeError(
                 f"{command.__name__}: {name} is a path; say in its annotation whether it is read or written"
@@ -87,7 +87,7 @@ def paths_of(command: Callable[..., Any]) -> dict[str, tuple[str, Use]]:
 
 
 def refuse_empty_paths(command: Callable[..., Any]) -> None:
-    """Let a command refuse an empty path, as of a shell's variable that is not set; Python takes the current folder.
+    """Make a command refuse an empty path, such as an unset shell variable; Python would take the current folder.
 
     Raises:
         TypeError: as by `paths_of`.
@@ -107,17 +107,17 @@ def _path(text: str | Path) -> Path:
     return Path(text)
 
 
-def refuse_overwriting(command: Callable[..., Any], given: Mapping[str, Any]) -> None:
-    """Refuse paths of one command of which one would overwrite another.
+def refuse_overwriting(command: Callable[..., Any], arguments: Mapping[str, Any]) -> None:
+    """Refuse to run a command if one of its paths would overwrite another.
 
     Args:
         command: the command.
-        given: its arguments by name.
+        arguments: its arguments by name.
 
     Raises:
         SettingsError: two outputs are one file, or an output is a file that is read; the message names both options.
     """
-    named = list(_given(command, given))
+    named = list(_named_paths(command, arguments))
     for index, one in enumerate(named):
         for other in named[index + 1 :]:
             if one.is_written and other.is_written:
@@ -133,7 +133,7 @@ def _inside(kind: Any) -> Iterator[Any]:
         yield from _inside(part)
 
 
-def _called(name: str, marks: list[Any]) -> str:
+def _label(name: str, marks: list[Any]) -> str:
     """What the help calls a parameter: MODEL, or --out."""
     info = next((mark for mark in marks if isinstance(mark, (ArgumentInfo, OptionInfo))), None)
     if isinstance(info, ArgumentInfo):
@@ -141,28 +141,28 @@ def _called(name: str, marks: list[Any]) -> str:
     return f"--{name.replace('_', '-')}"
 
 
-def _given(command: Callable[..., Any], given: Mapping[str, Any]) -> Iterator[_Named]:
-    for name, (called, use) in paths_of(command).items():
-        value = given.get(name)
+def _named_paths(command: Callable[..., Any], arguments: Mapping[str, Any]) -> Iterator[_NamedPath]:
+    for name, (label, use) in paths_of(command).items():
+        value = arguments.get(name)
         for item in value if isinstance(value, (list, tuple)) else [value]:
             if item is None or not os.fspath(item) or "\0" in os.fspath(item):
                 continue
             path = Path(item)
             if use not in (READS, READS_TREE):
-                yield _Named(called, use, path)
+                yield _NamedPath(label, use, path)
                 continue
-            yield from (_Named(called, use, place) for place in _read_with(_meant(path)))
+            yield from (_NamedPath(label, use, place) for place in _read_with(_local_path(path)))
 
 
-def _meant(path: Path) -> Path:
-    """The path on this machine that a name means: ~ is the home, and a data set may have a configuration after it."""
+def _local_path(path: Path) -> Path:
+    """The local path that an argument names: ~ is the home folder, and a configuration may follow a data set's name."""
     path = path.expanduser() if str(path).startswith("~") else path
     before = Path(str(path).partition(":")[0])
     return before if ":" in str(path) and not os.path.lexists(path) and os.path.lexists(before) else path
 
 
 def _read_with(path: Path) -> Iterator[Path]:
-    """A path, and what is read with it: the other parts of a GGUF file, the base model of an adapter."""
+    """A path, and the paths that are read with it: the other parts of a GGUF file, the base model of an adapter."""
     yield path
     if path.suffix.lower() == ".gguf":
         from depthscope.loading.gguf.split import parts_beside
@@ -174,16 +174,16 @@ def _read_with(path: Path) -> Iterator[Path]:
         yield from filter(None, [local_base(path)])
 
 
-def _refuse_outputs(one: _Named, other: _Named) -> None:
+def _refuse_outputs(one: _NamedPath, other: _NamedPath) -> None:
     if not _is_special(one.path) and _are_one(one.path, other.path, fold=True):
-        differing = "" if one.path.name == other.path.name else ", which some file systems take for one name"
+        differing = "" if one.path.name == other.path.name else ", which some file systems treat as one name"
         raise SettingsError(
             f"{one.option} ({one.path}) and {other.option} ({other.path}) would overwrite each other{differing}. Give "
             "each a name of its own."
         )
 
 
-def _refuse_input(output: _Named, source: _Named) -> None:
+def _refuse_input(output: _NamedPath, source: _NamedPath) -> None:
     if _is_special(output.path) or not os.path.lexists(source.path):
         return
     if _are_one(output.path, source.path, fold=False):
@@ -199,7 +199,7 @@ def _refuse_input(output: _Named, source: _Named) -> None:
 
 
 def _is_special(path: Path) -> bool:
-    """Whether a path is a device or a pipe, which nothing is lost in."""
+    """Whether a path is a device or a pipe, where writing overwrites nothing."""
     try:
         kind = os.stat(path).st_mode
     except OSError:
@@ -210,9 +210,9 @@ def _is_special(path: Path) -> bool:
 def _are_one(one: Path, other: Path, *, fold: bool) -> bool:
     """Whether two paths are one file or folder, through links too.
 
-    Of files that are there, the file system says so itself, whatever it makes of upper and lower case. It cannot of
-    two that are not there yet: with `fold`, names in one folder that differ by case or by how an accent is written are
-    one, on every file system, so that a command does not work here and lose a file elsewhere.
+    For existing files the file system decides, with its own rules on upper and lower case. For files that do not exist
+    yet, `fold` treats names in one folder that differ only by case or by the encoding of an accent as one, so that a
+    command that works on one file system loses no file on another.
     """
     try:
         if os.path.samefile(one, other):
@@ -229,16 +229,16 @@ def _folded(name: str) -> str:
     return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
 
 
-def _file_in(source: _Named, output: _Named) -> Path | None:
-    """The file of a folder that is read which an output would overwrite, by whatever name or link.
+def _file_in(source: _NamedPath, output: _NamedPath) -> Path | None:
+    """The file in an input folder that an output would overwrite, under any name or link.
 
-    A report or page that lies in a model's or a run's folder is no part of the model or the run: it may be written
-    again. In a folder of texts everything may be text.
+    A report or page in the folder of a model or a run is no part of the model or the run: it may be overwritten. In a
+    folder of texts every file may be text.
     """
     try:
-        wanted = os.stat(output.path)
+        output_stat = os.stat(output.path)
     except OSError:
-        return None  # nothing is there yet
+        return None  # the output does not exist yet
     if source.use is READS and _is_ours(output.path):
         return None
     for folder, folders, files in os.walk(source.path):
@@ -247,16 +247,16 @@ def _file_in(source: _Named, output: _Named) -> Path | None:
         for name in files:
             path = Path(folder, name)
             try:
-                found = os.stat(path)
+                file_stat = os.stat(path)
             except OSError:
                 continue
-            if os.path.samestat(found, wanted):
+            if os.path.samestat(file_stat, output_stat):
                 return path
     return None
 
 
 def _is_ours(path: Path) -> bool:
-    """Whether a file begins as the reports, accuracies and pages do that we write."""
+    """Whether a file begins like the reports, accuracies and pages that depthscope writes."""
     try:
         with open(path, "rb") as file:
             head = file.read(HEAD_BYTES)

@@ -29,27 +29,27 @@ def push(
     ],
     private: Annotated[bool, typer.Option("--private", help="Make the repositories private.")] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Push nothing: write what would be pushed to --out, and list it.")
+        bool, typer.Option("--dry-run", help="Push nothing: write the files to --out, and list them.")
     ] = False,
-    out: Annotated[Path | None, typer.Option(help="For --dry-run; DIR-push by default."), FILLS] = None,
+    out: Annotated[Path | None, typer.Option(help="The folder of --dry-run; DIR-push by default."), FILLS] = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace files on the Hub that somebody else made or changed.")
     ] = False,
     native: Annotated[
         bool,
         typer.Option(
-            "--native", help="Also each model as a Llama, Mixtral, ... of its own repository.", rich_help_panel=WHAT
+            "--native", help="Push each model also as a Llama, Mixtral, ... of its own.", rich_help_panel=WHAT
         ),
     ] = False,
     steps: Annotated[
-        bool, typer.Option(help="The checkpoints of the training as branches step<N>.", rich_help_panel=WHAT)
+        bool, typer.Option(help="Push the training checkpoints as branches step<N>.", rich_help_panel=WHAT)
     ] = True,
     only: Annotated[
         list[str] | None,
         typer.Option(help="Only these points or variants of a sweep; * stands for anything.", rich_help_panel=WHAT),
     ] = None,
     license: Annotated[
-        str | None, typer.Option(help="As the Hub names it: apache-2.0, mit, ...", rich_help_panel=CARD)
+        str | None, typer.Option(help="The Hub's name of the license: apache-2.0, mit, ...", rich_help_panel=CARD)
     ] = None,
     language: Annotated[
         list[str] | None, typer.Option(help="Language codes: en, de, ..., code.", rich_help_panel=CARD)
@@ -62,7 +62,7 @@ def push(
     ] = None,
     collection: Annotated[
         str | None,
-        typer.Option(help="Its title; a sweep has one named for it by default.", rich_help_panel=COLLECTION),
+        typer.Option(help="Its title; by default a sweep gets one with its own name.", rich_help_panel=COLLECTION),
     ] = None,
     space: Annotated[
         str | None, typer.Option(help="A Space that the collection lists.", rich_help_panel=COLLECTION)
@@ -70,10 +70,10 @@ def push(
 ) -> None:
     """Publish DIR on the Hugging Face Hub: models with cards, training checkpoints, reports, a collection.
 
-    Only what differs from what is there is sent, each branch in one commit; run it again to go on after a failure.
-    Log in before with hf auth login, or set HF_TOKEN.
+    Only files that differ from those on the Hub are sent, each branch in one commit. Run it again to continue after a
+    failure. Log in first with hf auth login, or set HF_TOKEN.
     """
-    with errors_for_people("What is on the Hub is whole; run the same command again to go on."):
+    with errors_for_people("The Hub holds complete commits only; run the same command again to continue."):
         from depthscope.hub.push import push as publish
 
         publication = publish(
@@ -111,17 +111,17 @@ def _list_files(publication: "Publication", folder: Path) -> None:
     if publication.plan.collection:
         items = ", ".join(f"{item.kind} {item.item_id}" for item in publication.plan.collection.items)
         say(f"Collection {publication.plan.collection.title!r}: {items}")
-    say(f"Nothing was pushed; what would be is in {folder}.")
+    say(f"Nothing was pushed; the files are in {folder}.")
 
 
 def _list_revisions(publication: "Publication") -> None:
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
     for name in ("repository", "branch", "commit", "files"):
         table.add_column(name, overflow="fold")
-    for one in publication.revisions:
-        repository = one.repo_id if one.kind == "model" else f"{one.kind}s/{one.repo_id}"
-        changed = f"{one.written} written" + (f", {one.removed} removed" if one.removed else "")
-        table.add_row(repository, one.revision, one.commit[:7], changed if one.is_changed else "as they were")
+    for pushed in publication.revisions:
+        repository = pushed.repo_id if pushed.kind == "model" else f"{pushed.kind}s/{pushed.repo_id}"
+        changed = f"{pushed.written} written" + (f", {pushed.removed} removed" if pushed.removed else "")
+        table.add_row(repository, pushed.revision, pushed.commit[:7], changed if pushed.is_changed else "unchanged")
     terminal().print(table)
     if publication.collection:
         say(f"Collection: {publication.collection}")

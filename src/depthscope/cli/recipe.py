@@ -19,18 +19,18 @@ def recipe(
     tokens: Annotated[float | None, typer.Option(help="Training tokens, such as 5e9.", rich_help_panel=BUDGET)] = None,
     flops: Annotated[float | None, typer.Option(help="Floating-point operations.", rich_help_panel=BUDGET)] = None,
     gpu_hours: Annotated[float | None, typer.Option(help="Hours of one GPU.", rich_help_panel=BUDGET)] = None,
-    gpu: Annotated[str, typer.Option(help="The kind of GPU.", rich_help_panel=BUDGET)] = "h100",
+    gpu: Annotated[str, typer.Option(help="GPU model.", rich_help_panel=BUDGET)] = "h100",
     utilisation: Annotated[
         float, typer.Option(help="Share of the peak that training reaches.", rich_help_panel=BUDGET)
     ] = 0.4,
     gpus: Annotated[int, typer.Option(help="GPUs that share the training.", rich_help_panel=LIMITS)] = 1,
     memory: Annotated[
-        float | None, typer.Option(help="GB of each GPU; fewer experts where they need more.", rich_help_panel=LIMITS)
+        float | None, typer.Option(help="GB per GPU; limits the number of experts.", rich_help_panel=LIMITS)
     ] = None,
     max_length: Annotated[int | None, typer.Option(help="Longest sequence, in tokens.", rich_help_panel=LIMITS)] = None,
     dense: Annotated[bool, typer.Option("--dense", help="No experts.", rich_help_panel=LIMITS)] = False,
     heads: Annotated[
-        int | None, typer.Option(help="Attention heads; chosen by the width if not given.", rich_help_panel=LIMITS)
+        int | None, typer.Option(help="Attention heads; chosen from the width by default.", rich_help_panel=LIMITS)
     ] = None,
     head_multiple: Annotated[
         int,
@@ -46,22 +46,22 @@ def recipe(
     ] = False,
     out: Annotated[
         Path | None,
-        typer.Option(help="A folder for config.json, training_arguments.json, sweep.yaml and recipe.md."),
+        typer.Option(help="Write config.json, training_arguments.json, sweep.yaml and recipe.md to this folder."),
         FILLS,
     ] = None,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print a Markdown table.")] = False,
 ) -> None:
     """Turn a depth, a width and a budget into a model and its training, with the evidence for each choice.
 
-    The rule of thumb of arXiv 2603.15389: long sequences, weight decay, grouped queries, experts. What the paper did
-    not test is marked with a star.
+    The rule of thumb of arXiv 2603.15389: long sequences, weight decay, grouped queries, experts. A star marks what the
+    paper did not test.
     """
     with errors_for_people():
         from depthscope.recipes import recipe as make_recipe
         from depthscope.recipes.shown import print_recipe, recipe_markdown
         from depthscope.recipes.write import write_recipe
 
-        made = make_recipe(
+        chosen = make_recipe(
             layers,
             width,
             tokens=tokens,
@@ -79,11 +79,11 @@ def recipe(
             norm_scaling=norm_scaling,
             depth_scaled_init=depth_scaled_init,
         )
-        written = [] if out is None else write_recipe(made, out)
+        written = [] if out is None else write_recipe(chosen, out)
         if markdown:
-            typer.echo(recipe_markdown(made), nl=False)
+            typer.echo(recipe_markdown(chosen), nl=False)
         else:
-            print_recipe(made, terminal())
+            print_recipe(chosen, terminal())
         if written and not markdown:
             say(f"Written to {out}: {', '.join(path.name for path in written)}.")
 

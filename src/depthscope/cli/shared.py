@@ -1,4 +1,4 @@
-"""What every command shares: the program itself, which checks paths first, and how it ends when something is wrong."""
+"""What all commands share: the program, which checks paths first, and how errors end it."""
 
 import errno
 import os
@@ -18,22 +18,22 @@ from depthscope.files.atomic import reason
 
 
 class Program(typer.Typer):
-    """Commands none of which begins where one of its outputs would overwrite what another of its arguments names."""
+    """Commands that refuse to begin if an output would overwrite a file that another argument names."""
 
     def command(  # type: ignore[override]
         self, name: str | None = None, **options: Any
     ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-        """Register a command; a path that does not say what is done with it is refused right here."""
+        """Register a command; a path without a mark of its use raises a TypeError at once."""
         register = super().command(name, **options)
 
         def declare(function: Callable[..., Any]) -> Callable[..., Any]:
             refuse_empty_paths(function)
 
             @wraps(function)
-            def checked(**given: Any) -> Any:
+            def checked(**arguments: Any) -> Any:
                 with errors_for_people():
-                    refuse_overwriting(function, given)
-                return function(**given)
+                    refuse_overwriting(function, arguments)
+                return function(**arguments)
 
             register(checked)
             return function
@@ -54,8 +54,8 @@ BAD_INPUT = 2
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
-def _print_version(wanted: bool) -> None:
-    if wanted:
+def _print_version(requested: bool) -> None:
+    if requested:
         from importlib.metadata import version
 
         typer.echo(f"depthscope {version('depthscope')}")
@@ -78,14 +78,14 @@ def say(line: str) -> None:
 
 @contextmanager
 def errors_for_people(after_interrupt: str = "Nothing was written.") -> Iterator[None]:
-    """One message instead of a traceback: exit code 2 for bad input, 130 for Ctrl-C."""
+    """Print one message instead of a traceback; exit with code 2 for bad input, 130 for Ctrl-C."""
     try:
         yield
     except DepthscopeError as error:
-        _end_badly(str(error))
+        _exit_with_error(str(error))
     except KeyboardInterrupt as interrupt:
-        said = str(interrupt) or "Interrupted."
-        terminal(stderr=True).print(Text(f"{said} {after_interrupt}"), soft_wrap=True)
+        message = str(interrupt) or "Interrupted."
+        terminal(stderr=True).print(Text(f"{message} {after_interrupt}"), soft_wrap=True)
         raise typer.Exit(INTERRUPTED) from None
     except BrokenPipeError:
         sys.stderr.close()
@@ -93,14 +93,14 @@ def errors_for_people(after_interrupt: str = "Nothing was written.") -> Iterator
     except OSError as error:
         if error.filename is None and error.errno not in (*NO_ROOM, errno.EIO):
             raise
-        where = "the standard output" if error.filename is None else repr(os.fsdecode(error.filename))
-        done = "write" if error.filename is None or error.errno in NO_ROOM else "read or write"
-        why = "it is not there" if isinstance(error, FileNotFoundError) else reason(error)
-        _end_badly(f"cannot {done} {where}: {why}.")
+        place = "the standard output" if error.filename is None else repr(os.fsdecode(error.filename))
+        action = "write" if error.filename is None or error.errno in NO_ROOM else "read or write"
+        cause = "it does not exist" if isinstance(error, FileNotFoundError) else reason(error)
+        _exit_with_error(f"cannot {action} {place}: {cause}.")
 
 
-def _end_badly(message: str) -> NoReturn:
-    """Say what is wrong, and let go of what cannot be written, which Python would try once more when it ends."""
+def _exit_with_error(message: str) -> NoReturn:
+    """Print an error and exit; output that cannot be written is discarded, since Python would try again at exit."""
     terminal(stderr=True).print(Text("Error: ", style="bold red") + Text(message), soft_wrap=True)
     try:
         sys.stdout.flush()

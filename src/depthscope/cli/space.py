@@ -23,12 +23,12 @@ PLACES = (Path(__file__).parents[3] / "spaces" / NAME, Path(__file__).parents[1]
 
 OWN_REQUIREMENT = "depthscope["
 COMMIT_TITLE = "depthscope's page"
-# Of what an earlier push left, the kinds that would still be loaded.
+# Files of these kinds that an earlier push left would still be loaded.
 PROGRAM_FILES = {".py", ".css", ".js", ".json"}
 
 
 class YesOrNo(str, Enum):
-    """An answer."""
+    """The answer to a question."""
 
     yes = "yes"
     no = "no"
@@ -37,47 +37,45 @@ class YesOrNo(str, Enum):
 @app.command()
 def space(
     share: Annotated[
-        YesOrNo, typer.Option(help="A public link for three days, through a server of Gradio's makers.")
+        YesOrNo, typer.Option(help="Give a public link for three days, through Gradio's server.")
     ] = YesOrNo.no,
     port: Annotated[
-        int | None, typer.Option(min=1, max=65535, help="Where to listen; a free port from 7860 on by default.")
+        int | None, typer.Option(min=1, max=65535, help="Port to listen on; by default a free one from 7860 on.")
     ] = None,
-    host: Annotated[str, typer.Option(help="0.0.0.0 lets other machines in.")] = "127.0.0.1",
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 admits other machines.")] = "127.0.0.1",
 ) -> None:
     """Serve the page that analyses models in a browser, on this machine."""
-    with errors_for_people("The page is not served any more."):
+    with errors_for_people("The page is no longer served."):
         if find_spec("gradio") is None:
             raise SettingsError("The page needs gradio, which is not installed: pip install 'depthscope[space]'.")
-        given = {"GRADIO_SHARE": str(share is YesOrNo.yes), "GRADIO_SERVER_NAME": host}
+        environment = {"GRADIO_SHARE": str(share is YesOrNo.yes), "GRADIO_SERVER_NAME": host}
         if port is not None:
-            given["GRADIO_SERVER_PORT"] = str(port)
+            environment["GRADIO_SERVER_PORT"] = str(port)
         os.chdir(space_folder())
-        # In this process, so that whoever stops the command stops the server.
-        os.execve(sys.executable, [sys.executable, "app.py"], {**os.environ, **given})
+        # In this process, so that stopping the command stops the server.
+        os.execve(sys.executable, [sys.executable, "app.py"], {**os.environ, **environment})
 
 
 @app.command()
 def push_space(
-    to: Annotated[str, typer.Option(help="The Space to make or bring up to date: NAMESPACE/NAME.")],
+    to: Annotated[str, typer.Option(help="The Space to create or update: NAMESPACE/NAME.")],
     private: Annotated[bool, typer.Option("--private", help="Make a new Space private.")] = False,
     requirement: Annotated[
         str | None,
         typer.Option(
-            help="What the Space installs as depthscope, if not this version from the package index; such as "
+            help="The line that installs depthscope in the Space, if not this version from the package index; such as "
             "'depthscope[gguf] @ git+https://...'."
         ),
     ] = None,
-    dry_run: Annotated[
-        Path | None, typer.Option(help="Push nothing: write what would be pushed to this folder."), FILLS
-    ] = None,
+    dry_run: Annotated[Path | None, typer.Option(help="Push nothing: write the files to this folder."), FILLS] = None,
 ) -> None:
     """Put the page on the Hugging Face Hub as a Space, in one commit.
 
-    Modules of an earlier push that the page no longer has are removed; your own files stay.
+    Files of an earlier push that the page no longer needs are removed; your own files stay.
 
-    Log in before with hf auth login, or set HF_TOKEN.
+    Log in first with hf auth login, or set HF_TOKEN.
     """
-    with errors_for_people("What is on the Hub is whole; run the same command again."):
+    with errors_for_people("The Hub holds complete commits only; run the same command again."):
         files = space_files(requirement)
         if dry_run is not None:
             _write(files, dry_run)
@@ -90,7 +88,7 @@ def space_folder() -> Path:
     """The folder of the Space's program.
 
     Raises:
-        DepthscopeError: this installation does not hold it.
+        DepthscopeError: this installation lacks it.
     """
     for place in PLACES:
         if (place / "app.py").is_file():
@@ -101,7 +99,7 @@ def space_folder() -> Path:
 
 
 def space_files(requirement: str | None = None) -> dict[str, bytes]:
-    """What a Space is made of: paths in the repository and their contents.
+    """The files of a Space: paths in the repository and their contents.
 
     Args:
         requirement: the line that installs depthscope there; by default the one of `requirements.txt`.
@@ -119,13 +117,13 @@ def space_files(requirement: str | None = None) -> dict[str, bytes]:
 
 
 def _is_private(part: str) -> bool:
-    """Whether a file or folder was left there by a program that ran: hidden, or compiled."""
+    """Whether a file or folder is hidden or compiled code, which running the program leaves behind."""
     return part.startswith(".") or part == "__pycache__"
 
 
 def _write(files: dict[str, bytes], folder: Path) -> None:
     if folder.exists():
-        raise SettingsError(f"{folder} exists already; name a folder that does not.")
+        raise SettingsError(f"{folder} already exists; give the name of a new folder.")
     with new_folder(folder, SettingsError) as temporary:
         for name, content in files.items():
             path = temporary / name
@@ -159,7 +157,7 @@ def _push(files: dict[str, bytes], to: str, private: bool) -> str:
 
 
 def _pushed(api: "HfApi", to: str) -> list[str]:
-    """The program files of a Space that were last changed by a push of ours, and so are nobody else's."""
+    """The program files of a Space that push-space was the last to change."""
     from huggingface_hub.hf_api import RepoFile
 
     entries = api.list_repo_tree(to, repo_type="space", recursive=True, expand=True)

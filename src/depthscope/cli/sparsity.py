@@ -53,7 +53,7 @@ def sparsity(
     ] = None,
     quiet: Quiet = False,
 ) -> None:
-    """Measure the sparsity at work in MODEL: small weights, unattended positions, experts at rest, by layer."""
+    """Measure the sparsity of MODEL per layer: small weights, unattended positions, unused experts."""
     with errors_for_people():
         if text and dataset:
             raise SettingsError("Both --text and --dataset were given; choose one.")

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from depthscope.sweep.report.results import SweepResults
 
 sweep_app = Program(
-    help="Train a grid of models, measure every one, and see what holds.", no_args_is_help=True, rich_markup_mode="rich"
+    help="Train a grid of models, measure each, and report what holds.", no_args_is_help=True, rich_markup_mode="rich"
 )
 app.add_typer(sweep_app, name="sweep")
 
@@ -29,7 +29,7 @@ File = Annotated[
     READS,
 ]
 Folder = Annotated[Path, typer.Argument(help="The folder of a sweep.", metavar="DIR"), READS]
-AMISS = 1  # a point failed, or something of one is damaged; the report is made all the same
+AMISS = 1  # the exit code if a point failed or a file of one is damaged; the report is made all the same
 
 
 @sweep_app.command()
@@ -38,21 +38,19 @@ def run(
     out: Annotated[Path | None, typer.Option(help="The sweep's folder; sweeps/NAME by default."), FILLS] = None,
     only: Annotated[
         list[str] | None,
-        typer.Option(
-            help="Only this point, variant or family; * stands for anything. Give it again for more: --only A --only B."
-        ),
+        typer.Option(help="Only this point, variant or family; * stands for anything. May be given several times."),
     ] = None,
     jobs: Annotated[
         int | None,
-        typer.Option(min=1, help="Points at once; by default one per GPU, or one per processor core."),
+        typer.Option(min=1, help="Points to train at once; by default one per GPU, or one per processor core."),
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="List the points and train nothing.")] = False,
 ) -> None:
-    """Train and measure every point of FILE, and report. Finished ones are skipped, interrupted ones go on.
+    """Train and measure every point of FILE, and report. Finished points are skipped; interrupted ones continue.
 
     Models too large for one device: torchrun --nproc-per-node 8 -m depthscope sweep run FILE.
     """
-    with errors_for_people("Run the same command again to go on."):
+    with errors_for_people("Run the same command again to continue."):
         from depthscope.processes import Processes
         from depthscope.sweep.cost.requirements import require_what_is_needed
         from depthscope.sweep.grid import expand
@@ -70,7 +68,7 @@ def run(
             say(f"{sweep.specification.name}: {describe(outcome)}.")
             damaged = _report(outcome.out).is_damaged
         if outcome.failed:
-            say("Run the same command again to try again what failed.")
+            say("Run the same command again to retry the points that failed.")
         if outcome.failed or outcome.unreadable or damaged:
             raise typer.Exit(AMISS)
 
@@ -79,7 +77,7 @@ def run(
 def report(folder: Folder) -> None:
     """Write the tables (Markdown, CSV, parquet) and the page of a sweep, finished or not, to DIR/report.
 
-    The exit code is 1 where a point failed or is damaged.
+    The exit code is 1 if a point failed or is damaged.
     """
     with errors_for_people():
         results = _report(folder)
@@ -90,12 +88,12 @@ def report(folder: Folder) -> None:
 @sweep_app.command()
 def plan(
     file: File,
-    gpu: Annotated[str, typer.Option(help="The kind of GPU to reckon with.")] = "h100",
-    gpus: Annotated[int, typer.Option(min=1, help="How many of them share a model.")] = 8,
+    gpu: Annotated[str, typer.Option(help="GPU model to plan for.")] = "h100",
+    gpus: Annotated[int, typer.Option(min=1, help="GPUs that share a model.")] = 8,
     utilisation: Annotated[float, typer.Option(help="Share of the peak that training reaches.")] = 0.4,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print a Markdown table.")] = False,
 ) -> None:
-    """Say what FILE would cost: parameters, FLOPs, GPU hours, memory. Trains nothing."""
+    """Estimate the cost of FILE: parameters, FLOPs, GPU hours, memory. Trains nothing."""
     with errors_for_people():
         from depthscope.sweep.cost.plan import plan as make_plan
         from depthscope.sweep.cost.plan import print_plan
@@ -103,11 +101,11 @@ def plan(
         from depthscope.sweep.specification import load_sweep
 
         sweep = load_sweep(file)
-        made = make_plan(sweep, expand(sweep), gpu=gpu, gpus=gpus, utilisation=utilisation)
+        cost = make_plan(sweep, expand(sweep), gpu=gpu, gpus=gpus, utilisation=utilisation)
         if markdown:
-            typer.echo(made.to_markdown())
+            typer.echo(cost.to_markdown())
         else:
-            print_plan(made, terminal())
+            print_plan(cost, terminal())
 
 
 @sweep_app.command()
@@ -137,7 +135,7 @@ def _report(folder: Path) -> "SweepResults":
     written, results = write_report(folder), load_results(folder)
     print_results(results, terminal())
     page = next(path for path in written if path.suffix == ".html")
-    # Not wrapped, since an address in two lines cannot be followed.
+    # Not wrapped, since an address on two lines cannot be opened.
     terminal().print(
         Text(f"Tables and page: {page.parent}\nOpen {page.resolve().as_uri()} in a browser."), soft_wrap=True
     )

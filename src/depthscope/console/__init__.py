@@ -1,1 +1,1 @@
-"""What a terminal shows while work is done."""
+"""What a terminal shows during the work."""

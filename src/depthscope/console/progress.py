@@ -1,4 +1,4 @@
-"""A progress bar with the time left, weighted by the work that is really done."""
+"""A progress bar with the remaining time, weighted by the actual work."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,15 +17,15 @@ from rich.text import Text
 
 from depthscope.console.terminal import terminal
 
-# Is told what is being done, and the share of all the work that is done, from 0 to 1.
+# Receives the current stage, and the share of the work that is done, from 0 to 1.
 Listener = Callable[[str, float], None]
 
-# The estimate looks back this far, in seconds: experiments on early layers take longer than on late ones.
+# The estimate uses this many last seconds: experiments on early layers take longer than on late ones.
 ESTIMATE_SECONDS = 120.0
 
 
 class Progress:
-    """Says what is being done and how far it is, on a bar, to a `listener`, or to nobody; it counts all the same."""
+    """Counts the work that is done, and shows it on a bar or passes it to a `listener`, if there is one."""
 
     def __init__(self, total: float, bar: Bar | None, listener: Listener | None = None) -> None:
         self.total = total
@@ -36,27 +36,27 @@ class Progress:
         self._task = bar.add_task(self.stage, total=total) if bar else None
 
     def at(self, stage: str) -> None:
-        """Say what comes next."""
+        """Begin a stage."""
         self.stage = stage
         if self._bar is not None and self._task is not None:
             self._bar.update(self._task, description=stage)
-        self._tell()
+        self._notify()
 
     def advance(self, work: float) -> None:
         """Count work done, in forward passes of one layer over one block."""
         self.done += work
         if self._bar is not None and self._task is not None:
             self._bar.advance(self._task, work)
-        self._tell()
+        self._notify()
 
-    def _tell(self) -> None:
+    def _notify(self) -> None:
         if self._listener is not None:
             self._listener(self.stage, min(1.0, self.done / self.total) if self.total else 1.0)
 
 
 @contextmanager
 def showing_status(doing: str, *, visible: bool) -> Iterator[None]:
-    """Say on a terminal what is being done, for work whose length is not known."""
+    """Show on a terminal what is being done, for work of unknown length."""
     console = terminal(stderr=True)
     if not visible or not console.is_terminal:
         yield
@@ -67,9 +67,9 @@ def showing_status(doing: str, *, visible: bool) -> Iterator[None]:
 
 @contextmanager
 def showing_progress(total: float, *, visible: bool, listener: Listener | None = None) -> Iterator[Progress]:
-    """Show a bar on standard error while the work inside goes on; on a file or a pipe nothing is drawn.
+    """Show a bar on standard error during the work inside; nothing is drawn on a file or a pipe.
 
-    With a `listener`, tell it instead.
+    A `listener` receives the progress instead.
     """
     if listener is not None:
         yield Progress(total, None, listener)
@@ -83,7 +83,7 @@ def showing_progress(total: float, *, visible: bool, listener: Listener | None =
         BarColumn(),
         TaskProgressColumn(),
         TimeElapsedColumn(),
-        TextColumn("gone,"),
+        TextColumn("elapsed,"),
         TimeRemainingColumn(),
         TextColumn("left"),
     )

@@ -1,6 +1,6 @@
-"""Keeping the log lines and progress bars of the Hugging Face libraries out of our own output.
+"""Silencing the log lines and progress bars of the Hugging Face libraries.
 
-What matters of them is said in our own errors and notes; a second voice on the terminal only hides those.
+depthscope's own errors and notes contain what matters of them; other lines on the terminal would hide those.
 """
 
 import io
@@ -17,22 +17,22 @@ LOGGERS = ("transformers", "huggingface_hub", "datasets", "accelerate", "peft", 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Silence warnings, log lines below ERROR and progress bars inside; everything is as before afterwards."""
+    """Silence warnings, log lines below CRITICAL and progress bars inside; everything is restored afterwards."""
     with ExitStack() as stack:
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")
         for name in LOGGERS:
             logger = logging.getLogger(name)
             stack.callback(logger.setLevel, logger.level)
-            # Not ERROR: `datasets` logs an error of its own before it raises what we turn into our message.
+            # Not ERROR: `datasets` logs an error before it raises the exception that we turn into our message.
             logger.setLevel(logging.CRITICAL)
         _hide_progress_bars(stack)
-        stack.enter_context(redirect_stderr(io.StringIO()))  # some bars (unpacking a GGUF file) know no switch
+        stack.enter_context(redirect_stderr(io.StringIO()))  # some bars (unpacking a GGUF file) have no switch
         yield
 
 
 def _hide_progress_bars(stack: ExitStack) -> None:
-    """Switch off the bars of those libraries that are imported, to be switched on again when `stack` ends."""
+    """Switch off the bars of the libraries that are imported until `stack` ends."""
     if "huggingface_hub" in sys.modules:
         from huggingface_hub import utils
 

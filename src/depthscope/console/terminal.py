@@ -1,4 +1,4 @@
-"""The terminal that tables are printed on: never so narrow that nothing is left of them, never absurdly wide."""
+"""The terminal that tables are printed on, with a bounded width."""
 
 import os
 import shutil
@@ -12,24 +12,24 @@ NARROWEST, WIDEST = 40, 1000  # characters
 
 
 def terminal(*, stderr: bool = False, file: IO[str] | None = None) -> Console:
-    """A console of rich on standard output, on standard error, or on what is either now and later something else.
+    """A rich console on standard output, on standard error or on `file`.
 
-    `COLUMNS` says how wide it is, where that is a width: 0, as some shells and services set it, is not known, and on a
-    console of no width rich prints nothing at all.
+    `COLUMNS` sets its width. Some shells and services set it to 0, which means unknown; on a console of width 0 rich
+    prints nothing.
     """
     if "COLUMNS" in os.environ or "LINES" in os.environ:
-        # shutil, unlike rich, takes nothing for a size that is no number above 0.
+        # shutil, unlike rich, ignores sizes that are not above 0.
         return Console(
             stderr=stderr, file=file, width=readable_width(), height=max(1, shutil.get_terminal_size().lines)
         )
-    made = Console(stderr=stderr, file=file)
-    if not NARROWEST <= made.width <= WIDEST:
-        made.width = _bounded(made.width)
-    return made
+    console = Console(stderr=stderr, file=file)
+    if not NARROWEST <= console.width <= WIDEST:
+        console.width = _bounded(console.width)
+    return console
 
 
 def readable_width() -> int:
-    """How many characters wide the terminal is, within reason."""
+    """The width of the terminal in characters, within bounds."""
     return _bounded(shutil.get_terminal_size().columns)
 
 

@@ -24,7 +24,7 @@ from depthscope.loading.load import load_model
 from depthscope.report.report import MAX_LAYERS as MOST_LAYERS
 from depthscope.wording.numeric import require_whole
 
-__all__ = ["Shape", "convert", "convert_checkpoint"]
+__all__ = ["TargetShape", "convert", "convert_checkpoint"]
 
 # Rounding in float32; the logits of a trained model are of the order of 10.
 TOLERANCE = 1e-5
@@ -32,7 +32,7 @@ MOST_EXPERTS = 65_536  # or heads; each is a matrix at least
 
 
 @dataclass(frozen=True)
-class Shape:
+class TargetShape:
     """What is to be changed about the shape of a model; None leaves it as it is."""
 
     kv_heads: int | None = None
@@ -56,7 +56,7 @@ class Shape:
         return any(value is not None for value in (self.kv_heads, self.experts, self.layers))
 
 
-def convert(model: PreTrainedModel, to: str = "native", shape: Shape | None = None) -> PreTrainedModel:
+def convert(model: PreTrainedModel, to: str = "native", shape: TargetShape | None = None) -> PreTrainedModel:
     """A copy of `model` in another architecture, and in another shape if one is given.
 
     Args:
@@ -67,7 +67,7 @@ def convert(model: PreTrainedModel, to: str = "native", shape: Shape | None = No
     Raises:
         ConversionError: it cannot be done exactly, or the shape cannot be had.
     """
-    shape = shape or Shape()
+    shape = shape or TargetShape()
     if to not in ("depthlm", "native", *(form.model_type for form in FORMS)):
         known = ", ".join(form.model_type for form in FORMS)
         raise ConversionError(f"{to!r} is not something to convert to: depthlm, native, or one of {known}.")
@@ -86,7 +86,7 @@ def convert_checkpoint(
     out: Path,
     *,
     to: str = "native",
-    shape: Shape | None = None,
+    shape: TargetShape | None = None,
     dtype: str = "auto",
     revision: str | None = None,
     trust_remote_code: bool = False,
@@ -115,7 +115,7 @@ def convert_checkpoint(
         ConversionError: it cannot be done exactly, the shape cannot be had, or `out` cannot be written.
         ModelLoadError: the checkpoint cannot be loaded.
     """
-    shape = shape or Shape()
+    shape = shape or TargetShape()
     wanted = find_dtype(dtype, torch.device("cpu")) if dtype != "auto" else None
     _require_new(out)
     stage("Loading")
@@ -159,7 +159,7 @@ def _without_adapter(model: Any) -> Any:
     return model.merge_and_unload()
 
 
-def _compare(source: PreTrainedModel, result: PreTrainedModel, shape: Shape) -> str:
+def _compare(source: PreTrainedModel, result: PreTrainedModel, shape: TargetShape) -> str:
     """Measure that a conversion that claims to be exact is so."""
     difference = largest_logit_difference(source, result)
     measured = f"largest difference between the logits, on 64 random tokens in float32: {difference:.1e}"

@@ -1,1 +1,1 @@
-"""Whole files and folders, read within bounds and written complete or not at all."""
+"""Reading files within bounds; writing files and folders completely or not at all."""

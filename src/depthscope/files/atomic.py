@@ -1,4 +1,4 @@
-"""Writing and reading whole files: written all or not at all, read no further than a bound.
+"""Writing files completely or not at all, and reading them up to a bound.
 
 Failures become one `ReportError` that names the path and what to do; nothing half-written is left behind.
 """
@@ -21,18 +21,18 @@ except ImportError:  # Windows
 
 __all__ = [
     "MISSING",
+    "is_access_error",
     "read_text",
     "reason",
     "remove_leftovers",
     "require_opens",
     "require_path",
-    "says_nothing_of_content",
     "write_atomically",
     "write_together",
 ]
 
-# That a file is not there. Whatever else the system says (no permission, too many open files, an error of the disk or
-# of the network that it is on) tells nothing of what is in the file, so that nothing may be thrown away for it.
+# The file does not exist. Other errors of the system (no permission, too many open files, an error of the disk or the
+# network) do not show that its content is damaged, so nothing may be discarded because of them.
 MISSING = (FileNotFoundError, IsADirectoryError, NotADirectoryError)
 
 
@@ -82,7 +82,7 @@ def write_atomically(path: str | os.PathLike[str], content: str | bytes) -> Path
 
 
 def write_together(folder: Path, contents: Mapping[str, str | bytes]) -> list[Path]:
-    """Write several files of a folder, which is made if need be: all of them, or none where there is no room for all.
+    """Write several files to a folder, which is created if missing: all of them, or none if there is no room for all.
 
     Returns:
         Their paths, in the order of `contents`.
@@ -114,10 +114,10 @@ def write_together(folder: Path, contents: Mapping[str, str | bytes]) -> list[Pa
 
 
 def require_path(path: Any) -> None:
-    """Refuse what is no path.
+    """Check that an argument is a path.
 
     Raises:
-        ReportError: it is not a string or a path, or an empty one.
+        ReportError: it is neither a string nor a path, or it is empty.
     """
     if not isinstance(path, (str, os.PathLike)) or not os.fspath(path):
         raise ReportError(f"{path!r} is not the path of a file; give one as a string or a Path.")
@@ -147,27 +147,27 @@ def read_text(path: str | os.PathLike[str], max_bytes: int) -> str:
 
 
 def require_opens(path: str | os.PathLike[str]) -> None:
-    """See to it that a file can be opened, before a library in Rust is given it, which calls any other file missing.
+    """Check that a file can be opened: the libraries in Rust report every file that they cannot open as missing.
 
     Raises:
-        OSError: as the system says it.
+        OSError: the system's own error.
     """
     with open(path, "rb"):
         pass
 
 
-def says_nothing_of_content(error: BaseException) -> bool:
-    """Whether an error of reading a file, or the error that it was made from, only says that it could not be read."""
+def is_access_error(error: BaseException) -> bool:
+    """Whether a file, or the file behind an error's cause, could not be accessed; its content may be intact."""
     system = error if isinstance(error, OSError) else error.__cause__
     return isinstance(system, OSError) and not isinstance(system, MISSING)
 
 
 def remove_leftovers(folder: str | os.PathLike[str]) -> None:
-    """Remove the temporary files of writers that were killed; those that are being written stay."""
+    """Remove the temporary files of writers that were killed; files that are being written stay."""
     if fcntl is None:
         return
     for path in Path(folder).glob(".depthscope-*.tmp"):
-        with contextlib.suppress(OSError):  # held by its writer, finished meanwhile, or of somebody else
+        with contextlib.suppress(OSError):  # locked by its writer, already renamed, or of another user
             descriptor = os.open(path, os.O_RDONLY)
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -185,12 +185,12 @@ def _replace(target: Path, data: bytes) -> None:
 
 @contextlib.contextmanager
 def _beside(target: Path, data: bytes) -> Iterator[Path]:
-    """A temporary file beside `target` with `data`, flushed to the disk, and the permissions of `target`.
+    """Write `data` to a temporary file beside `target`, flushed to the disk, with the permissions of `target`.
 
-    It is to be renamed inside; where something fails there, it is removed.
+    The caller renames the file inside the context; if something fails there, the file is removed.
     """
     descriptor, temporary = _new_file(target.parent)
-    held = None if fcntl is None else os.dup(descriptor)  # the lock, until the file has its name
+    lock = None if fcntl is None else os.dup(descriptor)  # kept until the file is renamed
     try:
         with os.fdopen(descriptor, "wb") as file:
             file.write(data)
@@ -203,12 +203,12 @@ def _beside(target: Path, data: bytes) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
         raise
     finally:
-        if held is not None:
-            os.close(held)
+        if lock is not None:
+            os.close(lock)
 
 
 def _new_file(folder: Path) -> tuple[int, Path]:
-    """Open a temporary file, locked where the system can, so that nobody takes it for one that a killed writer left."""
+    """Open a temporary file and lock it where possible, so that `remove_leftovers` of another process keeps it."""
     while True:
         path = folder / f".depthscope-{secrets.token_hex(6)}.tmp"
         # Not tempfile.mkstemp: its files are private to the user, where an ordinary file follows the umask.
@@ -218,7 +218,7 @@ def _new_file(folder: Path) -> tuple[int, Path]:
                 fcntl.flock(descriptor, fcntl.LOCK_EX)
         if path.exists():
             return descriptor, path
-        os.close(descriptor)  # removed before it was locked
+        os.close(descriptor)  # another process removed it before it was locked
 
 
 def _flush_folder(folder: Path) -> None:
@@ -232,7 +232,7 @@ def _flush_folder(folder: Path) -> None:
 
 
 def reason(error: OSError | ValueError) -> str:
-    """Say why a path cannot be read or written, and what to do, without Python's error number."""
+    """Why a path cannot be read or written, and what to do, without the error number."""
     if not isinstance(error, OSError):  # a path with a null byte
         return str(error)
     return REMEDIES.get(error.errno or 0, error.strerror or str(error))

@@ -1,7 +1,7 @@
-"""Checksums of what a sweep leaves on the disk, so that damage is found before anything is made of it.
+"""Checksums of the files of a sweep, so that damage is found before a file is used.
 
-They are CRC-32, which is fast (200 MB in a tenth of a second) and finds what disks, copies and people break by mistake;
-nobody is kept by them from changing a file on purpose.
+They are CRC-32, which is fast (200 MB in a tenth of a second) and finds accidental damage; they do not protect against
+changes on purpose.
 """
 
 import json
@@ -23,31 +23,31 @@ def checksum(path: Path, before: str = "", most: int | None = None) -> str:
 
     Args:
         path: the file.
-        before: the checksum of what comes before it, where it goes on something.
-        most: read so many bytes at most.
+        before: the checksum of the bytes that precede it, if the file continues others.
+        most: the largest number of bytes to read.
 
     Raises:
         OSError: it cannot be read.
     """
-    total, left = int(before or "0", 16), most
+    total, remaining = int(before or "0", 16), most
     with path.open("rb") as file:
-        while part := file.read(PART if left is None else min(PART, left)):
+        while part := file.read(PART if remaining is None else min(PART, remaining)):
             total = zlib.crc32(part, total)
-            left = None if left is None else left - len(part)
+            remaining = None if remaining is None else remaining - len(part)
     return f"{total:08x}"
 
 
 def checksums(folder: Path) -> dict[str, str]:
-    """The checksum of every file in a folder and the folders below, by its path in there."""
+    """The checksum of every file in a folder and its subfolders, by relative path."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     return {path.relative_to(folder).as_posix(): checksum(path) for path in files}
 
 
 def damaged_file(folder: Path, sums: Mapping[str, str]) -> str | None:
-    """The first of these files that is missing or another than it was; None where all are whole.
+    """The first of these files that is missing or has another checksum; None if all are intact.
 
     Raises:
-        OSError: one cannot be read, which says nothing of what is in it.
+        OSError: a file cannot be read; its content may be intact.
     """
     for name, expected in sums.items():
         try:
@@ -59,15 +59,15 @@ def damaged_file(folder: Path, sums: Mapping[str, str]) -> str | None:
 
 
 def sealed(content: Mapping[str, Any]) -> dict[str, Any]:
-    """A record with a checksum over what it says."""
+    """A record with a checksum over its content."""
     plain = {name: value for name, value in content.items() if name != CHECK}
-    return {**plain, CHECK: _of(plain)}
+    return {**plain, CHECK: _checksum_of(plain)}
 
 
 def is_whole(content: Mapping[str, Any]) -> bool:
-    """Whether a record says what was written; older ones have no checksum, and are taken at their word."""
+    """Whether a record matches its checksum; older records have none and are accepted."""
     return CHECK not in content or sealed(content)[CHECK] == content[CHECK]
 
 
-def _of(content: Any) -> str:
+def _checksum_of(content: Any) -> str:
     return f"{zlib.crc32(json.dumps(content, sort_keys=True).encode()):08x}"

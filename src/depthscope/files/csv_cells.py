@@ -1,7 +1,7 @@
-"""Texts in a CSV file that a spreadsheet program would take for a formula: names come from strangers.
+"""Texts in a CSV file that a spreadsheet program would read as a formula; names come from strangers.
 
-A text that begins as a formula does gets an apostrophe before it, which such programs take for "this is text" (OWASP,
-"CSV Injection"). Numbers, also negative ones, stay as they are.
+A text that begins like a formula gets an apostrophe before it, which marks it as text (OWASP, "CSV Injection").
+Numbers, also negative ones, stay as they are.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -16,7 +16,7 @@ BEGINNINGS = ("=", "+", "-", "@", "\uff1d", "\uff0b", "\uff0d", "\uff20")
 
 
 def csv_cell(value: Any) -> Any:
-    """A value as it goes into a cell; only a text that begins as a formula does, and is no number, is changed."""
+    """The content of a cell; only a text that begins like a formula and is no number is changed."""
     if not isinstance(value, str) or not (
         value.lstrip().startswith(BEGINNINGS) or value.startswith(("\t", "\r", "\n"))
     ):

@@ -1,4 +1,4 @@
-"""Writing a whole folder: it appears complete or not at all."""
+"""Writing a folder completely or not at all."""
 
 import os
 import re
@@ -18,23 +18,23 @@ IN_RUST = re.compile(r"(?:os error |code: )(\d+)")
 
 
 @contextmanager
-def new_folder(out: Path, raised: type[DepthscopeError]) -> Iterator[Path]:
-    """A folder to fill that becomes `out` in the end, or vanishes if anything goes wrong.
+def new_folder(out: Path, error_class: type[DepthscopeError]) -> Iterator[Path]:
+    """Yield a temporary folder that becomes `out` at the end, or is removed if anything fails.
 
     Args:
         out: the folder to write; new, or empty.
-        raised: what to raise where it cannot be written.
+        error_class: the error to raise if it cannot be written.
     """
     out = Path(os.path.realpath(out))
-    is_there = out.is_dir()  # then it may be a mount, or the current folder, whose place nothing can take
+    exists = out.is_dir()  # it may be a mount or the current folder, which cannot be replaced
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{out.name[:100]}-", dir=out if is_there else out.parent))
+        temporary = Path(tempfile.mkdtemp(prefix=f".{out.name[:100]}-", dir=out if exists else out.parent))
     except OSError as error:
-        raise raised(f"cannot write {str(out)!r}: {reason(error)}.") from error
+        raise error_class(f"cannot write {str(out)!r}: {reason(error)}.") from error
     try:
         yield temporary
-        if is_there:
+        if exists:
             for path in list(temporary.iterdir()):
                 path.rename(out / path.name)
         else:
@@ -44,13 +44,13 @@ def new_folder(out: Path, raised: type[DepthscopeError]) -> Iterator[Path]:
         cause = system_error(error)
         if cause is None:
             raise
-        raise raised(f"cannot write {str(out)!r}: {reason(cause)}.") from error
+        raise error_class(f"cannot write {str(out)!r}: {reason(cause)}.") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
 def system_error(error: Exception) -> OSError | None:
-    """The system's error in what Python, or a library in Rust, raised; None where it was something else."""
+    """The operating system's error behind an error of Python or of a library in Rust; None if there is none."""
     if isinstance(error, OSError):
         return error
     number = IN_RUST.search(str(error))

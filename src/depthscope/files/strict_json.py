@@ -1,4 +1,4 @@
-"""JSON that is read strictly and written canonically, so that equal content is equal bytes."""
+"""JSON that is read strictly and written canonically, so that equal content gives equal bytes."""
 
 import json
 import reprlib
@@ -11,34 +11,34 @@ __all__ = ["canonical", "encode", "parse"]
 
 
 def parse(text: str, source: str, *, not_finite_is_null: bool = False) -> Any:
-    """Parse JSON, refusing NaN and infinities, a key given twice, and digits or depth beyond what Python reads safely.
+    """Parse JSON; refuse NaN, infinities, duplicate keys, and digits or depth beyond what Python reads safely.
 
     Args:
         text: the JSON.
-        source: what to call the text in an error message.
-        not_finite_is_null: read NaN, Infinity and -Infinity as null: a file of others, whose JSON has them.
+        source: the name of the text in an error message.
+        not_finite_is_null: read NaN, Infinity and -Infinity as null, for files of other programs.
 
     Raises:
         ReportError: the text is refused; the message says where and why.
     """
     if not isinstance(text, str):
-        raise ReportError(f"{source} is {type(text).__name__} and no JSON text; give a string.")
+        raise ReportError(f"{source} is {type(text).__name__}, not JSON text; give a string.")
     constant = _null if not_finite_is_null else _refuse_constant
     try:
         return json.loads(text, parse_constant=constant, object_pairs_hook=_without_duplicates)
     except json.JSONDecodeError as error:
         place = f"line {error.lineno}, column {error.colno}"
-        raise ReportError(f"{source} is not JSON ({error.msg} at {place}): damaged, or not a report.") from error
+        raise ReportError(f"{source} is not JSON ({error.msg} at {place}); it is damaged, or not a report.") from error
     except RecursionError as error:
-        raise ReportError(f"{source} is not a report: its JSON is nested too deep.") from error
+        raise ReportError(f"{source} is not a report: its JSON is nested too deeply.") from error
     except ValueError as error:
         raise ReportError(f"{source} is not a valid report: {error}.") from error
 
 
-def canonical(value: Any, known: Sequence[str] = ()) -> Any:
-    """Order the keys of a JSON-like value: those in `known` first, in their order, then by name, at every level."""
+def canonical(value: Any, first: Sequence[str] = ()) -> Any:
+    """Order the keys of a JSON-like value: those in `first` in their order, then the others by name, at every level."""
     if isinstance(value, Mapping):
-        keys = [key for key in known if key in value] + sorted(value.keys() - set(known))
+        keys = [key for key in first if key in value] + sorted(value.keys() - set(first))
         return {key: canonical(value[key]) for key in keys}
     if isinstance(value, list):
         return [canonical(item) for item in value]
@@ -65,7 +65,7 @@ def _null(name: str) -> None:
 
 
 def _refuse_constant(name: str) -> None:
-    raise ValueError(f"it holds {name}, expected only finite numbers and null")
+    raise ValueError(f"it holds {name}; only finite numbers and null are allowed")
 
 
 def _without_duplicates(items: list[tuple[str, Any]]) -> dict[str, Any]:

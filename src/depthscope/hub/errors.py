@@ -28,12 +28,12 @@ __all__ = [
     "why_no_repository",
 ]
 
-AGAIN = "What is on the Hub is whole; run the same command again to go on."
+AGAIN = "The Hub holds complete commits only; run the same command again to continue."
 LOG_IN = "Log in with `hf auth login`, or set HF_TOKEN to a token that may write"
 # What `http_backoff` of another thread leaves behind when it closes the shared connections.
 CLOSED = "client has been closed"
 TOKEN = re.compile(r"hf_[A-Za-z0-9]{8,}|(?i:bearer)\s+\S+")
-MOST_SAID = 300  # characters of what the Hub says
+MAX_MESSAGE = 300  # characters of what the Hub says
 
 
 def why_no_repository(name: str) -> str | None:
@@ -91,7 +91,7 @@ def in_words(cause: BaseException) -> str:
     else:
         text = f"{type(cause).__name__}: {cause}"
     text = " ".join(text.split()).rstrip(".:")
-    return hide_tokens(text if len(text) <= MOST_SAID else text[: MOST_SAID - 1] + "…")
+    return hide_tokens(text if len(text) <= MAX_MESSAGE else text[: MAX_MESSAGE - 1] + "…")
 
 
 def refusal(doing: str, cause: BaseException) -> HubError:

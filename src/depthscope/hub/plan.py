@@ -44,7 +44,7 @@ from depthscope.runs.layout import (
 )
 from depthscope.wording.messages import one_line
 
-__all__ = ["Options", "Plan", "check_names", "make_plan"]
+__all__ = ["Options", "PushPlan", "check_names", "make_plan"]
 
 NATIVE = "-native"
 
@@ -65,7 +65,7 @@ class Options:
 
 
 @dataclass
-class Plan:
+class PushPlan:
     """The trees of each repository, `main` last; a collection; and what is to be said."""
 
     repositories: list[list[Tree]] = field(default_factory=list)
@@ -78,7 +78,7 @@ class Plan:
         return [tree for trees in self.repositories for tree in trees]
 
 
-def make_plan(source: Path, to: str, work: Path, options: Options) -> Plan:
+def make_plan(source: Path, to: str, work: Path, options: Options) -> PushPlan:
     """Find what a folder holds, and write into `work` what is made for the Hub (cards, figures, exports).
 
     Args:
@@ -96,7 +96,7 @@ def make_plan(source: Path, to: str, work: Path, options: Options) -> Plan:
         raise SettingsError(f"There is no folder {str(source)!r}: give the folder of a sweep or of a run.")
     source = source.resolve()  # the names of `.` and of a link are those of the folder
     namespace, _, name = to.partition("/")
-    plan = Plan()
+    plan = PushPlan()
     if (source / SWEEP_INDEX).is_file():
         if name:
             raise SettingsError(f"A sweep becomes several repositories: give --to {namespace}, without a name.")
@@ -124,7 +124,7 @@ def check_names(to: str, space: str | None = None) -> None:
 # ------------------------------------------------------------------------------------------------------------- a sweep
 
 
-def _add_sweep(plan: Plan, source: Path, namespace: str, work: Path, options: Options) -> None:
+def _add_sweep(plan: PushPlan, source: Path, namespace: str, work: Path, options: Options) -> None:
     index = read_object(source / SWEEP_INDEX)
     sweep = str(index.get("name") or source.name)
     listed = [point for point in index.get("points") or [] if isinstance(point, dict)]
@@ -174,7 +174,7 @@ def _folder_name(point: str) -> str:
 # --------------------------------------------------------------------------------------------------------------- a run
 
 
-def _add_run(plan: Plan, source: Path, repo_id: str, work: Path, options: Options) -> None:
+def _add_run(plan: PushPlan, source: Path, repo_id: str, work: Path, options: Options) -> None:
     if options.only:
         raise SettingsError("--only chooses points of a sweep; this is one run.")
     _add_model(plan, source, repo_id, work, options, reports_dataset=None)
@@ -198,7 +198,7 @@ def _run_name(source: Path, namespace: str) -> str:
 
 
 def _add_model(
-    plan: Plan, folder: Path, repo_id: str, work: Path, options: Options, *, reports_dataset: str | None
+    plan: PushPlan, folder: Path, repo_id: str, work: Path, options: Options, *, reports_dataset: str | None
 ) -> None:
     require_repository_name(repo_id, f"the repository {repo_id!r}")
     model = folder / MODEL if (folder / MODEL).is_dir() else folder
@@ -265,7 +265,7 @@ def _card(data: DepthCardData, work: Path) -> dict[str, Path]:
     return {path.relative_to(work).as_posix(): path for path in [work / "README.md", *drawn]}
 
 
-def _export(plan: Plan, model: Path, repo_id: str, out: Path) -> Path | None:
+def _export(plan: PushPlan, model: Path, repo_id: str, out: Path) -> Path | None:
     """The native export of a model, None (with a note) where there is no exact one."""
     from depthscope.conversion.checkpoint import convert_checkpoint  # torch and transformers take seconds
 
@@ -280,7 +280,7 @@ def _export(plan: Plan, model: Path, repo_id: str, out: Path) -> Path | None:
 # -------------------------------------------------------------------------------------------------------------- checks
 
 
-def _require_different(plan: Plan) -> None:
+def _require_different(plan: PushPlan) -> None:
     """The Hub tells names apart by more than their case only."""
     seen: dict[tuple[str, str], str] = {}
     for trees in plan.repositories:

@@ -24,7 +24,7 @@ from depthscope.errors import HubError, SettingsError
 from depthscope.hub.collection import publish_collection
 from depthscope.hub.commit import PushedRevision, push_trees
 from depthscope.hub.errors import LOG_IN
-from depthscope.hub.plan import Options, Plan, check_names, make_plan
+from depthscope.hub.plan import Options, PushPlan, check_names, make_plan
 from depthscope.hub.retry import Patience, Stopped
 from depthscope.hub.tree import Tree, require_room, write_trees
 
@@ -46,7 +46,7 @@ class Publication:
         notes: what is to be said.
     """
 
-    plan: Plan
+    plan: PushPlan
     revisions: list[PushedRevision] = field(default_factory=list)
     collection: str | None = None
     folder: Path | None = None
@@ -124,7 +124,7 @@ def push(
 
 def publish(
     api: HfApi,
-    plan: Plan,
+    plan: PushPlan,
     patience: Patience,
     *,
     private: bool = False,
@@ -190,7 +190,7 @@ def _require_permission(api: HfApi, namespace: str) -> None:
 
 
 def _push_all(
-    api: HfApi, plan: Plan, patience: Patience, shown: Progress, *, private: bool, overwrite: bool
+    api: HfApi, plan: PushPlan, patience: Patience, shown: Progress, *, private: bool, overwrite: bool
 ) -> list[PushedRevision]:
     """Push repositories side by side; the first failure stops the others after the step that they are in."""
     sizes = {(tree.kind, tree.repo_id, tree.revision): tree.size for tree in plan.trees}

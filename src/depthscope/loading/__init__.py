@@ -1,1 +1,1 @@
-"""From a name or a folder to the model that is in it."""
+"""Loading a model from a name or a folder."""

@@ -1,4 +1,4 @@
-"""PEFT adapters: the base model that an adapter names, with the adapter on it."""
+"""PEFT adapters: loading the base model that an adapter names, and applying the adapter."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,13 +12,13 @@ from torch import nn
 from depthscope.errors import ModelLoadError
 from depthscope.files.atomic import reason, require_opens
 from depthscope.loading.added_tokens import fit_vocabulary
-from depthscope.loading.checkpoint import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Checkpoint, folder_meant
+from depthscope.loading.checkpoint import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Checkpoint, find_relative_folder
 from depthscope.loading.loaded import LoadedModel
 from depthscope.wording.messages import counted, listed, one_line
 
 __all__ = ["apply_adapter", "apply_adapter_beside", "require_adapter_weights"]
 
-# What PEFT raises for a config or weights that it cannot put on a model.
+# The exceptions of PEFT for a config or weights that it cannot apply to a model.
 ADAPTER_FAILURES = (
     OSError,
     ValueError,
@@ -30,14 +30,14 @@ ADAPTER_FAILURES = (
     AssertionError,
 )
 GIVE_IT = "Give it with --base-model (in Python: base_model=)"
-# These load further adapters, from wherever their config says.
+# Adapters of these types load further adapters from any place that their config names.
 NESTED_KINDS = ("XLORA",)
 
 
 def apply_adapter(
     checkpoint: Checkpoint, load_base: Callable[[str, str | None], LoadedModel], base_model: str | None = None
 ) -> tuple[nn.Module, LoadedModel, list[str]]:
-    """Load the base model that the adapter names and put the adapter on it.
+    """Load the base model that the adapter names, and apply the adapter.
 
     Args:
         checkpoint: the adapter's files.
@@ -45,26 +45,26 @@ def apply_adapter(
         base_model: the base model, instead of the one that the adapter names.
 
     Returns:
-        The model with the adapter, in evaluation mode; the base model as it was loaded; and notes for the report.
+        The model with the adapter, in evaluation mode; the loaded base model; and notes for the report.
 
     Raises:
-        ModelLoadError: PEFT, the base model or the adapter's weights are missing, or do not fit one another.
+        ModelLoadError: PEFT, the base model or the adapter's weights are missing, or do not fit each other.
     """
     config = _adapter_config(checkpoint)
-    more: list[str] = []
+    notes: list[str] = []
     if base_model is not None:
         base = load_base(base_model, None)
     else:
-        base, more = _named_base(checkpoint, load_base)
-    model = _put_on(checkpoint, config, base.model, base.facts["name"])
-    more += [*_unknown_settings(checkpoint, config), *_require_all_weights(checkpoint, model, base.facts["name"])]
-    return model, base, more
+        base, notes = _named_base(checkpoint, load_base)
+    model = _apply(checkpoint, config, base.model, base.facts["name"])
+    notes += [*_unknown_settings(checkpoint, config), *_require_all_weights(checkpoint, model, base.facts["name"])]
+    return model, base, notes
 
 
 def _named_base(
     checkpoint: Checkpoint, load_base: Callable[[str, str | None], LoadedModel]
 ) -> tuple[LoadedModel, list[str]]:
-    """The base model that an adapter names, and a note where its path counts from the adapter's folder."""
+    """The base model that an adapter names, and a note if its path is relative to the adapter's folder."""
     settings = checkpoint.read_json(ADAPTER_CONFIG)
     name, revision = settings.get("base_model_name_or_path"), settings.get("revision")
     if not isinstance(name, str) or not name:
@@ -75,25 +75,25 @@ def _named_base(
     try:
         return load_base(name, revision if isinstance(revision, str) else None), []
     except ModelLoadError as error:
-        meant = folder_meant(name, Path(checkpoint.location)) if checkpoint.is_local else None
-        if meant is None or Path(name).is_dir():
+        relative = find_relative_folder(name, Path(checkpoint.location)) if checkpoint.is_local else None
+        if relative is None or Path(name).is_dir():
             raise ModelLoadError(
                 f"The base model of the adapter {checkpoint.name!r} cannot be loaded: {error} (It is named by "
-                f"base_model_name_or_path in {ADAPTER_CONFIG}. {GIVE_IT} where it is elsewhere now.)"
+                f"base_model_name_or_path in {ADAPTER_CONFIG}. {GIVE_IT} if it has moved.)"
             ) from error
-    return load_base(str(meant), None), [
-        f"The base model {name!r} of the adapter is not there from the current folder; it was found from the adapter's."
+    return load_base(str(relative), None), [
+        f"The base model {name!r} of the adapter was found relative to the adapter's folder, not to the current one."
     ]
 
 
 def apply_adapter_beside(checkpoint: Checkpoint, model: nn.Module) -> tuple[nn.Module, list[str]]:
-    """Put an adapter on the model whose files it lies beside; gives the model in evaluation mode, and notes.
+    """Apply an adapter to the model in the same folder; return the model in evaluation mode, and notes.
 
     Raises:
         ModelLoadError: as for [`apply_adapter`].
     """
     config = _adapter_config(checkpoint)
-    model = _put_on(checkpoint, config, model, checkpoint.name)
+    model = _apply(checkpoint, config, model, checkpoint.name)
     return model, [*_unknown_settings(checkpoint, config), *_require_all_weights(checkpoint, model, checkpoint.name)]
 
 
@@ -102,11 +102,11 @@ def _adapter_config(checkpoint: Checkpoint) -> Any:
     with _adapter_errors(checkpoint, f"{ADAPTER_CONFIG} is not valid"):
         from peft import PeftConfig
 
-        return PeftConfig.from_pretrained(**_where(checkpoint))
+        return PeftConfig.from_pretrained(**_location_arguments(checkpoint))
 
 
 def require_adapter_weights(checkpoint: Checkpoint) -> None:
-    """Refuse an adapter without PEFT, of a kind that loads others, or whose weights are absent, pickled or damaged."""
+    """Refuse an adapter without PEFT, of a type that loads others, or whose weights are missing, pickled or damaged."""
     try:
         import peft  # noqa: F401
     except ImportError as error:
@@ -115,16 +115,16 @@ def require_adapter_weights(checkpoint: Checkpoint) -> None:
         ) from error
     if str(checkpoint.read_json(ADAPTER_CONFIG).get("peft_type")).upper() in NESTED_KINDS:
         raise ModelLoadError(
-            f"{checkpoint.name!r} is an adapter made of other adapters (X-LoRA); give one that is not."
+            f"{checkpoint.name!r} is an adapter that combines other adapters (X-LoRA); give a single adapter."
         )
     if ADAPTER_WEIGHTS in checkpoint.files:
         _stored_keys(checkpoint)
         return
     if "adapter_model.bin" in checkpoint.files:
         raise ModelLoadError(
-            f"The adapter {checkpoint.name!r} holds its weights as a pickle only (adapter_model.bin), and loading a "
-            f"pickle can run code that is hidden in it; {ADAPTER_WEIGHTS} is needed. If you trust where it comes "
-            "from, load it with PEFT once and save it again with save_pretrained."
+            f"The adapter {checkpoint.name!r} holds its weights only as a pickle (adapter_model.bin), and loading a "
+            f"pickle can run hidden code; {ADAPTER_WEIGHTS} is needed. If you trust its source, load it with PEFT once "
+            "and save it again with save_pretrained."
         )
     raise ModelLoadError(
         f"The adapter {checkpoint.name!r} has no weights: {ADAPTER_WEIGHTS} was expected. Fetch it again."
@@ -152,18 +152,18 @@ def _stored_shapes(checkpoint: Checkpoint) -> dict[str, list[int]]:
 
 
 def _unknown_settings(checkpoint: Checkpoint, config: Any) -> list[str]:
-    """Name the settings that do something and that PEFT, which is older than the adapter, leaves out in silence."""
-    given = checkpoint.read_json(ADAPTER_CONFIG)
-    unknown = sorted(name for name, value in given.items() if value and not hasattr(config, name))
+    """A note on settings with an effect that an older PEFT silently ignores."""
+    settings = checkpoint.read_json(ADAPTER_CONFIG)
+    unknown = sorted(name for name, value in settings.items() if value and not hasattr(config, name))
     if not unknown:
         return []
     return [
-        f"{ADAPTER_CONFIG} of {checkpoint.name!r} has settings that the PEFT here does not know and left out: "
+        f"{ADAPTER_CONFIG} of {checkpoint.name!r} has settings that the installed PEFT does not know and ignored: "
         f"{listed(unknown)}. If they change what the adapter does, update PEFT (pip install --upgrade peft)."
     ]
 
 
-def _put_on(checkpoint: Checkpoint, config: Any, base: nn.Module, name: str) -> nn.Module:
+def _apply(checkpoint: Checkpoint, config: Any, base: nn.Module, name: str) -> nn.Module:
     from peft import PeftModel
 
     with _adapter_errors(checkpoint, f"it does not fit its base model {name!r}"):
@@ -173,37 +173,37 @@ def _put_on(checkpoint: Checkpoint, config: Any, base: nn.Module, name: str) -> 
 
 
 def _require_all_weights(checkpoint: Checkpoint, model: Any, base: str) -> list[str]:
-    """Refuse an adapter that lacks weights, which PEFT would run with fresh ones, or that has some without a place."""
+    """Refuse an adapter that lacks weights, which PEFT would initialise, or that has weights without a place."""
     from peft import get_peft_model_state_dict
 
     stored, expected = _stored_keys(checkpoint), set(get_peft_model_state_dict(model, save_embedding_layers=False))
-    homeless = stored - expected - set(model.state_dict())  # whole embeddings may be stored too
+    unplaced = stored - expected - set(model.state_dict())  # complete embeddings may be stored too
     if not expected <= stored:
-        # PEFT renames the weights of older adapters, so its own word counts.
+        # PEFT renames the weights of older adapters, so its own list decides.
         result = model.load_adapter(checkpoint.location, model.active_adapter, **_hub_arguments(checkpoint))
         if missing := result.missing_keys:
             raise ModelLoadError(
                 f"The adapter {checkpoint.name!r} does not fit its base model {base!r}: {len(missing)} of its weights "
                 f"are missing ({listed(missing)}). Check base_model_name_or_path, or fetch the adapter again."
             )
-        homeless = set(result.unexpected_keys)
-    homeless = homeless - _repeated(checkpoint, homeless, stored - homeless)
-    if not homeless:
+        unplaced = set(result.unexpected_keys)
+    unplaced = unplaced - _repeated(checkpoint, unplaced, stored - unplaced)
+    if not unplaced:
         return []
-    if not _add_nothing(checkpoint, homeless):
+    if not _are_untrained(checkpoint, unplaced):
         raise ModelLoadError(
-            f"The adapter {checkpoint.name!r} does not fit its base model {base!r}: {len(homeless)} of its weights "
-            f"have no place there ({listed(sorted(homeless))}), and without them it is another adapter. Check "
+            f"The adapter {checkpoint.name!r} does not fit its base model {base!r}: {len(unplaced)} of its weights "
+            f"have no place there ({listed(sorted(unplaced))}), and they change its function. Check "
             "base_model_name_or_path and target_modules."
         )
     return [
-        f"{counted(len(homeless), 'weight')} of the adapter {'has' if len(homeless) == 1 else 'have'} no place in its "
-        f"base model {base!r}; they are those of an untrained adapter, which adds nothing."
+        f"{counted(len(unplaced), 'weight')} of the adapter {'has' if len(unplaced) == 1 else 'have'} no place in its "
+        f"base model {base!r}; they belong to an untrained adapter, which adds nothing."
     ]
 
 
 def _repeated(checkpoint: Checkpoint, names: set[str], others: set[str]) -> set[str]:
-    """Those weights that are stored once more under another name: PEFT writes embeddings twice, and tied heads."""
+    """The weights that are stored again under another name: PEFT writes embeddings and tied heads twice."""
     names = {name for name in names if "lora_" not in name}
     if not names:
         return set()
@@ -219,8 +219,8 @@ def _repeated(checkpoint: Checkpoint, names: set[str], others: set[str]) -> set[
         }
 
 
-def _add_nothing(checkpoint: Checkpoint, names: set[str]) -> bool:
-    """Whether weights without a place are of LoRA pairs whose second matrix is zero, as it is before training."""
+def _are_untrained(checkpoint: Checkpoint, names: set[str]) -> bool:
+    """Whether weights without a place belong to LoRA pairs whose second matrix is zero, as before training."""
     last = [name for name in names if "lora_B" in name or "lora_embedding_B" in name]
     if not last or not all("lora_" in name for name in names) or not names <= _stored_keys(checkpoint):
         return False
@@ -228,7 +228,7 @@ def _add_nothing(checkpoint: Checkpoint, names: set[str]) -> bool:
         return not any(file.get_tensor(name).any() for name in last)
 
 
-def _where(checkpoint: Checkpoint) -> dict[str, Any]:
+def _location_arguments(checkpoint: Checkpoint) -> dict[str, Any]:
     return {"pretrained_model_name_or_path": checkpoint.location, **_hub_arguments(checkpoint)}
 
 
@@ -237,11 +237,11 @@ def _hub_arguments(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 @contextmanager
-def _adapter_errors(checkpoint: Checkpoint, what: str) -> Iterator[None]:
+def _adapter_errors(checkpoint: Checkpoint, problem: str) -> Iterator[None]:
     try:
         yield
     except ADAPTER_FAILURES as error:
         raise ModelLoadError(
-            f"The adapter {checkpoint.name!r} cannot be loaded: {what} ({type(error).__name__}: {one_line(error)}) "
+            f"The adapter {checkpoint.name!r} cannot be loaded: {problem} ({type(error).__name__}: {one_line(error)}) "
             "Check that adapter and base model belong together."
         ) from error

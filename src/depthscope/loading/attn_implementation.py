@@ -1,6 +1,6 @@
-"""Which implementation of attention a model is loaded with: the user's choice, the config's, or another that runs here.
+"""The attention implementation of a model: the user's choice, the config's, or another that this machine runs.
 
-All of them compute the same function, to rounding, so one that is not installed is no reason not to measure a model.
+All implementations compute the same function up to rounding, so another one replaces one that is not installed.
 """
 
 from collections.abc import Iterator
@@ -18,7 +18,7 @@ EAGER, FLEX, FLASH, PAGED = "eager", "flex_attention", "flash_attention_", "page
 
 
 def require_attn_implementation(name: str | None, device: torch.device | None, dtype: Any) -> None:
-    """Refuse what is no implementation of attention, or none that runs here.
+    """Refuse an unknown attention implementation, or one that does not run here.
 
     Raises:
         SettingsError: there is no such implementation.
@@ -26,32 +26,34 @@ def require_attn_implementation(name: str | None, device: torch.device | None, d
     """
     if name is None:
         return
-    if name not in _known():
-        raise SettingsError(f"{name!r} is no implementation of attention; there is {', '.join(_known())}.")
+    if name not in _implementations():
+        raise SettingsError(f"{name!r} is no attention implementation; choose from {', '.join(_implementations())}.")
     if reason := _obstacle(name, device, dtype):
-        raise ModelLoadError(f"The attention {name!r} {reason}. Take one of {', '.join(_running(device, dtype))}.")
+        raise ModelLoadError(
+            f"The attention implementation {name!r} {reason}. Choose from {', '.join(_available(device, dtype))}."
+        )
 
 
 def choose_attn_implementation(
-    config: PretrainedConfig, asked: str | None, device: torch.device | None, dtype: Any, *, trust_remote_code: bool
+    config: PretrainedConfig, requested: str | None, device: torch.device | None, dtype: Any, *, trust_remote_code: bool
 ) -> list[str]:
-    """Write into a config with which attention its model is to be made.
+    """Set the attention implementation in a model's config.
 
     Args:
-        config: of the model, with those of its parts; changed.
-        asked: what the user wants; None takes what the config names, or another one where that does not run here.
-        device: where the model goes; None if it is split over several.
-        dtype: what it is loaded in; "auto" is the checkpoint's own.
+        config: the model's config, with the configs of its parts; changed in place.
+        requested: the user's choice; None takes the config's, or another one if that does not run here.
+        device: the model's device; None if it is split over several.
+        dtype: the model's dtype; "auto" is the checkpoint's own.
         trust_remote_code: whether a kernel that the config names may be fetched and run.
 
     Returns:
-        Notes: what the config names and why it was not taken.
+        Notes on implementations that the config names and why they were not used.
 
     Raises:
-        ModelLoadError: the config names something that is no implementation.
+        ModelLoadError: the config names an unknown implementation.
     """
-    if asked is not None:
-        config._attn_implementation = asked
+    if requested is not None:
+        config._attn_implementation = requested
         return []
     reasons: dict[str, str] = {}
     for part in _with_parts(config):
@@ -59,36 +61,36 @@ def choose_attn_implementation(
         if not isinstance(name, str) or ("/" in name and trust_remote_code):
             continue
         if "/" in name:
-            reasons[name] = "is code from a repository of its own, which is not run unless you trust it"
+            reasons[name] = "is code from another repository, which is not run unless you trust it"
         elif reason := _obstacle(name, device, dtype):
             reasons[name] = reason
-        elif name not in _known():
+        elif name not in _implementations():
             raise ModelLoadError(
-                f"config.json names {name!r}, which is no implementation of attention. Choose one with "
-                f"--attn-implementation (in Python: attn_implementation=): {', '.join(_running(device, dtype))}."
+                f"config.json names {name!r}, which is no attention implementation. Choose one with "
+                f"--attn-implementation (in Python: attn_implementation=): {', '.join(_available(device, dtype))}."
             )
         if name in reasons:
             part._attn_implementation = None
     return [
-        f"The config names the attention {name!r}, which {reason}; transformers' default was taken instead, which "
-        "computes the same, to rounding."
+        f"The config names the attention implementation {name!r}, which {reason}. transformers' default was used "
+        "instead; it computes the same up to rounding."
         for name, reason in reasons.items()
     ]
 
 
-def _known() -> list[str]:
+def _implementations() -> list[str]:
     return [EAGER, *sorted(name for name in AttentionInterface().valid_keys() if not name.startswith(PAGED))]
 
 
-def _running(device: torch.device | None, dtype: Any) -> list[str]:
-    return [name for name in _known() if not _obstacle(name, device, dtype)]
+def _available(device: torch.device | None, dtype: Any) -> list[str]:
+    return [name for name in _implementations() if not _obstacle(name, device, dtype)]
 
 
 def _obstacle(name: str, device: torch.device | None, dtype: Any) -> str | None:
-    """Why an implementation does not run here; None if it does."""
+    """Why an implementation does not run here; None if it runs."""
     on_cpu = device.type == "cpu" if device is not None else not torch.cuda.is_available()
     if name.startswith(PAGED):
-        return "is for serving many requests at a time and not for a plain forward pass"
+        return "serves many requests at a time and does no plain forward pass"
     if name.startswith(FLASH):
         installed = getattr(transformers.utils, f"is_flash_attn_{name.removeprefix(FLASH)}_available", None)
         if on_cpu:
@@ -102,7 +104,7 @@ def _obstacle(name: str, device: torch.device | None, dtype: Any) -> str | None:
 
 
 def _with_parts(config: PretrainedConfig) -> Iterator[PretrainedConfig]:
-    """A config, and those of a model's parts (text, vision, ...)."""
+    """A config, and the configs of the model's parts (text, vision, ...)."""
     yield config
     for name in getattr(config, "sub_configs", {}):
         part: Any = getattr(config, name, None)

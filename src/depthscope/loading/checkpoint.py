@@ -1,8 +1,7 @@
-"""Where a model's files are, and whether they may be loaded: a Hub repository, a folder or a GGUF file.
+"""Finding the files of a model (a Hub repository, a folder or a GGUF file) and checking that they may be loaded.
 
-Everything that can be said before any weight is read is said here, each cause with its own message: nothing there, no
-permission, no network, no config, no weights, pickles only. Weights are read from safetensors and GGUF files only:
-loading a pickle can run code that is hidden in it.
+These checks read no weights, and each cause has its own message: no files, no permission, no network, no config, no
+weights, pickles only. Weights are read from safetensors and GGUF files only: loading a pickle can run hidden code.
 """
 
 import json
@@ -42,7 +41,7 @@ __all__ = [
     "damaged_file",
     "explain_hub_error",
     "find_checkpoint",
-    "folder_meant",
+    "find_relative_folder",
     "is_pickle",
     "local_base",
     "require_weights",
@@ -52,21 +51,21 @@ CONFIG, ADAPTER_CONFIG = "config.json", "adapter_config.json"
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
-# What FSDP2 writes, a file a process.
+# What FSDP2 writes, one file per process.
 PROCESS_SHARD = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")
-# What a Trainer leaves beside the weights.
+# Files that a Trainer writes beside the weights.
 NOT_WEIGHTS = re.compile(r"training_args|optimizer|scheduler|scaler|rng_state|trainer_state")
-# Of folders that a relative path may count from: a checkpoint in a run, in a folder of runs, in a project.
+# The number of folders that a relative path may start from: a checkpoint, its run, the folder of runs, the project.
 STARTS = 4
 REACH_TIMEOUT = 10.0  # seconds
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The files of one model: what a user named, where it is, and the names of the files there.
+    """The files of one model: the name that the user gave, its location, and the names of its files.
 
-    `location` is what `from_pretrained` takes: a repository id (then `revision` is a commit), or a folder. A repository
-    that is in the cache, with the Hub out of reach, has the cached folder as its location.
+    `location` is the argument of `from_pretrained`: a repository id (then `revision` is a commit), or a folder. If the
+    Hub cannot be reached, it is the cached folder of the repository.
     """
 
     name: str
@@ -74,7 +73,7 @@ class Checkpoint:
     location: str
     files: frozenset[str]
     revision: str | None = None
-    gguf_file: str | None = None  # its whole path: a name alone would be looked for in the current folder first
+    gguf_file: str | None = None  # its full path: transformers looks for a bare name in the current folder first
     token: str | None = None
 
     @property
@@ -89,20 +88,20 @@ class Checkpoint:
 
     @property
     def where(self) -> dict[str, Any]:
-        """The arguments that tell `from_pretrained` which files to take."""
+        """The arguments of `from_pretrained` that choose the files."""
         hub = {} if self.is_local else {"revision": self.revision, "token": self.token}
         gguf = {"gguf_file": self.gguf_file} if self.gguf_file else {}
         return {"pretrained_model_name_or_path": self.location, **hub, **gguf}
 
     def inner_models(self) -> list[str]:
-        """Folders just inside that hold a model or an adapter, by their numbers and names: a Trainer's checkpoints."""
+        """Subfolders that hold a model or an adapter, such as a Trainer's checkpoints, by number and name."""
         if not self.is_local:
             return []
-        found = {file.parent for name in (CONFIG, ADAPTER_CONFIG) for file in Path(self.location).glob(f"*/{name}")}
-        return [str(folder) for folder in sorted(found, key=_by_number)]
+        folders = {file.parent for name in (CONFIG, ADAPTER_CONFIG) for file in Path(self.location).glob(f"*/{name}")}
+        return [str(folder) for folder in sorted(folders, key=_by_number)]
 
     def fetch(self, filename: str) -> Path | None:
-        """One file on this machine, downloaded where needed; None if there is no such file."""
+        """The path of one file, downloaded if needed; None if there is no such file."""
         if filename not in self.files:
             return None
         if self.is_local:
@@ -111,7 +110,7 @@ class Checkpoint:
             return Path(hf_hub_download(self.location, filename, revision=self.revision, token=self.token))
 
     def read_json(self, filename: str) -> dict[str, Any]:
-        """A JSON object among the files; an empty one if there is no such file."""
+        """The JSON object in one of the files; {} if there is no such file."""
         path = self.fetch(filename)
         if path is None:
             return {}
@@ -121,21 +120,21 @@ class Checkpoint:
             raise ModelLoadError(f"{filename} of {self.name!r} cannot be read: {reason(error)}.") from error
         except (ValueError, RecursionError) as error:
             raise ModelLoadError(
-                f"{filename} of {self.name!r} is not valid JSON ({one_line(error)}) Mend the file, or fetch it again."
+                f"{filename} of {self.name!r} is not valid JSON ({one_line(error)}) Repair the file, or fetch it again."
             ) from error
         if not isinstance(content, dict):
             raise ModelLoadError(
-                f"{filename} of {self.name!r} holds a JSON {type(content).__name__}, where an object was expected. "
-                "Mend the file, or fetch it again."
+                f"{filename} of {self.name!r} holds a JSON {type(content).__name__}, but an object was expected. "
+                "Repair the file, or fetch it again."
             )
         return content
 
 
 def find_checkpoint(name: str, *, revision: str | None = None, token: str | None = None) -> Checkpoint:
-    """Say which files a user means by `name`: a folder, a .gguf file, or else a repository on the Hugging Face Hub.
+    """Find the files of the model `name`: a folder, a .gguf file, or else a repository on the Hugging Face Hub.
 
     Raises:
-        ModelLoadError: nothing is there, or it cannot be reached.
+        ModelLoadError: there is no such model, or it cannot be reached.
     """
     path = Path(name).expanduser()
     try:
@@ -149,13 +148,13 @@ def find_checkpoint(name: str, *, revision: str | None = None, token: str | None
     return _hub_checkpoint(name, revision, token)
 
 
-def folder_meant(name: str, beside: Path) -> Path | None:
-    """The folder that a relative path in a file means, where it was not written from the current folder.
+def find_relative_folder(name: str, beside: Path) -> Path | None:
+    """The folder of a relative path in a file that is not relative to the current folder; None if there is none.
 
     Args:
         name: the path, such as ./base or out/base.
-        beside: the folder of the file that says it. The path counts from there, or from one of the folders around it:
-            a training writes paths as they are from where it was started.
+        beside: the folder of the file that contains the path. The path is relative to this folder or to one of its
+            parents: a training writes paths relative to the folder where it was started.
     """
     if Path(name).is_absolute() or not name.strip():
         return None
@@ -165,26 +164,26 @@ def folder_meant(name: str, beside: Path) -> Path | None:
 
 
 def local_base(folder: Path) -> Path | None:
-    """The folder or file on this machine that holds the base model of the adapter in `folder`, if there is one."""
+    """The local folder or file of the base model of the adapter in `folder`; None if there is none."""
     try:
         name = Checkpoint(str(folder), "folder", str(folder), _files_in(folder)).read_json(ADAPTER_CONFIG)
     except (OSError, ModelLoadError):
-        return None  # loading will say what is wrong with it
+        return None  # loading reports the problem
     base = name.get("base_model_name_or_path")
     if not isinstance(base, str) or not base.strip() or "\0" in base:
         return None
-    return Path(base) if os.path.exists(base) else folder_meant(base, folder)
+    return Path(base) if os.path.exists(base) else find_relative_folder(base, folder)
 
 
 def require_weights(checkpoint: Checkpoint, config: dict[str, Any]) -> list[str]:
-    """Refuse a checkpoint whose weights are absent, or in a form that can run code; give the files that hold them.
+    """Return the files that hold the weights; refuse a checkpoint without weights or with weights that can run code.
 
     Raises:
-        ModelLoadError: no weights, pickles only, shards that are absent, or weights of one process among many.
+        ModelLoadError: no weights, pickles only, missing shards, or the weights of one process among many.
     """
     if checkpoint.gguf_file:
         return []
-    named = config.get("transformers_weights")  # a config may name a file of its own
+    named = config.get("transformers_weights")  # a config may name another file
     candidates = (named,) if isinstance(named, str) else (WEIGHTS, INDEX)
     chosen = next((file for file in candidates if file in checkpoint.files), None)
     if parts := sorted(file for file in checkpoint.files if PROCESS_SHARD.fullmatch(file)):
@@ -197,10 +196,10 @@ def require_weights(checkpoint: Checkpoint, config: dict[str, Any]) -> list[str]
 
 
 def damaged_file(checkpoint: Checkpoint) -> tuple[str, str] | None:
-    """The first safetensors file on this machine that is none inside, and why; None if all are.
+    """The first local safetensors file that is damaged, and why; None if there is none.
 
     Raises:
-        ModelLoadError: one cannot be opened, which says nothing of what is in it.
+        ModelLoadError: a file cannot be opened; its content may be intact.
     """
     if checkpoint.is_local:
         folder = Path(checkpoint.location)
@@ -228,7 +227,7 @@ def is_pickle(name: str) -> bool:
 
 @contextmanager
 def hub_errors(name: str, revision: str | None = None) -> Iterator[None]:
-    """Turn what the Hub's client raises into a `ModelLoadError` that names the cause."""
+    """Turn an exception of the Hub's client into a `ModelLoadError` that names the cause."""
     try:
         yield
     except (HTTPError, OSError, EntryNotFoundError) as error:
@@ -236,7 +235,7 @@ def hub_errors(name: str, revision: str | None = None) -> Iterator[None]:
 
 
 def explain_hub_error(error: BaseException, name: str, revision: str | None = None) -> str:
-    """What an error of the Hub's client means for who asked for the model `name`."""
+    """The message for an exception of the Hub's client about the model `name`."""
     match error:
         case GatedRepoError():
             return (
@@ -249,7 +248,7 @@ def explain_hub_error(error: BaseException, name: str, revision: str | None = No
                 "see. Check the spelling; for a private repository, log in with `hf auth login` or give a token."
             )
         case RevisionNotFoundError():
-            return f"The repository {name!r} has no revision {revision!r}. Give a branch, tag or commit that it has."
+            return f"The repository {name!r} has no revision {revision!r}. Give an existing branch, tag or commit."
         case LocalEntryNotFoundError():
             return _unreachable(name)
         case EntryNotFoundError():
@@ -289,8 +288,7 @@ def _single_file(name: str, path: Path) -> Checkpoint:
         if not is_gguf:
             raise ModelLoadError(
                 f"{name!r} is not a GGUF file: it does not start with the letters GGUF. It may be damaged, a pointer "
-                "that Git LFS left in its place, or a piece of a file that was cut up; fetch it again, or join the "
-                "pieces."
+                "file of Git LFS, or a piece of a file that was cut up; fetch it again, or join the pieces."
             )
         return Checkpoint(name, "gguf", str(path.parent), frozenset({path.name}), gguf_file=str(path.absolute()))
     if is_gguf:
@@ -304,7 +302,7 @@ def _single_file(name: str, path: Path) -> Checkpoint:
 
 
 def _refuse_missing_path(name: str, path: Path) -> None:
-    """Refuse what can only be a path, so that nobody is told about the Hub for a slip of the finger."""
+    """Refuse a missing path before the Hub is asked, so that a typing error in a path gets its own message."""
     looks_like_path = name.startswith(("/", "./", "../", "~", ".\\", "..\\")) or path.suffix.lower() in (
         ".gguf",
         ".safetensors",
@@ -340,16 +338,16 @@ def _hub_checkpoint(name: str, revision: str | None, token: str | None) -> Check
             return _cached_checkpoint(name, revision, error)
         files = frozenset(file.rfilename for file in info.siblings or ())
         for filename in {CONFIG, ADAPTER_CONFIG} & files:
-            # By the name that was asked for, not by commit: so the cache remembers which commit that name stood for.
+            # By the given revision, not by commit, so that the cache keeps the commit of that revision.
             hf_hub_download(name, filename, revision=revision, token=token)
     return Checkpoint(name, "hub", name, files, revision=info.sha, token=token)
 
 
 def _cached_checkpoint(name: str, revision: str | None, reason: Exception) -> Checkpoint:
     for filename in (CONFIG, ADAPTER_CONFIG):
-        found = try_to_load_from_cache(name, filename, revision=revision)
-        if isinstance(found, str):
-            folder = Path(found).parent
+        cached = try_to_load_from_cache(name, filename, revision=revision)
+        if isinstance(cached, str):
+            folder = Path(cached).parent
             return Checkpoint(name, "hub", str(folder), _files_in(folder), revision=folder.name)
     raise reason
 
@@ -380,27 +378,27 @@ def _no_weights(checkpoint: Checkpoint) -> str:
     others = sorted(
         file for file in checkpoint.files if file.endswith((".safetensors", ".gguf", ".h5", ".msgpack", ".onnx"))
     )
-    found = f"; it has {listed(others)}, which transformers does not look for" if others else ""
+    others_note = f"; it has {listed(others)}, which transformers does not load" if others else ""
     return (
-        f"{checkpoint.name!r} holds a config but no weights: {WEIGHTS} or {INDEX} was expected{found}. Fetch the "
+        f"{checkpoint.name!r} holds a config but no weights: {WEIGHTS} or {INDEX} was expected{others_note}. Fetch the "
         "weights, or save the model again with save_pretrained."
     )
 
 
 def _pickle_only(name: str, pickles: list[str]) -> str:
     return (
-        f"{name!r} holds its weights as pickles only ({listed(pickles)}), and loading a pickle can run code that is "
-        "hidden in it; safetensors or GGUF is needed. If you trust where it comes from, convert it once: python -c "
+        f"{name!r} holds its weights only as pickles ({listed(pickles)}), and loading a pickle can run hidden code; "
+        "safetensors or GGUF is needed. If you trust its source, convert it once: python -c "
         f'"from transformers import AutoModelForCausalLM as M; M.from_pretrained({name!r}, use_safetensors=False)'
         ".save_pretrained('converted')\", and copy the tokenizer's files beside it."
     )
 
 
 def _process_shards(name: str, parts: list[str], whole: str | None) -> str:
-    """What to do about parts; transformers prefers them to a whole file, and drops what has no place in silence."""
+    """What to do about shards; transformers prefers them to a complete file, and silently drops misplaced tensors."""
     instead = f"Delete them if {whole} is the model. Otherwise put" if whole else "Put"
     return (
-        f"{name!r} holds the parts of a model that the processes of a distributed training wrote ({listed(parts)}). "
+        f"{name!r} holds the shards that the processes of a distributed training wrote ({listed(parts)}). "
         f'{instead} them together: python -c "from transformers.distributed.checkpoint import '
         f"consolidate_distributed_checkpoint as c; c({name!r}, 'whole')\", and copy the config and tokenizer beside it."
     )

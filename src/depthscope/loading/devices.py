@@ -1,4 +1,4 @@
-"""Which device a model goes to, and in which dtype."""
+"""The device and the dtype of a model."""
 
 import os
 from typing import Any
@@ -13,32 +13,34 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def find_device(device: str | torch.device | None) -> torch.device | None:
-    """The device to load on: an accelerator by default, else the CPU; None for "auto", all devices together.
+    """The device to load on: an accelerator by default, else the CPU; None for "auto", which uses all devices.
 
     Raises:
-        ModelLoadError: there is no such device here.
+        ModelLoadError: this machine has no such device.
     """
     if device == "auto":
         return None
     if device is None:
-        if torch.cuda.is_available():  # under torchrun, each process takes its own
+        if torch.cuda.is_available():  # under torchrun, each process has its own
             return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     try:
-        found = torch.device(device)
-        torch.empty(1, device=found)
+        target = torch.device(device)
+        torch.empty(1, device=target)
     except (RuntimeError, AssertionError, NotImplementedError, ValueError, ImportError) as error:
-        raise ModelLoadError(f"There is no device {str(device)!r} here; there is {_devices()}.") from error
-    if found.type == "meta":
-        raise ModelLoadError(f"The device 'meta' holds no weights, so nothing can run there; there is {_devices()}.")
-    return found
+        raise ModelLoadError(f"This machine has no device {str(device)!r}; choose from {_devices()}.") from error
+    if target.type == "meta":
+        raise ModelLoadError(
+            f"The device 'meta' holds no weights, so no model can run on it; choose from {_devices()}."
+        )
+    return target
 
 
 def find_dtype(dtype: str | torch.dtype, device: torch.device | None) -> Any:
-    """The dtype to load in: "auto" (the checkpoint's own) only on an accelerator, as CPUs are slow in half precision.
+    """The dtype to load in; "auto" keeps the checkpoint's on an accelerator only, as CPUs are slow in half precision.
 
     Raises:
-        SettingsError: no such dtype.
+        SettingsError: the dtype is unknown.
     """
     if dtype == "auto":
         on_cpu = device.type == "cpu" if device is not None else not torch.cuda.is_available()
@@ -51,10 +53,10 @@ def find_dtype(dtype: str | torch.dtype, device: torch.device | None) -> Any:
 
 
 def device_arguments(device: torch.device | None) -> dict[str, Any]:
-    """The arguments that tell `from_pretrained` where the weights go."""
+    """The arguments of `from_pretrained` that choose the device."""
     if device is None:
         return {"device_map": "auto"}
-    # Straight to the accelerator, without a whole copy in main memory first.
+    # Directly to the accelerator, without a complete copy in main memory first.
     return {} if device.type == "cpu" else {"device_map": {"": device}}
 
 

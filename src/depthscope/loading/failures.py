@@ -1,8 +1,7 @@
-"""Why a model could not be loaded or run: others' exceptions turned into one message for each cause.
+"""Why a model could not be loaded or run: exceptions of other libraries become one message per cause.
 
-Causes are told apart by exception classes, and by looking at the files again after a failure; the wording of others'
-messages changes from version to version and decides nothing here, but for memory, for which PyTorch has no class but
-that of CUDA.
+The cause is found by the class of the exception, and by checking the files after a failure, not by the wording of a
+message, which changes between versions. The exception is memory: PyTorch has an exception class for CUDA only.
 """
 
 import errno
@@ -24,7 +23,7 @@ from depthscope.wording.messages import listed, one_line
 
 __all__ = ["LOAD_FAILURES", "causes", "is_out_of_memory", "load_errors", "memory_errors"]
 
-# What transformers raises for a config, weights or a tokenizer that it cannot make anything of.
+# The exceptions of transformers for a config, weights or a tokenizer that it cannot load.
 LOAD_FAILURES = (
     OSError,
     ValueError,
@@ -41,13 +40,13 @@ LOAD_FAILURES = (
     SafetensorError,
 )
 HUB_FAILURES = (HfHubHTTPError, HTTPError, LocalEntryNotFoundError, ConnectionError, TimeoutError)
-# Of a processor (Linux, macOS; Windows), of MPS and of a CUDA call outside the allocator, of cuBLAS and cuDNN.
+# On a CPU (Linux, macOS; Windows), on MPS and in a CUDA call outside the allocator, in cuBLAS and cuDNN.
 OUT_OF_MEMORY_SIGNS = ("allocate memory", "not enough memory", "out of memory", "_ALLOC_FAILED")
 
 
 @contextmanager
 def load_errors(checkpoint: Checkpoint, part: str) -> Iterator[None]:
-    """Turn what transformers raises while it loads a `part` ("config" or "weights") into a `ModelLoadError`."""
+    """Turn an exception of transformers while it loads a `part` ("config" or "weights") into a `ModelLoadError`."""
     try:
         yield
     except (MemoryError, *LOAD_FAILURES) as error:
@@ -61,7 +60,7 @@ def load_errors(checkpoint: Checkpoint, part: str) -> Iterator[None]:
 
 @contextmanager
 def memory_errors(lower: str, *others: str) -> Iterator[None]:
-    """Turn an error by which memory ran out into an `OutOfMemoryError` that says what to lower, or else to do."""
+    """Turn an out-of-memory error into an `OutOfMemoryError` whose message says what to lower or what else to do."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
@@ -73,7 +72,7 @@ def memory_errors(lower: str, *others: str) -> Iterator[None]:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory ran out, of whatever device."""
+    """Whether an error means that a device ran out of memory."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     if isinstance(error, OSError):
@@ -82,7 +81,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def causes(error: BaseException | None) -> Iterator[BaseException]:
-    """An error, what it came of, and so on."""
+    """An error, its cause, the cause of that, and so on."""
     while error is not None:
         yield error
         error = error.__cause__ or error.__context__
@@ -92,39 +91,39 @@ def _explain(checkpoint: Checkpoint, part: str, error: BaseException) -> str:
     for cause in causes(error):
         if isinstance(cause, HUB_FAILURES):
             return explain_hub_error(cause, checkpoint.name, checkpoint.revision)
-    what = _unmade_weights(error) or f"{type(error).__name__}: {one_line(error)}"
+    details = _unconverted_weights(error) or f"{type(error).__name__}: {one_line(error)}"
     if checkpoint.gguf_file:
-        return _explain_gguf(checkpoint, what)
+        return _explain_gguf(checkpoint, details)
     if damaged := damaged_file(checkpoint):
         return f"{damaged[0]} of {checkpoint.name!r} is damaged ({damaged[1]}) Fetch the file again."
     quantization = checkpoint.read_json(CONFIG).get("quantization_config")
     if part == "weights" and isinstance(quantization, dict):
         return (
             f"{checkpoint.name!r} is quantised with {quantization.get('quant_method')!r}, which cannot be loaded here "
-            f"({what}) Install what it needs, or give the model that it was made from."
+            f"({details}) Install what it needs, or give the model that it was made from."
         )
     if isinstance(error, ImportError):
-        return f"{checkpoint.name!r} needs a package that is not here ({what}) Install it and try again."
+        return f"{checkpoint.name!r} needs a package that is not installed ({details}) Install it and try again."
     if part == "config":
-        return f"config.json of {checkpoint.name!r} is not valid ({what}) Mend the file, or fetch it again."
-    return f"{checkpoint.name!r} cannot be loaded ({what}) Check its config.json, and that the weights belong to it."
+        return f"config.json of {checkpoint.name!r} is not valid ({details}) Repair the file, or fetch it again."
+    return f"{checkpoint.name!r} cannot be loaded ({details}) Check that config.json and weights belong together."
 
 
-def _unmade_weights(error: BaseException) -> str:
-    """Which weights could not be put together from the stored ones; transformers logs that, and raises without it."""
+def _unconverted_weights(error: BaseException) -> str:
+    """The weights that could not be converted from the stored ones; transformers names them in its log only."""
     for frame, _ in traceback.walk_tb(error.__traceback__):
         for value in frame.f_locals.values():
-            if type(value).__name__ == "LoadStateDictInfo" and (found := getattr(value, "conversion_errors", None)):
-                names = sorted(found)
-                # A traceback, its error once more, and which step it was in.
-                lines = [line.strip() for line in str(found[names[0]]).splitlines() if line.strip()]
+            if type(value).__name__ == "LoadStateDictInfo" and (failures := getattr(value, "conversion_errors", None)):
+                names = sorted(failures)
+                # The last lines: the traceback's error, the error again, and the step.
+                lines = [line.strip() for line in str(failures[names[0]]).splitlines() if line.strip()]
                 reason = one_line(ValueError(lines[-2] if len(lines) > 1 else "".join(lines)))
-                which = f"{len(names)} weight{'s' * (len(names) > 1)}"
-                return f"{which} cannot be put together from what is stored: {listed(names)}. {reason}"
+                count = f"{len(names)} weight{'s' * (len(names) > 1)}"
+                return f"{count} cannot be put together from what is stored: {listed(names)}. {reason}"
     return ""
 
 
-def _explain_gguf(checkpoint: Checkpoint, what: str) -> str:
+def _explain_gguf(checkpoint: Checkpoint, details: str) -> str:
     architecture = read_header(Path(checkpoint.gguf_file or ""), checkpoint.name).architecture
     if architecture is None:
         return (
@@ -132,5 +131,5 @@ def _explain_gguf(checkpoint: Checkpoint, what: str) -> str:
         )
     return (
         f"{checkpoint.name!r} is a GGUF file of the architecture {architecture!r}, which transformers "
-        f"{transformers.__version__} cannot load ({what}) Give the original model instead."
+        f"{transformers.__version__} cannot load ({details}) Give the original model instead."
     )

@@ -1,8 +1,7 @@
-"""A model by name -> the model in evaluation mode, its tokenizer, and the facts that the report states about it.
+"""Loading a model by name: the model in evaluation mode, its tokenizer, and the facts that a report states about it.
 
-The loading itself is transformers' own (`AutoConfig`, `AutoModelForCausalLM`, `AutoTokenizer`); what is added is that
-each cause of failure has its own message, and that a checkpoint that does not fit its config is refused instead of
-being completed with random weights.
+transformers does the loading (`AutoConfig`, `AutoModelForCausalLM`, `AutoTokenizer`). This module adds a message for
+each cause of failure, and refuses a checkpoint that does not fit its config instead of adding random weights.
 """
 
 from collections.abc import Mapping
@@ -29,7 +28,7 @@ from transformers import (
 
 from depthscope.console.quiet import quiet
 from depthscope.errors import ModelLoadError, SettingsError
-from depthscope.files.atomic import says_nothing_of_content
+from depthscope.files.atomic import is_access_error
 from depthscope.layers.facts import model_facts, text_only_notes
 from depthscope.loading.adapters import apply_adapter, apply_adapter_beside, require_adapter_weights
 from depthscope.loading.attn_implementation import choose_attn_implementation, require_attn_implementation
@@ -61,13 +60,13 @@ TOKENIZER_FILES = frozenset(
 )
 
 
-NO_FOLDER = "no-adapter"  # where transformers is told to look for one
+NO_FOLDER = "no-adapter"  # the folder in which transformers looks for an adapter, and finds none
 
 
 @dataclass(frozen=True)
 class _Options:
     dtype: Any
-    device: torch.device | None  # None: split over the devices there are
+    device: torch.device | None  # None: split over all devices
     trust_remote_code: bool
     token: str | None
     attn_implementation: str | None
@@ -84,11 +83,11 @@ def load_model(
     attn_implementation: str | None = None,
     base_model: str | None = None,
 ) -> LoadedModel:
-    """Load a causal language model, ready to be analysed.
+    """Load a causal language model for analysis.
 
     Args:
         name: the id of a repository on the Hugging Face Hub, a folder, a .gguf file, or a PEFT adapter (a repository or
-            folder with adapter_config.json: its base model is loaded and the adapter put on it).
+            folder with adapter_config.json; its base model is loaded and the adapter applied).
         revision: a branch, tag or commit of the repository.
         dtype: "float32", "bfloat16", "float16", or "auto": the checkpoint's own on an accelerator, float32 on a CPU.
         device: such as "cpu", "cuda", "cuda:1" or "mps"; None takes an accelerator if there is one; "auto" splits the
@@ -101,45 +100,44 @@ def load_model(
 
     Raises:
         ModelLoadError: the model cannot be loaded; the message says why and what to do.
-        SettingsError: no such dtype or implementation of attention, a base model for what is no adapter, or a revision
-            of what is not on the Hub.
+        SettingsError: an unknown dtype or attention implementation, a base model without an adapter, or a revision of a
+            model that is not on the Hub.
     """
     if not isinstance(name, (str, PathLike)):
         raise ModelLoadError(
             f"{type(name).__name__} is not the name of a model; give an id of the Hub, a folder or a .gguf file."
         )
-    place = find_device(device)
-    chosen = find_dtype(dtype, place)
-    require_attn_implementation(attn_implementation, place, chosen)
-    options = _Options(chosen, place, trust_remote_code, token, attn_implementation)
+    target = find_device(device)
+    chosen_dtype = find_dtype(dtype, target)
+    require_attn_implementation(attn_implementation, target, chosen_dtype)
+    options = _Options(chosen_dtype, target, trust_remote_code, token, attn_implementation)
     with quiet():
         checkpoint = find_checkpoint(str(name), revision=revision, token=token)
         if revision is not None and checkpoint.source != "hub":
             raise SettingsError(
-                f"{checkpoint.name!r} is on this machine, and only a repository on the Hub has revisions: leave out "
+                f"{checkpoint.name!r} is on this machine, but only a repository on the Hub has revisions. Leave out "
                 f"revision ({revision!r}), or give the id of the repository."
             )
         if checkpoint.is_adapter:
             return _load_adapter(checkpoint, options, base_model)
         if base_model is not None:
             raise SettingsError(
-                f"{checkpoint.name!r} is no adapter ({ADAPTER_CONFIG} without a model's weights), so it has no base "
-                "model to be put on; leave out base_model."
+                f"{checkpoint.name!r} is no adapter ({ADAPTER_CONFIG} without a model's weights), so it needs no "
+                "base model; leave out base_model."
             )
         return _load_checkpoint(checkpoint, options)
 
 
 def require_for_loading(revision: Any, base_model: Any, attn_implementation: Any) -> None:
-    """Refuse what says how to load a model where the model is loaded already.
+    """Refuse options of loading for a model that is already loaded.
 
     Raises:
-        SettingsError: one of them is given.
+        SettingsError: one of the options is given.
     """
-    given = {"revision": revision, "base_model": base_model, "attn_implementation": attn_implementation}
-    if named := [name for name, value in given.items() if value is not None]:
+    arguments = {"revision": revision, "base_model": base_model, "attn_implementation": attn_implementation}
+    if named := [name for name, value in arguments.items() if value is not None]:
         raise SettingsError(
-            f"The model was given as an object, which is loaded already: leave out {' and '.join(named)}, or give its "
-            "name."
+            f"The model is an object that is already loaded: leave out {' and '.join(named)}, or give the model's name."
         )
 
 
@@ -148,7 +146,7 @@ def _load_checkpoint(checkpoint: Checkpoint, options: _Options) -> LoadedModel:
         gguf = None
         if checkpoint.gguf_file is not None:
             gguf = read_gguf(Path(checkpoint.gguf_file), checkpoint.name)
-            checkpoint = replace(checkpoint, gguf_file=str(gguf.path))  # of several parts, the first
+            checkpoint = replace(checkpoint, gguf_file=str(gguf.path))  # the first of several parts
             stack.enter_context(reading_once(gguf))
         return _load_files(checkpoint, options, gguf)
 
@@ -193,14 +191,15 @@ def _load_adapter(checkpoint: Checkpoint, options: _Options, base_model: str | N
     return LoadedModel(model, tokenizer, facts, base.notes + notes, problem, base.stored_dtype)
 
 
-def _unknown_tokens(tokenizer: Any, before: Any, model: Any) -> list[str]:
-    """Say of an adapter whose tokenizer was given more tokens that their rows were not stored with it."""
+def _unknown_tokens(tokenizer: Any, base_tokenizer: Any, model: Any) -> list[str]:
+    """A note on added tokens of an adapter whose rows are not stored with it."""
     rows = getattr(model.get_input_embeddings(), "num_embeddings", None)
-    if tokenizer is None or rows is None or len(tokenizer) <= max(rows, len(before) if before is not None else 0):
+    known = 0 if base_tokenizer is None else len(base_tokenizer)
+    if tokenizer is None or rows is None or len(tokenizer) <= max(rows, known):
         return []
     return [
-        f"The adapter's tokenizer has {len(tokenizer)} tokens and the model rows for {rows}: those of added tokens "
-        "were not stored with the adapter, so text that holds such a token is refused, and none is ever predicted."
+        f"The adapter's tokenizer has {len(tokenizer)} tokens but the model has rows for {rows}: the rows of added "
+        "tokens are not stored with the adapter, so text with such a token is refused, and none is ever predicted."
     ]
 
 
@@ -208,7 +207,7 @@ def _unknown_tokens(tokenizer: Any, before: Any, model: Any) -> list[str]:
 
 
 def _require_config(checkpoint: Checkpoint, settings: Mapping[str, Any], trust_remote_code: bool) -> None:
-    """Refuse a folder or repository without a config, or with one that transformers has no code for."""
+    """Refuse a folder or repository without a config, or with a config that transformers has no code for."""
     if checkpoint.gguf_file:
         return
     if CONFIG not in checkpoint.files:
@@ -233,10 +232,8 @@ def _require_config(checkpoint: Checkpoint, settings: Mapping[str, Any], trust_r
 def _no_config(checkpoint: Checkpoint) -> str:
     ggufs = sorted(file for file in checkpoint.files if file.lower().endswith(".gguf"))
     if ggufs:
-        what = "Give the path of one" if checkpoint.is_local else "Download one and give its path"
-        return (
-            f"{checkpoint.name!r} has no config.json, but GGUF files: {', '.join(ggufs)}. {what} instead of the folder."
-        )
+        advice = "Give the path of one" if checkpoint.is_local else "Download one and give its path"
+        return f"{checkpoint.name!r} has no config.json, but GGUF files: {', '.join(ggufs)}. {advice}, not the folder."
     inner = checkpoint.inner_models()
     hint = f" Did you mean {inner[-1]!r}?" if inner else ""
     return (
@@ -247,16 +244,16 @@ def _no_config(checkpoint: Checkpoint) -> str:
 
 def _needs_code(name: str) -> str:
     return (
-        f"{name!r} runs only with code from its own repository, which is not run unless you say so. Read that code, "
+        f"{name!r} runs only with code from its own repository, which is not run by default. Read that code, "
         "and if you trust it, pass --trust-remote-code (in Python: trust_remote_code=True)."
     )
 
 
 def _load_config(checkpoint: Checkpoint, options: _Options) -> tuple[PretrainedConfig, list[str]]:
-    """The config that the model is made from, and notes on the attention that it is made with."""
+    """The config of the model, and notes on its attention implementation."""
     with load_errors(checkpoint, "config"):
         config = AutoConfig.from_pretrained(**checkpoint.where, trust_remote_code=options.trust_remote_code)
-    config = getattr(config, "thinker_config", None) or config  # what writes text, where another model speaks it
+    config = getattr(config, "thinker_config", None) or config  # of a model that speaks: the part that writes the text
     attention = choose_attn_implementation(
         config,
         options.attn_implementation,
@@ -270,9 +267,9 @@ def _load_config(checkpoint: Checkpoint, options: _Options) -> tuple[PretrainedC
 def _require_causal(name: str, config: PretrainedConfig, trust_remote_code: bool) -> None:
     kind, model_type = type(config), config.model_type
     if getattr(config, "is_encoder_decoder", False):
-        what = "an encoder-decoder model"
+        description = "an encoder-decoder model"
     elif kind in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False):
-        what = "an encoder, which sees the tokens that it should predict"
+        description = "an encoder, which sees the tokens that it should predict"
     elif kind in MODEL_FOR_CAUSAL_LM_MAPPING or kind in MODEL_FOR_MULTIMODAL_LM_MAPPING:
         return
     elif "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {}):
@@ -280,18 +277,18 @@ def _require_causal(name: str, config: PretrainedConfig, trust_remote_code: bool
             return
         raise ModelLoadError(_needs_code(name))
     else:
-        what = "a model that transformers has no causal language model for"
+        description = "a model that transformers has no causal language model for"
     raise ModelLoadError(
-        f"{name!r} ({model_type}) is {what}. Only decoder-only causal language models can be analysed; give one of "
-        "those."
+        f"{name!r} ({model_type}) is {description}. Only decoder-only causal language models can be analysed; "
+        "give one of those."
     )
 
 
 def _auto_class(config: PretrainedConfig) -> Any:
-    """The class that loads a language model of this config: one that also sees or hears has a class of its own."""
+    """The class that loads a language model of this config; multimodal models have their own class."""
     kind = type(config)
-    in_company = kind in MODEL_FOR_MULTIMODAL_LM_MAPPING and kind not in MODEL_FOR_CAUSAL_LM_MAPPING
-    return AutoModelForMultimodalLM if in_company else AutoModelForCausalLM
+    is_multimodal = kind in MODEL_FOR_MULTIMODAL_LM_MAPPING and kind not in MODEL_FOR_CAUSAL_LM_MAPPING
+    return AutoModelForMultimodalLM if is_multimodal else AutoModelForCausalLM
 
 
 # The weights
@@ -305,12 +302,12 @@ def _load_weights(
     files: list[str],
     gguf: GgufHeader | None,
 ) -> tuple[nn.Module, list[str], torch.dtype | None]:
-    extra = getattr(type(config), "extra_files", ())  # weights that a config class names itself
+    extra = getattr(type(config), "extra_files", ())  # further files of weights that a config class names
     files = [*files, *(file for file in extra if file in checkpoint.files)]
-    said = next((dtype for dtype in FLOATS.values() if dtype == config.dtype), None)
+    config_dtype = next((dtype for dtype in FLOATS.values() if dtype == config.dtype), None)
     with load_errors(checkpoint, "weights"):
         dtype = options.dtype
-        if dtype == "auto" and said is None and files:  # transformers takes that of the first tensor for all
+        if dtype == "auto" and config_dtype is None and files:  # transformers takes the dtype of the first tensor
             dtype = StoredTensors(checkpoint, files).main_dtype or dtype
         loaded: Any = _auto_class(config).from_pretrained(
             **checkpoint.where,
@@ -323,7 +320,7 @@ def _load_weights(
             weights_only=True,
             trust_remote_code=options.trust_remote_code,
             output_loading_info=True,
-            ignore_mismatched_sizes=True,  # to name them in our own message
+            ignore_mismatched_sizes=True,  # so that our own message names them
         )
     model, info = loaded
     if gguf is not None:
@@ -333,12 +330,12 @@ def _load_weights(
             return model.eval(), audit_gguf(model, gguf, info["unexpected_keys"]), None
     stored = StoredTensors(checkpoint, files)
     notes = audit(checkpoint, settings, stored, model, info)
-    kept = stored.main_dtype
-    if options.dtype == "auto" and said and kept and torch.promote_types(said, kept) != said:
-        notes.append(
-            f"The weights are stored as {_short(kept)} and were rounded to {_short(said)}, as config.json says."
-        )
-    return model.eval(), notes, said or kept
+    stored_dtype = stored.main_dtype
+    is_rounded = config_dtype and stored_dtype and torch.promote_types(config_dtype, stored_dtype) != config_dtype
+    if options.dtype == "auto" and config_dtype and stored_dtype and is_rounded:
+        names = _short(stored_dtype), _short(config_dtype)
+        notes.append(f"The weights are stored as {names[0]} and were rounded to {names[1]}, as config.json says.")
+    return model.eval(), notes, config_dtype or stored_dtype
 
 
 def _short(dtype: torch.dtype) -> str:
@@ -346,14 +343,14 @@ def _short(dtype: torch.dtype) -> str:
 
 
 def _plain_weights(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Unpack a GGUF file's weights, even where transformers would fetch kernels that compute on packed ones."""
+    """Unpack a GGUF file's weights, even where transformers would fetch kernels for packed weights."""
     if checkpoint.gguf_file is None or not hasattr(transformers, "GgufConfig"):
         return {}
     return {"quantization_config": transformers.GgufConfig(dequantize=True)}
 
 
 def _no_adapter(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Leave an adapter beside the weights to us: transformers' report on it replaces the one on the weights."""
+    """Keep transformers from loading an adapter beside the weights, whose loading report would replace the weights'."""
     return {"adapter_kwargs": {"subfolder": NO_FOLDER}} if ADAPTER_CONFIG in checkpoint.files else {}
 
 
@@ -361,7 +358,7 @@ def _no_adapter(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def _load_tokenizer(checkpoint: Checkpoint, options: _Options) -> tuple[Any, str | None]:
-    """The tokenizer and None, or None and why there is none: with blocks of ids, a model needs no tokenizer."""
+    """The tokenizer and None, or None and why there is none; blocks of ids need no tokenizer."""
     name = checkpoint.name
     problem: Exception
     if not checkpoint.gguf_file and not TOKENIZER_FILES & checkpoint.files:
@@ -372,10 +369,10 @@ def _load_tokenizer(checkpoint: Checkpoint, options: _Options) -> tuple[Any, str
         return AutoTokenizer.from_pretrained(**checkpoint.where, trust_remote_code=options.trust_remote_code), None
     except LOAD_FAILURES as error:
         problem = error
-    except Exception as error:  # the Rust library behind it raises bare `Exception`s; everything else goes on
+    except Exception as error:  # the Rust library raises bare `Exception`s; all others are raised again
         if type(error) is not Exception:
             raise
         problem = error
-    what = f"{type(problem).__name__}: {one_line(problem)}"
-    remedy = "Check the permissions of its files." if says_nothing_of_content(problem) else "Fetch its files again."
-    return None, f"The tokenizer of {name!r} cannot be read ({what}) {remedy}"
+    cause = f"{type(problem).__name__}: {one_line(problem)}"
+    remedy = "Check the permissions of its files." if is_access_error(problem) else "Fetch its files again."
+    return None, f"The tokenizer of {name!r} cannot be read ({cause}) {remedy}"

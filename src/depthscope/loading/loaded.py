@@ -1,4 +1,4 @@
-"""What loading gives: the model, its tokenizer, and what is known of both."""
+"""The result of loading: the model, its tokenizer, and facts about both."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,8 +15,8 @@ __all__ = ["LoadedModel"]
 class LoadedModel:
     """A model in evaluation mode, its tokenizer (None without one) and its facts: the report's `model` section.
 
-    `notes` are what a reader of the report should know about the loading; `tokenizer_problem` says why there is no
-    tokenizer; `stored_dtype` is what the checkpoint's own weights are in, where that is known.
+    `notes` are remarks on the loading for the report; `tokenizer_problem` says why there is no tokenizer;
+    `stored_dtype` is the dtype of the checkpoint's weights, if it is known.
     """
 
     model: nn.Module
@@ -30,9 +30,9 @@ class LoadedModel:
         """The tokenizer.
 
         Raises:
-            ModelLoadError: there is none; the message says why.
+            ModelLoadError: there is no tokenizer; the message says why.
         """
         if self.tokenizer is None:
             name = self.facts.get("name", "The model")
-            raise ModelLoadError(self.tokenizer_problem or f"{name} was given without a tokenizer, and text needs one.")
+            raise ModelLoadError(self.tokenizer_problem or f"{name} has no tokenizer, but text needs one.")
         return self.tokenizer

@@ -3,7 +3,7 @@
     schema_version, created     the schema (1) and when it was measured (ISO 8601)
     model                       what was evaluated: the facts that a report states about it
     accuracies                  one row per task and metric
-    settings, versions, notes   how, with what, and what a reader must know
+    settings, versions, notes   how it was measured, with which versions, and remarks
 
 Values and standard errors are shares between 0 and 1, not per cent.
 """
@@ -45,10 +45,10 @@ class Accuracy(BaseModel):
         metric: lm-eval's name of the metric; `acc` and `acc_norm` for multiple choice.
         value: the metric, a share between 0 and 1 for accuracies.
         stderr: its standard error over documents; None for a single document.
-        chance: what guessing gives: the mean over documents of 1 / number of answers. None where answers are free.
+        chance: the expected value of guessing, the mean over documents of 1 / number of answers; None for free answers.
         n: documents.
         shots: solved examples before each question.
-        documents: where the questions come from: a data set, its configuration and split, or a file.
+        documents: the source of the questions: a data set, its configuration and split, or a file.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
@@ -69,17 +69,17 @@ class Accuracy(BaseModel):
 
 
 def mean_accuracy(accuracies: Sequence[Accuracy], metric: str = ACC) -> tuple[float, float | None] | None:
-    """The unweighted mean over tasks and its standard error, the tasks being independent; None without tasks.
+    """The unweighted mean over tasks and its standard error, with tasks as independent; None without tasks.
 
     Args:
         accuracies: one row per task and metric.
-        metric: `acc`, or `acc_norm`, which counts as `acc` where a task has no other.
+        metric: `acc`, or `acc_norm`, for which `acc` is taken where a task has no `acc_norm`.
     """
-    wanted = (metric, ACC) if metric == ACC_NORM else (metric,)
-    found: dict[str, Accuracy] = {}
-    for name in reversed(wanted):
-        found |= {row.task: row for row in accuracies if row.metric == name}
-    rows = list(found.values())
+    metrics = (metric, ACC) if metric == ACC_NORM else (metric,)
+    by_task: dict[str, Accuracy] = {}
+    for name in reversed(metrics):
+        by_task |= {row.task: row for row in accuracies if row.metric == name}
+    rows = list(by_task.values())
     if not rows:
         return None
     errors = [row.stderr for row in rows if row.stderr is not None]
@@ -101,20 +101,20 @@ class Downstream(BaseModel):
     notes: list[str] = Field(default_factory=list)
 
     def mean(self, metric: str = ACC) -> tuple[float, float | None] | None:
-        """The mean over tasks and its standard error, as `mean_accuracy` gives it."""
+        """The mean over tasks and its standard error; see `mean_accuracy`."""
         return mean_accuracy(self.accuracies, metric)
 
     def added_to(self, report: "LayerReport") -> "LayerReport":
-        """Give a report that carries these accuracies, and those that it had of other tasks.
+        """A copy of a report with these accuracies added; those of the same tasks are replaced.
 
         Raises:
-            SettingsError: the report is of another model, by its number of layers, its size or its architecture.
+            SettingsError: the report is of a model with another number of layers, size or architecture.
         """
-        described: dict[str, Any] = {**report.model}
+        facts: dict[str, Any] = {**report.model}
         differing = {
-            name: (described[name], self.model[name])
+            name: (facts[name], self.model[name])
             for name in ("num_layers", "hidden_size", "num_parameters", "model_type")
-            if None not in (described.get(name), self.model.get(name)) and described[name] != self.model[name]
+            if None not in (facts.get(name), self.model.get(name)) and facts[name] != self.model[name]
         }
         if differing:
             name, (theirs, ours) = next(iter(differing.items()))
@@ -141,7 +141,7 @@ class Downstream(BaseModel):
         return encode(content) + "\n"
 
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write the record to a JSON file, whole or not at all.
+        """Write the record to a JSON file, completely or not at all.
 
         Raises:
             ReportError: the file cannot be written.
@@ -153,7 +153,7 @@ class Downstream(BaseModel):
         """Read a record from a JSON file of at most 16 MiB.
 
         Raises:
-            ReportError: the file is missing, too large, not JSON or not such a record; the message names the field.
+            ReportError: the file is missing, too large, not JSON or no such record; the message names the field.
         """
         source = repr(os.fspath(path))
         content = parse(read_text(path, MAX_BYTES), source)

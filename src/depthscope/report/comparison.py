@@ -1,7 +1,7 @@
-"""Reports side by side: which global scores differ, by more than their errors explain or not, and layer by layer.
+"""Comparing reports: how global scores and layers differ, and whether by more than their errors.
 
-Layers of models of unequal depth are set beside each other by relative depth, `(layer + 1/2) / L`. The errors of two
-reports on the same text tend to move together, so two combined standard errors are a cautious bound on a difference.
+Layers of models of unequal depth are matched by relative depth, `(layer + 1/2) / L`. The errors of two reports on the
+same text are correlated, so two combined standard errors are a cautious bound on a difference.
 """
 
 import math
@@ -20,16 +20,16 @@ if TYPE_CHECKING:
 __all__ = ["Comparison", "LayerMatch", "ScoreRow", "compare"]
 
 # Settings that do not change what is measured.
-# "bos" is what was asked for: the data say whether blocks begin with it.
+# "bos" is the option; `data` states whether blocks begin with the token.
 HARMLESS_SETTINGS = frozenset({"batch_size", "bos", "device", "scores", "out", "html"})
 
 
 @dataclass(frozen=True)
 class ScoreRow:
-    """One global score in every report, and how each differs from the first report's.
+    """One global score in every report, and its difference from the first report's.
 
-    `exceeds[i]` says whether report i's difference is larger than two combined standard errors; None where an error or
-    a value is not known.
+    `exceeds[i]`: whether report i's difference is larger than two combined standard errors; None if an error or a value
+    is missing.
     """
 
     name: str
@@ -49,7 +49,7 @@ class LayerMatch:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two or more reports side by side; `labels` name them, `warnings` say what is not comparable."""
+    """Two or more reports side by side; `labels` name them, `warnings` state what is not comparable."""
 
     reports: tuple[LayerReport, ...]
     labels: tuple[str, ...]
@@ -64,16 +64,16 @@ class Comparison:
 
     @property
     def layer_scores(self) -> list[str]:
-        """The per-layer scores that at least two of the reports have, in the glossary's order."""
+        """The per-layer scores that at least two reports have, in the order of a report."""
         counts = Counter(name for report in self.reports for name in report.layer_scores)
         return in_order({name for name, count in counts.items() if count > 1}, LAYER_SCORES)
 
     def to_frame(self) -> "pd.DataFrame":
-        """Give the global scores as a pandas frame: one row for each score and report.
+        """The global scores as a pandas frame, one row per score and report.
 
         Columns: score, report, value, se, difference (from the first report), exceeds_2se (None where unknown).
         """
-        import pandas as pd  # half a second that only callers of this method should wait for
+        import pandas as pd  # takes half a second, so only these methods import it
 
         rows: list[dict[str, Any]] = [
             {
@@ -91,7 +91,7 @@ class Comparison:
         return frame.astype({"value": "float64", "se": "float64", "difference": "float64", "exceeds_2se": "object"})
 
     def layers_frame(self) -> "pd.DataFrame":
-        """Give the layers of all reports below each other, with `report` and `relative_depth` beside each."""
+        """The layers of all reports as one pandas frame, with the columns `report` and `relative_depth`."""
         import pandas as pd
 
         frames = []
@@ -104,13 +104,13 @@ class Comparison:
 
 
 def require_reports(reports: Any) -> None:
-    """Refuse what is no list of reports.
+    """Check that an argument is a list of reports.
 
     Raises:
-        SettingsError: it is no list, or something in it is no report.
+        SettingsError: it is not a list, or one of its items is not a report.
     """
     if not isinstance(reports, Sequence):
-        raise SettingsError(f"reports are a list of LayerReport, but {type(reports).__name__} was given.")
+        raise SettingsError(f"reports is {type(reports).__name__}; give a list of LayerReport.")
     for index, report in enumerate(reports):
         if not isinstance(report, LayerReport):
             raise SettingsError(
@@ -119,14 +119,14 @@ def require_reports(reports: Any) -> None:
 
 
 def compare(reports: Sequence[LayerReport]) -> Comparison:
-    """Set two or more reports side by side; the first is what the others are held against.
+    """Compare two or more reports with the first of them.
 
     Raises:
         SettingsError: fewer than two reports are given.
     """
     require_reports(reports)
     if len(reports) < 2:
-        raise SettingsError(f"a comparison takes two or more reports, {len(reports)} given; add another report.")
+        raise SettingsError(f"a comparison needs two or more reports, not {len(reports)}; add another report.")
     names = in_order({name for report in reports for name in report.global_scores}, GLOBAL_SCORES)
     labels = _labels(reports)
     return Comparison(
@@ -139,7 +139,7 @@ def compare(reports: Sequence[LayerReport]) -> Comparison:
 
 
 def relative_depth(layer: int, num_layers: int) -> float:
-    """Give the place of a layer's middle in the stack, between 0 (the embeddings) and 1 (the head)."""
+    """The relative position of a layer's middle, between 0 (the embeddings) and 1 (the head)."""
     return (layer + 0.5) / num_layers
 
 
@@ -157,14 +157,14 @@ def _score_row(name: str, reports: Sequence[LayerReport]) -> ScoreRow:
 
 
 def _error(report: LayerReport, name: str) -> float | None:
-    """The standard error of a global score: over blocks, together with those of sampled pairs and random probes."""
+    """The standard error of a global score: over blocks, combined with those of sampled pairs and probes."""
     error = report.scores.get(f"{name}_se")
     others = [report.scores.get(f"{name}_{source}_se") or 0.0 for source in ("sampling", "probe")]
     return None if error is None else math.hypot(error, *others)
 
 
 def _labels(reports: Sequence[LayerReport]) -> tuple[str, ...]:
-    """Name the reports by model, adding what tells two of the same name apart."""
+    """Name the reports by model, and add what distinguishes those of the same name."""
     additions: list[Callable[[LayerReport], str]] = [
         lambda report: "",
         lambda report: f"@{(report.model.get('revision') or 'none')[:8]}",
@@ -186,35 +186,35 @@ def _matches(depths: Sequence[int]) -> tuple[LayerMatch, ...]:
 
 
 def _warnings(reports: Sequence[LayerReport], labels: Sequence[str]) -> list[str]:
-    """Say in a sentence each what makes the reports hard to compare."""
-    found = []
+    """What makes the reports hard to compare, one sentence each."""
+    warnings = []
     if len({report.data["fingerprint"] for report in reports}) > 1:
         texts = _each(labels, [report.data["name"] for report in reports])
-        found.append(
-            f"The text differs, or was tokenized differently ({texts}): differences may come from it, not the model."
+        warnings.append(
+            f"The text or its tokenization differs ({texts}), so differences may come from it, not from the model."
         )
-    starts = [report.data.get("bos") or [] for report in reports]  # before there was the fact, there was no BOS
+    starts = [report.data.get("bos") or [] for report in reports]  # older reports lack the key, and had no BOS
     if len({bool(start) for start in starts}) > 1:
-        how = _each(labels, ["yes" if start else "no" for start in starts])
-        found.append(
-            f"Blocks begin with a beginning-of-sequence token in one and not in the other ({how}): it changes what a "
-            "model that was trained with one makes of the text, and losses most of all."
+        answers = _each(labels, ["yes" if start else "no" for start in starts])
+        warnings.append(
+            f"Not all reports have a beginning-of-sequence token in each block ({answers}). The token changes the "
+            "outputs of a model that was trained with it, and most of all its losses."
         )
     if len({report.model.get("vocab_size") for report in reports}) > 1:
-        found.append("The vocabularies differ, so losses per token are not comparable; ratios of losses are.")
+        warnings.append("The vocabularies differ, so losses per token are not comparable; ratios of losses are.")
     for key in ("block_size", "eval_blocks", "fit_blocks"):
-        found += _difference(f"data: {key}", labels, [report.data.get(key) for report in reports])
-    found += _difference("model: dtype", labels, [report.model.get("dtype") for report in reports])
+        warnings += _difference(f"data: {key}", labels, [report.data.get(key) for report in reports])
+    warnings += _difference("model: dtype", labels, [report.model.get("dtype") for report in reports])
     settings = sorted({name for report in reports for name in report.settings} - HARMLESS_SETTINGS)
     for key in settings:
-        found += _difference(f"settings: {key}", labels, [report.settings.get(key) for report in reports])
+        warnings += _difference(f"settings: {key}", labels, [report.settings.get(key) for report in reports])
     depths = [report.model["num_layers"] for report in reports]
     if len(set(depths)) > 1:
-        found.append(
+        warnings.append(
             f"The depths differ ({_each(labels, depths)}): means over layers fall with depth by dilution alone, so "
-            "compare sums, and the layers at equal relative depth, too."
+            "also compare sums, and the layers at equal relative depth."
         )
-    return found
+    return warnings
 
 
 def _difference(what: str, labels: Sequence[str], values: Sequence[object]) -> list[str]:

@@ -1,15 +1,15 @@
-"""`LayerReport`, the one record that an analysis fills and everything else reads, and its JSON.
+"""`LayerReport`, the record that an analysis writes and everything else reads, and its JSON.
 
     schema_version, created     the schema (1) and when the analysis was made (ISO 8601)
-    model, data                 what was analysed, on which text
-    settings, versions, notes   how, with what, and what a reader must know
-    scores                      global values by name; each `<name>` may have a `<name>_se` beside it
+    model, data                 the model that was analysed, and the text
+    settings, versions, notes   how it was measured, with which versions, and remarks
+    scores                      global values by name; `<name>_se` is the standard error of `<name>`
     layers                      one row per layer, layers counted from 0
     pairs                       L x L matrices by name, null where undefined; `causal[s][l]`: layer s skipped, seen at l
     downstream                  accuracies on downstream tasks, where they were measured
 
-Standard errors are over blocks of tokens; losses are in nats. Reports come from strangers too, so reading one checks
-and bounds everything: see `LayerReport.load`.
+Standard errors are over blocks of tokens; losses are in nats. Reports also come from strangers, so reading one checks
+all its fields against bounds: see `LayerReport.load`.
 """
 
 import os
@@ -41,13 +41,13 @@ __all__ = ["SCHEMA_VERSION", "DataFacts", "LayerReport", "Matrix", "ModelFacts",
 
 SCHEMA_VERSION: Final = 1
 MAX_BYTES = 256 * 2**20
-MAX_DEPTH = 8  # levels of lists and mappings inside each other
+MAX_DEPTH = 8  # nesting of lists and mappings
 MAX_LAYERS = 10_000
-MAX_MAPPED_LAYERS = 1600  # with four matrices of as many rows and columns, each number of 25 bytes, within MAX_BYTES
+MAX_MAPPED_LAYERS = 1600  # four square matrices with numbers of 25 bytes fit into MAX_BYTES
 
-# A layer counts as near the identity when leaving it out raises the loss by less than this share.
+# A layer is near the identity if skipping it multiplies the loss by less than this.
 NEAR_SKIP_RATIO = 1.02
-# The same without skip ratios: 1 - cosine of the layer's input and output.
+# The criterion without skip ratios: 1 - cosine of the layer's input and output.
 NEAR_BLOCK_INFLUENCE = 0.05
 
 Matrix: TypeAlias = list[list[float | None]]
@@ -55,7 +55,7 @@ Row: TypeAlias = dict[str, Any]
 
 
 class ModelFacts(TypedDict):
-    """What was analysed; further keys are allowed."""
+    """The model that was analysed; further keys are allowed."""
 
     __pydantic_config__ = ConfigDict(extra="allow", strict=True, allow_inf_nan=False)  # type: ignore[misc]
 
@@ -86,12 +86,12 @@ class DataFacts(TypedDict):
     eval_blocks: NotRequired[int]
     block_size: NotRequired[int]
     tokens: NotRequired[int]
-    bos: NotRequired[list[int]]  # the special tokens that every block begins with and that do not count; [] for none
+    bos: NotRequired[list[int]]  # the special tokens at the start of every block, which no score includes; [] for none
 
 
 @dataclass(frozen=True)
 class NearIdentity:
-    """The layers that are near the identity, the criterion in words: "skipping the layer raises ...", and its score."""
+    """The layers near the identity, the criterion in words ("skipping the layer raises ...") and its score."""
 
     layers: tuple[int, ...]
     criterion: str
@@ -101,8 +101,8 @@ class NearIdentity:
 class LayerReport(BaseModel):
     """How much each layer of one model contributes on one text; see the module's docstring for the fields.
 
-    Frozen, and no further fields are allowed at the top level; `model`, `data`, `settings`, `versions`, `scores` and
-    the rows of `layers` may carry further keys. Control characters in texts are replaced when a report is made.
+    A report is frozen and has no further fields at the top level; `model`, `data`, `settings`, `versions`, `scores` and
+    the rows of `layers` may have further keys. Control characters in texts are replaced when a report is created.
 
     Raises:
         pydantic.ValidationError: a field is missing, of the wrong type or shape, not finite, or beyond its bound.
@@ -166,7 +166,7 @@ class LayerReport(BaseModel):
     # ------------------------------------------------------------------------------------------------------- JSON
 
     def to_json(self) -> str:
-        """Write the report as JSON: the same content gives the same bytes, whatever order it was put together in."""
+        """Write the report as JSON; equal content gives equal bytes."""
         content: Row = {
             "schema_version": self.schema_version,
             "created": self.created,
@@ -179,12 +179,12 @@ class LayerReport(BaseModel):
             "layers": [canonical(row, ["layer", "kind", *_with_errors(LAYER_SCORES)]) for row in self.layers],
             "pairs": canonical(self.pairs, _with_errors(["causal", "permutation"])),
         }
-        if self.downstream:  # else the bytes are those of a report from before there was the field
+        if self.downstream:  # else the bytes equal those of a report without the field
             content["downstream"] = [row.model_dump() for row in self.downstream]
         return encode(content) + "\n"
 
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write the report to a JSON file, whole or not at all.
+        """Write the report to a JSON file, completely or not at all.
 
         Raises:
             ReportError: the file cannot be written; the message says why.
@@ -196,14 +196,14 @@ class LayerReport(BaseModel):
         """Read a report from JSON text.
 
         Raises:
-            ReportError: the text is not JSON, is of another schema version, or is not a valid report; the message names
+            ReportError: the text is not JSON, has another schema version, or is not a valid report; the message names
                 the field.
         """
         return cls._from_json(text, "the text")
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "LayerReport":
-        """Read a report from a JSON file of at most 256 MiB, trusting nothing in it.
+        """Read a report from a JSON file of at most 256 MiB, and check all its content.
 
         Raises:
             ReportError: the file is missing, too large or not text, or its content is refused as by `from_json`.
@@ -224,28 +224,28 @@ class LayerReport(BaseModel):
     # ---------------------------------------------------------------------------------------------------- reading
 
     def column(self, name: str) -> list[float | None]:
-        """Give one score of every layer, by layer; None where it is undefined or was not computed."""
+        """One score per layer; None where it is undefined or was not computed."""
         values = [row.get(name) for row in self.layers]
         return [float(value) if isinstance(value, (int, float)) else None for value in values]
 
     def has(self, name: str) -> bool:
-        """Tell whether at least one layer has the score `name`."""
+        """Whether at least one layer has the score `name`."""
         return any(value is not None for value in self.column(name))
 
     @property
     def layer_scores(self) -> list[str]:
-        """The scores that at least one layer has, without their standard errors, in the glossary's order."""
+        """The scores that at least one layer has, without their standard errors, in the order of `measures.yaml`."""
         names = {name for row in self.layers for name, value in row.items() if isinstance(value, (int, float))}
         return in_order({name for name in names - {"layer"} if not name.endswith("_se")}, LAYER_SCORES)
 
     @property
     def global_scores(self) -> list[str]:
-        """The global scores that have a value, without their standard errors, in the glossary's order."""
+        """The global scores that have a value, without their standard errors, in the order of `measures.yaml`."""
         names = {name for name, value in self.scores.items() if value is not None}
         return in_order({name for name in names if name in GLOBAL_SCORES or not name.endswith("_se")}, GLOBAL_SCORES)
 
     def near_identity(self) -> NearIdentity | None:
-        """Find the layers that hardly change anything: by the skip ratio, else by block influence, else None."""
+        """The layers near the identity, by the skip ratio or else by block influence; None without both scores."""
         if self.has("skip_ratio"):
             share = f"{NEAR_SKIP_RATIO - 1:.0%}"
             return NearIdentity(
@@ -263,42 +263,42 @@ class LayerReport(BaseModel):
         return None
 
     def ranked(self, name: str) -> list[tuple[int, float]]:
-        """Sort the layers by one score, lowest first, as pairs of layer and value; undefined ones are left out."""
+        """Pairs of layer and value of one score, lowest value first, without layers that have no value."""
         pairs = [(layer, value) for layer, value in enumerate(self.column(name)) if value is not None]
         return sorted(pairs, key=lambda pair: (pair[1], pair[0]))
 
     def summary(self) -> str:
-        """Say in a few lines what the report shows, from the scores that are present."""
+        """A summary of the report in a few lines, from the scores that it has."""
         return summarize(self)
 
     # ------------------------------------------------------------------------------------------------ other forms
 
     def to_frame(self) -> "pd.DataFrame":
-        """Give the layers as a pandas frame, one row per layer; an undefined value is NaN."""
-        import pandas as pd  # half a second that only callers of this method should wait for
+        """The layers as a pandas frame, one row per layer; an undefined value is NaN."""
+        import pandas as pd  # takes half a second, so only this method imports it
 
         names = {name for row in self.layers for name in row}
         columns = ["layer", *(["kind"] if "kind" in names else [])]
-        known = [name for name in _with_errors(LAYER_SCORES) if name in names]
-        columns += known + sorted(names - {*columns, *known})
+        scores = [name for name in _with_errors(LAYER_SCORES) if name in names]
+        columns += scores + sorted(names - {*columns, *scores})
         frame = pd.DataFrame({name: [row.get(name) for row in self.layers] for name in columns})
-        for name in known:
+        for name in scores:
             frame[name] = frame[name].astype("float64")
         return frame
 
     def to_dataset(self) -> "datasets.Dataset":
-        """Give the layers as a `datasets.Dataset`, with the model and the text beside each row.
+        """The layers as a `datasets.Dataset`, one row per layer, with the model and the text in every row.
 
-        Every score has its column, null where it was not computed, so that many reports can be concatenated.
+        Every score has a column, null where it was not computed, so that reports can be concatenated.
         """
-        import datasets  # pulls in pandas, pyarrow and torch
+        import datasets  # imports pandas, pyarrow and torch
 
         columns = self.table()
         features = datasets.Features({name: datasets.Value(kind) for name, (kind, _) in columns.items()})
         return datasets.Dataset.from_dict({name: values for name, (_, values) in columns.items()}, features=features)
 
     def table(self) -> dict[str, tuple[str, list[Any]]]:
-        """Give the columns of `to_dataset` without `datasets`: of each its type, as Arrow names it, and its values."""
+        """The columns of `to_dataset` without `datasets`: for each its Arrow type and its values."""
         rows = len(self.layers)
         text: dict[str, list[Any]] = {
             "model": [self.model["name"]] * rows,
@@ -313,7 +313,7 @@ class LayerReport(BaseModel):
         return {name: (kind, values) for kind, part in parts.items() for name, values in part.items()}
 
     def to_markdown(self) -> str:
-        """Write the global scores and the layers as two Markdown tables, for cards and notes."""
+        """The global scores and the layers as two Markdown tables."""
         lines = ["| score | value | meaning |", "| --- | ---: | --- |"]
         for name in self.global_scores:
             term = GLOBAL_SCORES.get(name)
@@ -331,7 +331,7 @@ class LayerReport(BaseModel):
 
 
 def _checked_row(row: Row, index: int) -> Row:
-    """Check one row of `layers`: its number, its kind, and that each known score is a number (made a float) or null."""
+    """Check one row of `layers`: its index, its type, and its scores, which must be numbers (made floats) or null."""
     if row.get("layer") != index or isinstance(row["layer"], bool):
         raise ValueError(f"[{index}].layer is {reprlib.repr(row.get('layer'))}, expected {index}")
     if not isinstance(row.get("kind", ""), str):

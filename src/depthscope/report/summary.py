@@ -1,4 +1,4 @@
-"""What a report shows, in a few sentences: only from the scores that are present."""
+"""The summary of a report in a few sentences, from the scores that it has."""
 
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -13,7 +13,7 @@ __all__ = ["beginning", "effective_depth", "of_layers", "ranges", "summarize"]
 
 
 def summarize(report: "LayerReport") -> str:
-    """Say in a few lines what was measured, what is near the identity, and what is cheap or costly to drop."""
+    """Summarize in a few lines what was measured, which layers are near the identity, and which are cheap to drop."""
     lines = [
         _subject(report),
         effective_depth(report),
@@ -26,40 +26,40 @@ def summarize(report: "LayerReport") -> str:
 
 
 def effective_depth(report: "LayerReport") -> str:
-    """Say the effective depth as "x of L layers", by each way it was measured; empty when it was not."""
+    """The effective depth as "x of L layers", for each way of measuring it; empty if it was not measured."""
     ways = (
         ("effective_depth_skip", "skip_ratio", "by skipping"),
         ("effective_depth_linear", "usefulness_ratio", "by linearising"),
     )
     parts: list[str] = []
-    said = ""
+    previous = ""
     for name, score, way in ways:
         value, error = report.scores.get(name), report.scores.get(f"{name}_se")
         if value is not None:
-            shown = format_with_error(value, error) if error else format_number(value, 3)
-            whole = of_layers(report, score)
-            parts.append(f"{shown} {way}" if whole == said else f"{shown} {whole} {way}")
-            said = whole
+            number = format_with_error(value, error) if error else format_number(value, 3)
+            layers = of_layers(report, score)
+            parts.append(f"{number} {way}" if layers == previous else f"{number} {layers} {way}")
+            previous = layers
     return f"Effective depth: {', '.join(parts)}." if parts else ""
 
 
 def of_layers(report: "LayerReport", score: str) -> str:
-    """Say of how many layers a number is that was counted over those which have `score`."""
+    """The phrase "of N layers" for a number that was counted over the layers with `score`."""
     layers, scored = report.model["num_layers"], len(report.ranked(score))
-    if scored in (0, layers):  # 0: the report holds the number only
+    if scored in (0, layers):  # 0: the report holds only the global number
         return f"of {counted(layers, 'layer')}"
     return f"of the {counted(scored, 'layer')} with a score ({layers} in all)"
 
 
 def beginning(data: Mapping[str, Any]) -> str:
-    """Say with which special tokens every block of a text begins; empty where there are none, or it is not known."""
+    """The phrase that names the special tokens at the start of every block; empty if none are known."""
     ids = data.get("bos") or []
-    shown = ", ".join(map(str, ids[:3])) + (", ..." if len(ids) > 3 else "")
-    return f"each beginning with BOS (token {shown}), which counts for nothing" if ids else ""
+    tokens = ", ".join(map(str, ids[:3])) + (", ..." if len(ids) > 3 else "")
+    return f"each beginning with BOS (token {tokens}), which no score includes" if ids else ""
 
 
 def ranges(numbers: Sequence[int]) -> str:
-    """Write ascending numbers with their runs shortened, as in `3, 5-8, 12`."""
+    """Write ascending numbers with runs shortened, as in `3, 5-8, 12`."""
     runs: list[list[int]] = []
     for number in numbers:
         if runs and number == runs[-1][-1] + 1:
@@ -73,7 +73,7 @@ def _subject(report: "LayerReport") -> str:
     data, size = report.data, ""
     if "eval_blocks" in data and "block_size" in data:
         size = f", {counted(data['eval_blocks'], 'block')} of {counted(data['block_size'], 'token')}"
-        size += f", {words}" if (words := beginning(data)) else ""
+        size += f", {start}" if (start := beginning(data)) else ""
     layers = counted(report.model["num_layers"], "layer")
     return f"{report.model['name']}: {layers}, measured on {data['name']}{size}."
 
@@ -82,18 +82,18 @@ def _near_the_identity(report: "LayerReport") -> str:
     near = report.near_identity()
     if near is None:
         return ""
-    which = f": {ranges(near.layers)}" if near.layers else ""
-    return f"Near the identity ({near.criterion}): {len(near.layers)} {of_layers(report, near.score)}{which}."
+    layers = f": {ranges(near.layers)}" if near.layers else ""
+    return f"Near the identity ({near.criterion}): {len(near.layers)} {of_layers(report, near.score)}{layers}."
 
 
 def _cost_of_skipping(report: "LayerReport") -> str:
     ranked = report.ranked("skip_ratio")
     if len(ranked) < 2:
         return ""
-    shown = min(3, len(ranked) // 2)
-    cheapest = ", ".join(f"{layer} (loss ×{ratio:.4f})" for layer, ratio in ranked[:shown])
-    costliest = ", ".join(f"{layer} (loss ×{ratio:.4f})" for layer, ratio in reversed(ranked[-shown:]))
-    noun = "layer" if shown == 1 else "layers"
+    most = min(3, len(ranked) // 2)
+    cheapest = ", ".join(f"{layer} (loss ×{ratio:.4f})" for layer, ratio in ranked[:most])
+    costliest = ", ".join(f"{layer} (loss ×{ratio:.4f})" for layer, ratio in reversed(ranked[-most:]))
+    noun = "layer" if most == 1 else "layers"
     return f"Cheapest {noun} to drop, one at a time: {cheapest}. Costliest: {costliest}."
 
 
@@ -105,8 +105,8 @@ def _usefulness(report: "LayerReport") -> str:
     threshold = report.settings.get("threshold")
     if share is not None and isinstance(threshold, (int, float)):
         counted = len(report.ranked("usefulness_ratio")) or report.model["num_layers"]
-        whole = of_layers(report, "usefulness_ratio")
-        text += f", and by more than {threshold:g} for {round(share * counted)} {whole}"
+        layers = of_layers(report, "usefulness_ratio")
+        text += f", and by more than {threshold:g} for {round(share * counted)} {layers}"
     return f"{text}."
 
 

@@ -1,1 +1,1 @@
-"""The folder that a training leaves behind. No torch."""
+"""The folder of a training run. No torch."""

@@ -1,7 +1,7 @@
-"""What a point has finished, file by file: `checksums.json` in its folder, beside what it speaks of.
+"""The checksums of the finished files of a point: `checksums.json` in its folder.
 
-A checksum is written before the file that it is of, so that whatever is there can be compared. Folders of older
-versions have no `checksums.json`; their files are taken as they are.
+The checksum of a file is written before the file, so that every file can be checked. Folders of older versions have no
+`checksums.json`; their files are accepted as they are.
 """
 
 import json
@@ -9,7 +9,7 @@ import zlib
 from pathlib import Path
 
 from depthscope.errors import ReportError
-from depthscope.files.atomic import says_nothing_of_content, write_atomically
+from depthscope.files.atomic import is_access_error, write_atomically
 from depthscope.files.checksums import sealed
 from depthscope.report.report import LayerReport
 from depthscope.runs.layout import CHECKSUMS
@@ -20,36 +20,36 @@ __all__ = ["keep_checksums", "known_checksums", "report_checksum"]
 MAX_BYTES = 4 * 2**20
 
 
-def keep_checksums(folder: Path, found: dict[str, str]) -> None:
-    """Keep the checksums of files in the folder of a point, by their paths in there, beside those that are kept.
+def keep_checksums(folder: Path, new: dict[str, str]) -> None:
+    """Add checksums, by relative path, to those in the folder of a point.
 
     Raises:
-        ReportError: what is kept cannot be read, or nothing can be written.
+        ReportError: the existing checksums cannot be read, or the new ones cannot be written.
     """
     try:
-        kept = known_checksums(folder) or {}
+        existing = known_checksums(folder) or {}
     except ReportError as error:
-        if says_nothing_of_content(error):
+        if is_access_error(error):
             raise
-        kept = {}
-    write_atomically(folder / CHECKSUMS, json.dumps(sealed({"files": kept | found}), indent=1) + "\n")
+        existing = {}
+    write_atomically(folder / CHECKSUMS, json.dumps(sealed({"files": existing | new}), indent=1) + "\n")
 
 
 def known_checksums(folder: Path) -> dict[str, str] | None:
-    """The checksums of the files of a point; None where none were kept.
+    """The checksums of the files of a point; None if it has none.
 
     Raises:
-        ReportError: the file that keeps them is damaged, or cannot be read.
+        ReportError: `checksums.json` is damaged or cannot be read.
     """
     if not (folder / CHECKSUMS).exists():
         return None
     files = read_sealed(folder / CHECKSUMS, MAX_BYTES).get("files")
     if not isinstance(files, dict):
-        raise ReportError(f"{CHECKSUMS} is not what was written.")
+        raise ReportError(f"{CHECKSUMS} was changed or damaged after it was written.")
     return {str(name): str(value) for name, value in files.items()}
 
 
 def report_checksum(report: LayerReport) -> str:
-    """The checksum of what was measured; accuracies on tasks, and the version of lm-eval, may be added later."""
+    """The checksum of a report without its downstream accuracies and versions, which may be added later."""
     measured = LayerReport.from_json(report.model_copy(update={"downstream": [], "versions": {}}).to_json())
     return f"{zlib.crc32(measured.to_json().encode()):08x}"

@@ -1,17 +1,17 @@
-"""What a run leaves on the disk, by name, and the states of a point: written here and nowhere else. No torch.
+"""The names of the files of a run and the states of a point; no other module lists them. No torch.
 
     SWEEP/sweep.yaml                  the specification; sweep.json, its points and families
     SWEEP/data/                       the tokens
-    SWEEP/points/<point>/             one folder a point, which is a run:
-        point.json                    what the grid says of it, and all that it is trained and measured with
+    SWEEP/points/<point>/             one folder per point, which is a run:
+        point.json                    its place in the grid, and its settings of training and measurement
         environment.json              versions, hardware, precision, attention, seconds
-        checkpoint-<step>/            to go on from; the file `complete` in it is written last
+        checkpoint-<step>/            to continue from; its file `complete` is written last
         steps/step-<step>/            the weights at steps that are published
         model/                        the trained model
         log.jsonl                     losses, gradient norms and learning rates by step
         layer_stats.jsonl             what the callbacks measured
         layer_report.json             the scores of the trained model; untrained_report.json, before training
-        checksums.json                of what is finished
+        checksums.json                of the finished files
         result.json                   status and held-out loss; written last
 
 The output folder of a Trainer has checkpoints and `layer_stats.jsonl` too, and `trainer_state.json`.
@@ -54,7 +54,7 @@ __all__ = [
 ]
 
 SWEEP_FILE, SWEEP_INDEX = "sweep.yaml", "sweep.json"
-DATA, DATA_PART, DATA_RECORD = "data", "data.part", "data.json"  # the second while they are made
+DATA, DATA_PART, DATA_RECORD = "data", "data.part", "data.json"  # DATA_PART while they are written
 POINTS = "points"
 
 POINT, RESULT, ENVIRONMENT, CHECKSUMS = "point.json", "result.json", "environment.json", "checksums.json"
@@ -66,7 +66,7 @@ STEPS, STEP, CHECKPOINT = "steps", "step-", "checkpoint-"
 COMPLETE = "complete"  # in a checkpoint
 TRAINER_STATE = "trainer_state.json"
 
-# What a result says; and what a reader finds where there is none that can be read.
+# The states in a result; and the states of a point without a readable result.
 FINISHED, DIVERGED, FAILED = "finished", "diverged", "failed"
 UNREADABLE, UNFINISHED, NOT_RUN = "unreadable", "unfinished", "not run"
 
@@ -85,26 +85,26 @@ def point_folder(sweep: Path, point: str) -> Path:
 
 
 def checkpoint_folder(run: Path, step: int) -> Path:
-    """The folder of a checkpoint to go on from."""
+    """The folder of a checkpoint to continue from."""
     return run / f"{CHECKPOINT}{step}"
 
 
 def step_folder(run: Path, step: int) -> Path:
-    """The folder of the weights at a step that is published."""
+    """The folder of the published weights of a step."""
     return run / STEPS / f"{STEP}{step}"
 
 
 def checkpoints(run: Path) -> dict[int, Path]:
-    """The checkpoints in the folder of a run, by step, in order."""
+    """The checkpoints of a run, by step, in order."""
     return _numbered(run, CHECKPOINT)
 
 
 def published_steps(run: Path) -> dict[int, Path]:
-    """The weights that a run keeps of steps that are published, by step, in order."""
+    """The folders of published weights of a run, by step, in order."""
     return _numbered(run / STEPS, STEP)
 
 
 def _numbered(folder: Path, prefix: str) -> dict[int, Path]:
     names = {path: path.name.removeprefix(prefix) for path in folder.glob(f"{prefix}*")}
-    found = {int(name): path for path, name in names.items() if name.isdecimal() and len(name) <= MOST_DIGITS}
-    return dict(sorted(found.items()))
+    numbered = {int(name): path for path, name in names.items() if name.isdecimal() and len(name) <= MOST_DIGITS}
+    return dict(sorted(numbered.items()))

@@ -1,4 +1,4 @@
-"""Reading what a run has left in its folder, up to a bound and trusting nothing of it. No torch."""
+"""Reading the files of a run, with bounds and checks. No torch."""
 
 import json
 from collections.abc import Iterable
@@ -15,14 +15,14 @@ from depthscope.runs.history import read_history
 from depthscope.runs.layout import HISTORY, LOG
 from depthscope.wording.scalars import finite_number
 
-__all__ = ["Course", "losses", "losses_of", "read_sealed", "variances"]
+__all__ = ["TrainingCurve", "losses", "losses_of", "read_sealed", "variances"]
 
 
 @dataclass(frozen=True)
-class Course:
-    """Something over training: at optimiser `steps` it had `values`, one number or one per layer; None: not finite.
+class TrainingCurve:
+    """A quantity over training: its `values` at optimiser `steps`, one number or one per layer; None if not finite.
 
-    `unread` is the number of lines of its file that cannot be read.
+    `unread` is the number of lines in its file that cannot be read.
     """
 
     steps: list[int] = field(default_factory=list)
@@ -31,19 +31,19 @@ class Course:
 
 
 def read_sealed(path: Path, max_bytes: int = MAX_BYTES) -> dict[str, Any]:
-    """Read a JSON object that a run has written, and whose checksum, where it has one, is right.
+    """Read a JSON object that a run has written, and check its checksum if it has one.
 
     Raises:
-        ReportError: it is missing, too large, no JSON, or not what was written.
+        ReportError: the file is missing, too large, not JSON, or does not match its checksum.
     """
     content = parse(read_text(path, max_bytes), path.name)
     if not isinstance(content, dict) or not is_whole(content):
-        raise ReportError(f"{path.name} is not what was written.")
+        raise ReportError(f"{path.name} was changed or damaged after it was written.")
     return content
 
 
-def losses(run: Path) -> Course:
-    """The training losses in `log.jsonl`; empty where there is none.
+def losses(run: Path) -> TrainingCurve:
+    """The training losses in `log.jsonl`; empty if there is no such file.
 
     Raises:
         ReportError: the file is too large, or cannot be read.
@@ -57,33 +57,33 @@ def losses(run: Path) -> Course:
     return losses_of(rows, unread)
 
 
-def losses_of(rows: Iterable[Any], unread: int = 0) -> Course:
-    """The training losses in rows of a log; what is no such row is left out."""
-    kept = [row for row in rows if isinstance(row, dict) and "loss" in row and _is_step(row.get("step"))]
-    return Course([row["step"] for row in kept], [_number(row["loss"]) for row in kept], unread)
+def losses_of(rows: Iterable[Any], unread: int = 0) -> TrainingCurve:
+    """The training losses in the rows of a log; rows without a loss are left out."""
+    logged = [row for row in rows if isinstance(row, dict) and "loss" in row and _is_step(row.get("step"))]
+    return TrainingCurve([row["step"] for row in logged], [_number(row["loss"]) for row in logged], unread)
 
 
-def variances(run: Path) -> Course:
-    """The variance of every layer in `layer_stats.jsonl`; empty where there is none.
+def variances(run: Path) -> TrainingCurve:
+    """The variance per layer in `layer_stats.jsonl`; empty if there is no such file.
 
     Raises:
         ReportError: the file is too large, or cannot be read.
     """
     path = run / HISTORY
     if not path.is_file():
-        return Course()
+        return TrainingCurve()
     if path.stat().st_size > MAX_BYTES:
         raise ReportError(f"{str(path)!r} is larger than {MAX_BYTES / 2**20:g} MiB.")
     rows = read_history(path)
-    # A last line without its end is being written, or was when the run was interrupted.
-    course = Course(unread=path.read_bytes().count(b"\n") - len(rows))
+    # An incomplete last line is being written, or was when the run was interrupted.
+    curve = TrainingCurve(unread=path.read_bytes().count(b"\n") - len(rows))
     for row in rows:
         layers = row.get("layers")
         column = layers.get("variance") if isinstance(layers, dict) else None
         if isinstance(column, list) and _is_step(row["step"]):
-            course.steps.append(row["step"])
-            course.values.append([_number(value) for value in column])
-    return course
+            curve.steps.append(row["step"])
+            curve.values.append([_number(value) for value in column])
+    return curve
 
 
 def _is_step(value: Any) -> bool:
@@ -91,6 +91,6 @@ def _is_step(value: Any) -> bool:
 
 
 def _number(value: Any) -> float | None:
-    """A number out of a file, None where there is none that can be drawn."""
+    """A number from a file; None if it cannot be drawn."""
     number = finite_number(value, MAX_FLOAT)
     return None if number is None else float(number)

@@ -16,7 +16,7 @@ import torch
 from safetensors import safe_open
 
 from depthscope.errors import SweepError
-from depthscope.files.atomic import MISSING, reason, require_opens, says_nothing_of_content, write_atomically
+from depthscope.files.atomic import MISSING, is_access_error, reason, require_opens, write_atomically
 from depthscope.files.checksums import checksums, damaged_file, is_whole, sealed
 from depthscope.processes import Processes
 from depthscope.runs.layout import COMPLETE, TRAINER_STATE, checkpoints
@@ -99,7 +99,7 @@ def unreadable_file(folder: Path) -> str | None:
         except MemoryError:
             raise
         except Exception as error:  # whatever a damaged file makes the libraries raise
-            if says_nothing_of_content(error):
+            if is_access_error(error):
                 raise
             whole = False
         if not whole:

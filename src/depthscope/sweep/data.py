@@ -35,7 +35,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from depthscope.console.quiet import quiet
 from depthscope.errors import CorpusError, SettingsError, SweepError
-from depthscope.files.atomic import reason, says_nothing_of_content, write_atomically
+from depthscope.files.atomic import is_access_error, reason, write_atomically
 from depthscope.files.checksums import checksum, damaged_file, sealed
 from depthscope.files.validation import first_problem
 from depthscope.runs.layout import DATA, DATA_PART, DATA_RECORD
@@ -211,7 +211,7 @@ def open_corpus(out: Path, longest: int) -> Corpus:
             tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
         found = None if facts.vocab_size in (None, len(tokenizer)) else f"it has {len(tokenizer):,} entries"
     except Exception as error:  # whatever its files make the libraries raise
-        if says_nothing_of_content(error):
+        if is_access_error(error):
             raise _unread(folder / "tokenizer", error) from error
         raise _damaged(folder / "tokenizer", f"it cannot be loaded ({one_line(error).rstrip('.')})") from error
     if found is not None:
@@ -272,7 +272,7 @@ def _damaged(path: Path, how: str) -> SweepError:
 
 def _unread(path: Path, error: Exception) -> SweepError:
     """Where a file is missing, its folder is to be made anew; one that only cannot be read is not to be deleted."""
-    if isinstance(error, OSError) and says_nothing_of_content(error):
+    if isinstance(error, OSError) and is_access_error(error):
         return SweepError(f"{error.filename or path} cannot be read: {reason(error)}.")
     why = error.strerror or str(error) if isinstance(error, OSError) else str(error)
     return SweepError(f"{path} cannot be read: {why}. {_remedy(path.parent)}")

@@ -32,7 +32,7 @@ from depthscope.analysis.analyze import analyze_blocks
 from depthscope.callbacks import EffectivenessCallback, SparsityCallback, VarianceCallback
 from depthscope.console.quiet import quiet
 from depthscope.errors import NonFiniteError, ReportError, SweepError
-from depthscope.files.atomic import says_nothing_of_content, write_atomically
+from depthscope.files.atomic import is_access_error, write_atomically
 from depthscope.files.checksums import checksum, checksums, damaged_file, sealed
 from depthscope.layers.facts import model_facts
 from depthscope.layers.modes import evaluating
@@ -236,7 +236,7 @@ class PointRun:
         try:
             known = known_checksums(self.folder) or {}
         except ReportError as error:
-            if says_nothing_of_content(error):
+            if is_access_error(error):
                 raise
             known = {}
             self._note(f"{str(error).rstrip('.')}, so that nothing can be compared with it")
@@ -265,7 +265,7 @@ class PointRun:
             if known in (None, report_checksum(report)):
                 return True
         except ReportError as error:  # of the report, or of the checksums: then what it should be is not known
-            if says_nothing_of_content(error):
+            if is_access_error(error):
                 raise
         self._note(f"{name} is damaged, and is measured anew")
         return False

@@ -15,7 +15,7 @@ from huggingface_hub.errors import StrictDataclassError
 from pydantic import BaseModel, ConfigDict
 
 from depthscope.errors import ReportError, SweepError
-from depthscope.files.atomic import read_text, says_nothing_of_content
+from depthscope.files.atomic import is_access_error, read_text
 from depthscope.files.checksums import is_whole
 from depthscope.files.strict_json import parse
 from depthscope.runs.layout import POINT, point_folder
@@ -78,7 +78,7 @@ def read_record(path: Path, remedy: str) -> dict[str, Any]:
         content = parse(read_text(path, MAX_BYTES), str(path))
     except ReportError as error:
         # What only cannot be read is not to be deleted.
-        raise SweepError(str(error) if says_nothing_of_content(error) else f"{error} {remedy}") from error
+        raise SweepError(str(error) if is_access_error(error) else f"{error} {remedy}") from error
     if not isinstance(content, dict):
         raise SweepError(f"{path} is damaged: it holds no settings by name. {remedy}")
     if not is_whole(content):

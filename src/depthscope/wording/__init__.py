@@ -1,1 +1,1 @@
-"""What people read: numbers, names and other programs' messages in words."""
+"""Text for people: numbers, names and other programs' messages."""

@@ -1,7 +1,7 @@
-"""Texts of strangers in Markdown: shown as they are, whatever they contain, on one line.
+"""Escaping foreign texts for Markdown: each appears literally, on one line, whatever it contains.
 
-CommonMark takes a backslash before any ASCII punctuation as "this character itself", in the cells of tables too. In a
-code span it does not, so that there only the backticks around it matter, and no code span stands in a table.
+In CommonMark a backslash before ASCII punctuation escapes it, also in the cells of tables. In a code span it does not:
+there only the backticks around the text matter, and a table holds no code span.
 """
 
 import re
@@ -11,26 +11,26 @@ __all__ = ["Markdown", "code", "inline"]
 MOST_SHOWN = 500  # characters of one text
 # Emphasis, code, links and images, HTML, entities, tables, formulas, mentions, and addresses that become links.
 SPECIAL = re.compile(r"[\\`*_{}\[\]<>#|&~$@!^]")
-# What begins a list, a rule or the line below a heading where it stands first, and what begins an address.
+# What begins a list, a rule or a heading's underline at the start of a line, and what begins an address.
 FIRST = re.compile(r"^(?:(\d+)([.)])(?=\s|$)|([-+=])(?![\d.]))")
 ADDRESS = re.compile(r"(?i)(www(?=\.)|(?:https?|ftp|mailto|xmpp)(?=:))(.)")
 
 
 class Markdown(str):
-    """A text that is Markdown already, and is not escaped again."""
+    """A text that is already Markdown and must not be escaped again."""
 
     __slots__ = ()
 
 
 def inline(text: str, most: int = MOST_SHOWN) -> Markdown:
-    """A text as words in a paragraph, a heading, a list or the cell of a table; of a long one, the beginning."""
+    """Escape a text for a paragraph, a heading, a list or a table cell; a long text is cut after `most` characters."""
     escaped = SPECIAL.sub(r"\\\g<0>", _one_line(text, most))
-    first = FIRST.sub(lambda found: f"{found[1] or ''}\\{found[2] or found[3]}", escaped)
+    first = FIRST.sub(lambda match: f"{match[1] or ''}\\{match[2] or match[3]}", escaped)
     return Markdown(ADDRESS.sub(r"\1\\\2", first))
 
 
 def code(text: str) -> Markdown:
-    """A text as a code span in a paragraph or a list; not in a table, where a pipe would end it."""
+    """Write a text as a code span for a paragraph or a list; not for a table, where a pipe would end it."""
     content = _one_line(text)
     if not content:
         return Markdown("")
@@ -41,5 +41,5 @@ def code(text: str) -> Markdown:
 
 
 def _one_line(text: str, most: int = MOST_SHOWN) -> str:
-    words = " ".join(text.split())
-    return words if len(words) <= most else words[: most - 1] + "…"
+    line = " ".join(text.split())
+    return line if len(line) <= most else line[: most - 1] + "…"

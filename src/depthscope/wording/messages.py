@@ -1,4 +1,4 @@
-"""Wording that error messages share: quoting other errors and lists of names, in a few words."""
+"""Parts that error messages share: quoted errors, counts and lists of names."""
 
 __all__ = ["counted", "listed", "one_line"]
 
@@ -6,7 +6,7 @@ LONGEST_QUOTE = 200
 
 
 def one_line(error: BaseException) -> str:
-    """An error's message on one line, not too long, as a sentence."""
+    """Write an error's message as one sentence on one line, cut if it is long."""
     text = " ".join(str(error).split()) or type(error).__name__
     if len(text) > LONGEST_QUOTE:
         text = text[:LONGEST_QUOTE].rsplit(" ", 1)[0] + " ..."
@@ -14,10 +14,10 @@ def one_line(error: BaseException) -> str:
 
 
 def counted(number: int, noun: str) -> str:
-    """So many of something: 1 block, 2,000 blocks."""
+    """Write a count with its noun: 1 block, 2,000 blocks."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def listed(names: list[str]) -> str:
-    """The first three names, and how many more there are."""
+    """List the first three names, and how many more there are."""
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -1,4 +1,4 @@
-"""Numbers in words: rounded to what they tell, with their unit or their error."""
+"""Numbers as text: rounded to significant digits, with their unit or their error."""
 
 import math
 import sys
@@ -35,14 +35,14 @@ def format_with_error(value: float | None, error: float | None) -> str:
     """Write `value ± error`, the error with two significant digits and the value to the same decimal place."""
     if value is None or error is None or not math.isfinite(value) or not math.isfinite(error):
         return format_number(value)
-    if error <= abs(value) * sys.float_info.epsilon:  # none, or less than the value itself can tell
+    if error <= abs(value) * sys.float_info.epsilon:  # zero, or below the precision of the value
         return format_number(value)
     decimals = 1 - _exponent(error, 2)
     if decimals > 8 or max(abs(value), error) >= 1e15:
-        shown = f"{value:.{max(1, decimals + _exponent(value, 2))}e}" if value else "0"
-        return f"{shown} ± {error:.1e}"
+        number = f"{value:.{max(1, decimals + _exponent(value, 2))}e}" if value else "0"
+        return f"{number} ± {error:.1e}"
     places = max(0, decimals)
-    # Adding 0 takes the sign off a value that rounds to 0.
+    # Adding 0 removes the sign of a value that rounds to 0.
     return f"{round(value, decimals) + 0.0:,.{places}f} ± {round(error, decimals):,.{places}f}"
 
 

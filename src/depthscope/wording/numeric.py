@@ -1,4 +1,4 @@
-"""Numbers that people give: whole or not, finite, within bounds; checked before any work, and told with the bounds."""
+"""Checks of numbers that people give: whole, finite, within bounds. The message of a refusal names the bounds."""
 
 import math
 import numbers
@@ -14,45 +14,45 @@ MOST = 2**31 - 1  # of anything that is counted: no memory holds more
 LARGEST_SEED = 2**63 - 1  # what a report holds, and every generator takes
 
 
-def require_whole(name: str, value: Any, least: int = 1, what: str = "", most: int = MOST) -> int:
-    """A whole number from `least` to `most`; integers of NumPy count, booleans do not.
+def require_whole(name: str, value: Any, least: int = 1, meaning: str = "", most: int = MOST) -> int:
+    """Return a whole number from `least` to `most`; NumPy's integers are accepted, booleans are not.
 
     Raises:
-        SettingsError: anything else; the message names it and what is allowed.
+        SettingsError: the value is not such a number; the message names the value and the bounds.
     """
-    whole = int(value) if isinstance(value, numbers.Integral) and not isinstance(value, bool) else None
-    if whole is None or not least <= whole <= most:
-        bounds = f"of at most {most:,}" if whole is not None and whole > most else f"of at least {least}"
-        of = f" ({what})" if what else ""
-        raise SettingsError(f"{name} is {_shown(value)}; give a whole number {bounds}{of}.")
-    return whole
+    number = int(value) if isinstance(value, numbers.Integral) and not isinstance(value, bool) else None
+    if number is None or not least <= number <= most:
+        bounds = f"of at most {most:,}" if number is not None and number > most else f"of at least {least}"
+        note = f" ({meaning})" if meaning else ""
+        raise SettingsError(f"{name} is {_short_repr(value)}; give a whole number {bounds}{note}.")
+    return number
 
 
 def require_number(
-    name: str, value: Any, what: str, *, above: float = -math.inf, least: float = -math.inf, below: float = math.inf
+    name: str, value: Any, expected: str, *, above: float = -math.inf, least: float = -math.inf, below: float = math.inf
 ) -> float:
-    """A finite number above a bound, or of at least one, and below another.
+    """Return a finite number within bounds.
 
     Args:
-        name: what it is called.
-        value: what was given.
-        what: what to give, in words: "a share of the peak above 0".
-        above: a bound that it is greater than.
-        least: the smallest that is allowed.
-        below: a bound that it is less than.
+        name: the setting's name.
+        value: its value.
+        expected: the allowed values in words, such as "a share of the peak above 0".
+        above: the value must be greater than this.
+        least: the value must be at least this.
+        below: the value must be less than this.
 
     Raises:
-        SettingsError: anything else.
+        SettingsError: the value is not such a number.
     """
     is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    # An integer of hundreds of digits is no float, and larger than any bound.
+    # An integer of hundreds of digits cannot become a float, and is larger than any bound.
     is_finite = is_number and (isinstance(value, numbers.Integral) or math.isfinite(value))
     if not is_finite or not above < value or not least <= value < min(below, sys.float_info.max):
-        raise SettingsError(f"{name} is {_shown(value)}; give {what}.")
+        raise SettingsError(f"{name} is {_short_repr(value)}; give {expected}.")
     return float(value)
 
 
-def _shown(value: Any) -> str:
+def _short_repr(value: Any) -> str:
     try:
         return reprlib.repr(value)
     except ValueError:  # Python writes no number of more digits

@@ -1,4 +1,4 @@
-"""Numbers of NumPy and PyTorch as Python's own: YAML writes the others as Python objects, and JSON not at all."""
+"""Numbers of NumPy and PyTorch as Python numbers: YAML writes others as Python objects, and JSON cannot write them."""
 
 import math
 from numbers import Integral, Real
@@ -8,26 +8,26 @@ __all__ = ["finite_number", "plain_scalars"]
 
 
 def plain_scalars(value: Any) -> Any:
-    """A JSON-like value with every scalar of another library, also an array or a tensor of no dimension, as Python's.
+    """Replace scalars of other libraries in a JSON-like value by Python's; an array without dimensions is a scalar.
 
-    Whatever else is in it stays as it is.
+    Everything else in it stays as it is.
     """
     if isinstance(value, dict):
         return {plain_scalars(key): plain_scalars(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [plain_scalars(item) for item in value]
-    # NumPy's float64 and str_ are subclasses of Python's, and still no plain numbers and texts for YAML.
+    # NumPy's float64 and str_ are subclasses of Python's, but YAML does not write them as plain numbers and texts.
     if type(value).__module__ != "builtins" and getattr(value, "shape", None) == () and hasattr(value, "item"):
         return value.item()
     return value
 
 
 def finite_number(value: Any, limit: float = math.inf) -> float | int | None:
-    """A real number of any library, as Python's; None for what is no number, not finite or beyond ±`limit`."""
+    """A real number of any library as a Python number; None if it is no number, not finite or beyond ±`limit`."""
     value = plain_scalars(value)
     if isinstance(value, bool) or not isinstance(value, Real):
         return None
     value = int(value) if isinstance(value, Integral) else float(value)
-    # An integer of hundreds of digits is no float, and so is not asked whether it is finite.
+    # An integer of hundreds of digits cannot become a float, so `isfinite` would fail on it.
     is_finite = isinstance(value, int) or math.isfinite(value)
     return value if is_finite and abs(value) <= limit else None

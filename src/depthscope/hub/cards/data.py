@@ -32,13 +32,13 @@ from depthscope.wording.scalars import plain_scalars
 
 __all__ = [
     "LAYER_COLUMNS",
-    "Course",
     "DepthCardData",
     "Evaluation",
-    "LayerCourse",
+    "LossCurve",
     "Relation",
     "SweepFacts",
     "TrainingFacts",
+    "VarianceCurves",
     "rounded",
 ]
 
@@ -150,7 +150,7 @@ class Evaluation(_Part):
     untrained_loss: Quantity | None = None
 
 
-class Course(_Part):
+class LossCurve(_Part):
     """Training losses [nats a token] at numbers of tokens or optimiser steps; null where not finite."""
 
     unit: Literal["tokens", "steps"]
@@ -158,7 +158,7 @@ class Course(_Part):
     values: list[Quantity | None]
 
 
-class LayerCourse(_Part):
+class VarianceCurves(_Part):
     """The variance of every layer at numbers of tokens or optimiser steps: values[i][layer]."""
 
     unit: Literal["tokens", "steps"]
@@ -208,8 +208,8 @@ class DepthCardData(_Part):
     untrained: LayerReport | None = None
     evaluation: Evaluation | None = None
     accuracies: list[Accuracy] = Field(default_factory=list)
-    losses: Course | None = None
-    variances: LayerCourse | None = None
+    losses: LossCurve | None = None
+    variances: VarianceCurves | None = None
     versions: dict[str, str] = Field(default_factory=dict)
 
     @model_validator(mode="before")

@@ -18,7 +18,7 @@ import numpy as np
 
 from depthscope.errors import DepthscopeError
 from depthscope.files.atomic import write_atomically
-from depthscope.hub.cards.data import Course, DepthCardData, LayerCourse
+from depthscope.hub.cards.data import DepthCardData, LossCurve, VarianceCurves
 from depthscope.report.report import LayerReport
 from depthscope.views.plots.style import (
     BLUE,
@@ -187,18 +187,18 @@ def _effectiveness(data: DepthCardData) -> "Figure":
 def _learning(data: DepthCardData) -> "Figure":
     panels = [each for each in (data.losses, data.variances) if each is not None]
     figure = _figure(3.7 * len(panels) if len(panels) > 1 else 5.5, 2.7)
-    for axes, course in zip(figure.subplots(1, len(panels), squeeze=False).flat, panels, strict=True):
-        if isinstance(course, Course):
-            _draw_losses(axes, course, data)
+    for axes, curve in zip(figure.subplots(1, len(panels), squeeze=False).flat, panels, strict=True):
+        if isinstance(curve, LossCurve):
+            _draw_losses(axes, curve, data)
         else:
-            _draw_variances(figure, axes, course)
-        axes.set_xlabel({"tokens": "tokens trained on", "steps": "optimiser step"}[course.unit])
+            _draw_variances(figure, axes, curve)
+        axes.set_xlabel({"tokens": "tokens trained on", "steps": "optimiser step"}[curve.unit])
         _thousands(axes)
     return figure
 
 
-def _draw_losses(axes: "Axes", course: Course, data: DepthCardData) -> None:
-    axes.plot(course.at, _numbers(course.values), color=BLUE, label="training")
+def _draw_losses(axes: "Axes", curve: LossCurve, data: DepthCardData) -> None:
+    axes.plot(curve.at, _numbers(curve.values), color=BLUE, label="training")
     if data.evaluation is not None:
         words = f"{data.evaluation.split if data.evaluation.split in SPLITS else 'other'} text, at the end"
         axes.axhline(data.evaluation.loss, color=VERMILION, linestyle="--", linewidth=1.2, label=words)
@@ -207,17 +207,17 @@ def _draw_losses(axes: "Axes", course: Course, data: DepthCardData) -> None:
     axes.legend()
 
 
-def _draw_variances(figure: "Figure", axes: "Axes", course: LayerCourse) -> None:
+def _draw_variances(figure: "Figure", axes: "Axes", curve: VarianceCurves) -> None:
     from matplotlib import colormaps
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import Normalize
 
-    layers = min(len(values) for values in course.values)
+    layers = min(len(values) for values in curve.values)
     # The last tenth of viridis is too bright for white paper.
     scale, colors = Normalize(0, max(1, layers - 1)), colormaps["viridis"]
     for layer in range(layers):
-        values = _numbers([values[layer] for values in course.values])
-        axes.plot(course.at, values, color=colors(0.9 * scale(layer)), linewidth=1.0)
+        values = _numbers([values[layer] for values in curve.values])
+        axes.plot(curve.at, values, color=colors(0.9 * scale(layer)), linewidth=1.0)
     _log_axis(axes)
     axes.set_title("Variance of the residual stream after each layer")
     shown = ScalarMappable(Normalize(0, max(1, layers - 1) / 0.9), colors)

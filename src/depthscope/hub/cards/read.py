@@ -22,9 +22,9 @@ from depthscope.errors import ReportError, SettingsError
 from depthscope.files.atomic import read_text, reason, require_opens
 from depthscope.files.validation import MAX_BYTES, MAX_FLOAT, read_object
 from depthscope.hub.cards import data as card
-from depthscope.hub.cards.data import LAYER_COLUMNS, DepthCardData, Evaluation, LayerCourse, Relation, rounded
+from depthscope.hub.cards.data import LAYER_COLUMNS, DepthCardData, Evaluation, Relation, VarianceCurves, rounded
 from depthscope.hub.errors import why_no_repository
-from depthscope.loading.checkpoint import ADAPTER_CONFIG, CONFIG, folder_meant
+from depthscope.loading.checkpoint import ADAPTER_CONFIG, CONFIG, find_relative_folder
 from depthscope.report.accuracy import Accuracy
 from depthscope.report.report import LayerReport
 from depthscope.runs.layout import (
@@ -40,7 +40,7 @@ from depthscope.runs.layout import (
     UNTRAINED_REPORT,
     checkpoints,
 )
-from depthscope.runs.read import Course, losses, losses_of, variances
+from depthscope.runs.read import TrainingCurve, losses, losses_of, variances
 from depthscope.wording.scalars import finite_number
 
 if TYPE_CHECKING:
@@ -186,8 +186,8 @@ def _of_point(root: Path, report: LayerReport | None, result: Row) -> Row:
         **{name: environment.get(name) for name in ("precision", "attention", "processor", "processes", "seconds")},
     }
     dataset = _repository(str(_mapping(specification, "data").get("dataset") or "").partition(":")[0])
-    course = losses(root)
-    if course.unread:
+    curve = losses(root)
+    if curve.unread:
         raise ReportError(f"{str(root / LOG)!r} has a line that is not JSON; it is damaged.")
     return {
         "sweep": {
@@ -199,7 +199,7 @@ def _of_point(root: Path, report: LayerReport | None, result: Row) -> Row:
         "training": training,
         "datasets": [dataset] if dataset else [],
         "evaluation": _of_result(result, report, text, _mapping(specification, "scoring")),
-        "losses": _losses(course, batch),
+        "losses": _losses(curve, batch),
         "variances": _variances(root, batch),
         "versions": {str(name): str(value) for name, value in _mapping(environment, "versions").items()},
     }
@@ -271,9 +271,9 @@ def _of_arguments(arguments: "TrainingArguments | Mapping[str, Any] | None") -> 
 # ------------------------------------------------------------------------------------------------------------ courses
 
 
-def _losses(course: Course, batch_tokens: int | None) -> card.Course | None:
-    kept = _thinned([*zip(course.steps, course.values, strict=True)])
-    return card.Course(**_at(kept, batch_tokens), values=rounded([loss for _, loss in kept])) if kept else None
+def _losses(curve: TrainingCurve, batch_tokens: int | None) -> card.LossCurve | None:
+    kept = _thinned([*zip(curve.steps, curve.values, strict=True)])
+    return card.LossCurve(**_at(kept, batch_tokens), values=rounded([loss for _, loss in kept])) if kept else None
 
 
 def _loss(value: Any) -> float | None:
@@ -282,10 +282,10 @@ def _loss(value: Any) -> float | None:
     return None if number is None else rounded(float(number))
 
 
-def _variances(root: Path, batch_tokens: int | None) -> LayerCourse | None:
-    course = variances(root)
-    kept = _thinned([(step, column) for step, column in zip(course.steps, course.values, strict=True) if column])
-    return LayerCourse(**_at(kept, batch_tokens), values=rounded([column for _, column in kept])) if kept else None
+def _variances(root: Path, batch_tokens: int | None) -> VarianceCurves | None:
+    curve = variances(root)
+    kept = _thinned([(step, column) for step, column in zip(curve.steps, curve.values, strict=True) if column])
+    return VarianceCurves(**_at(kept, batch_tokens), values=rounded([column for _, column in kept])) if kept else None
 
 
 def _at(points: list[tuple[int, Any]], batch_tokens: int | None) -> Row:
@@ -331,7 +331,7 @@ def _repository(name: Any, beside: Path | None = None) -> str | None:
     """A name where it can be one of the Hub's, else None: a folder, also one that is there from the folder `beside`."""
     if not isinstance(name, str) or not name or Path(name).exists():
         return None
-    if beside is not None and folder_meant(name, beside) is not None:
+    if beside is not None and find_relative_folder(name, beside) is not None:
         return None
     return None if why_no_repository(name) else name
 

@@ -1,1 +1,1 @@
-"""Whether a loaded model is all that its file says."""
+"""Checks that a loaded model is the one in its files."""

@@ -1,4 +1,4 @@
-"""Codes of a quantisation that would be taken for weights: float8, integers and packed bits without their scales."""
+"""Quantised codes that would be read as weights: float8, integers and packed bits without their scales."""
 
 import re
 from collections.abc import Mapping
@@ -14,61 +14,61 @@ from depthscope.wording.messages import counted, listed
 
 __all__ = ["is_runtime_scale", "is_scale", "unscaled_note", "why_codes"]
 
-# What stands beside the codes of a matrix, by the end of its name: scales, zero points, tables, the order of rows.
+# The ends of the names of tensors that belong to codes: scales, zero points, tables, the order of rows.
 SCALE = re.compile(
     r"scale|zero|absmax|amax|quant|g_idx|codebook|SCB|bitmask|qweight|packed|qdata|W_q|_blocks$|_codes$", re.IGNORECASE
 )
-# Scales of what is rounded while a model runs on special hardware (activations, keys and values), never of weights.
+# Scales of activations, keys and values that special hardware rounds while a model runs; never scales of weights.
 RUNTIME = re.compile(r"(^|[._])(input|activation|output|[qkv]|kv|kv_cache|prob)_(scale|amax|zero_point|global_scale)$")
-# A module whose own code knows what its codes mean is none of these.
+# Modules of these packages do not decode codes by themselves.
 PLAIN_MODULES = ("torch.nn.", "transformers.models.", "transformers.pytorch_utils")
 OTHER_SETTINGS = ("compression_config", "quantization", "quant_config", "quantize_config")  # of other libraries
-# The files in which other libraries describe what they did.
+# The files in which other libraries describe their quantisation.
 OTHER_FILES = ("hf_quant_config.json", "quantize_config.json", "quant_config.json", "recipe.yaml")
-# Weights that were scaled to a type's range come near its end; a quarter leaves room for scales that are rounded up.
+# Weights that were scaled to a type's range come near its largest value; a quarter of it allows for rounded scales.
 PART_OF_RANGE = 4
 
 
 def is_scale(tensor: StoredTensor) -> bool:
-    """Whether a tensor, by its name, belongs to the codes of another one."""
+    """Whether a tensor's name says that it belongs to the codes of another tensor."""
     return bool(SCALE.search(_end(tensor.name)))
 
 
 def is_runtime_scale(name: str) -> bool:
-    """Whether a tensor, by its name, only says how activations or the cache are rounded on special hardware."""
+    """Whether a tensor's name says that it scales only activations or the cache, on special hardware."""
     return bool(RUNTIME.search(name))
 
 
 def why_codes(checkpoint: Checkpoint, settings: Mapping[str, Any], model: Any, placed: Placement) -> str | None:
-    """Why the model is made of codes instead of weights, and what to do; None if it is not."""
-    dropped = [tensor for name, found in placed.used.items() for tensor in _dropped(model, name, found, placed)]
-    scales = [tensor for tensor in placed.left if is_scale(tensor) and not is_runtime_scale(tensor.name)]
-    # Packed codes have names and shapes of their own, so that the weights themselves are missing.
+    """Why the model would run on codes instead of weights, and what to do; None if it would not."""
+    dropped = [tensor for name, tensors in placed.used.items() for tensor in _dropped(model, name, tensors, placed)]
+    scales = [tensor for tensor in placed.unplaced if is_scale(tensor) and not is_runtime_scale(tensor.name)]
+    # Packed codes have other names and shapes than the weights, so the weights are missing.
     packed = [
         tensor
-        for tensor in placed.left
+        for tensor in placed.unplaced
         if tensor.dtype not in FLOATS and is_scale(tensor) and not is_runtime_scale(tensor.name)
     ]
     codes = dropped or packed
     if not codes:
         return None
     kinds = ", ".join(sorted({tensor.dtype for tensor in codes}))
-    left = f" {len(scales)} scales and the like were left out ({listed(_names(scales))})." if dropped and scales else ""
+    left_out = f" {len(scales)} scales were left out ({listed(_names(scales))})." if dropped and scales else ""
     return (
         f"{checkpoint.name!r} holds codes of a quantisation instead of weights, and they would be taken for the "
-        f"weights: {len(codes)} tensors of type {kinds} ({listed(_names(codes))}).{left} "
+        f"weights: {len(codes)} tensors of type {kinds} ({listed(_names(codes))}).{left_out} "
         f"{_reason(checkpoint, settings)} Give the model that it was made from, or one that was dequantised."
     )
 
 
 def unscaled_note(placed: Placement) -> str | None:
-    """What to say of float8 weights that were stored as they are, without scales."""
+    """A note on float8 weights that are stored without scales; None if there are none."""
     unscaled = [
         tensor
-        for name, found in placed.used.items()
-        for tensor in found
+        for name, tensors in placed.used.items()
+        for tensor in tensors
         if tensor.dtype.startswith("F8")
-        if placed.state[name].dtype in FLOATS.values() and not any(map(is_scale, found))
+        if placed.state[name].dtype in FLOATS.values() and not any(map(is_scale, tensors))
     ]
     if not unscaled:
         return None
@@ -78,34 +78,34 @@ def unscaled_note(placed: Placement) -> str | None:
     )
 
 
-def _dropped(model: Any, name: str, found: list[StoredTensor], placed: Placement) -> list[StoredTensor]:
-    """The codes among the tensors of one parameter that nothing undoes."""
-    codes = [tensor for tensor in found if tensor.dtype not in FLOATS and not is_scale(tensor)]
+def _dropped(model: Any, name: str, tensors: list[StoredTensor], placed: Placement) -> list[StoredTensor]:
+    """The codes among the tensors of one parameter that nothing decodes."""
+    codes = [tensor for tensor in tensors if tensor.dtype not in FLOATS and not is_scale(tensor)]
     if not codes:
         return []
     value = placed.state[name]
     if value.dtype not in FLOATS.values():
         return codes if _is_plain_weight(model, name, placed) else []
-    if any(map(is_scale, found)):
+    if any(map(is_scale, tensors)):
         return []
-    if all(tensor.dtype.startswith("F8") for tensor in codes) and not any(map(is_scale, placed.left)):
+    if all(tensor.dtype.startswith("F8") for tensor in codes) and not any(map(is_scale, placed.unplaced)):
         return codes if _fills_its_range(value, codes) else []
     return codes
 
 
 def _is_plain_weight(model: Any, name: str, placed: Placement) -> bool:
-    """Whether a parameter that is no float belongs to a module that multiplies with it as it is."""
+    """Whether a parameter that is not floating-point belongs to a module that multiplies with it directly."""
     module, _, parameter = name.rpartition(".")
     owner = model.get_submodule(module)
     if parameter not in owner._parameters or not type(owner).__module__.startswith(PLAIN_MODULES):
         return False
     # compressed-tensors leaves the class as it is, gives the module the scales and wraps its forward.
-    beside = {*owner._parameters, *owner._buffers} - {parameter}
-    return not any(map(is_scale, (tensor for other in beside for tensor in placed.used.get(f"{module}.{other}", []))))
+    siblings = {*owner._parameters, *owner._buffers} - {parameter}
+    return not any(map(is_scale, (tensor for other in siblings for tensor in placed.used.get(f"{module}.{other}", []))))
 
 
 def _fills_its_range(value: torch.Tensor, codes: list[StoredTensor]) -> bool:
-    """Whether float8 numbers come so near the end of their range that they must have been scaled."""
+    """Whether float8 numbers come so near the largest of their type that they must have been scaled."""
     if value.device.type == "meta":
         return True
     largest = torch.finfo(torch.float8_e5m2 if "E5M2" in codes[0].dtype else torch.float8_e4m3fn).max
@@ -114,11 +114,11 @@ def _fills_its_range(value: torch.Tensor, codes: list[StoredTensor]) -> bool:
 
 def _reason(checkpoint: Checkpoint, settings: Mapping[str, Any]) -> str:
     text = settings.get("text_config")
-    found = settings.get("quantization_config") or (isinstance(text, dict) and text.get("quantization_config"))
-    if isinstance(found, dict):
+    quantization = settings.get("quantization_config") or (isinstance(text, dict) and text.get("quantization_config"))
+    if isinstance(quantization, dict):
         return (
-            f"config.json says that they were quantised with {found.get('quant_method')!r}, and transformers "
-            f"{transformers.__version__} does not undo it with what the files hold."
+            f"config.json says that they were quantised with {quantization.get('quant_method')!r}, and transformers "
+            f"{transformers.__version__} cannot undo it with the tensors in the files."
         )
     for name in OTHER_SETTINGS:
         if settings.get(name):
@@ -126,11 +126,11 @@ def _reason(checkpoint: Checkpoint, settings: Mapping[str, Any]) -> str:
     for name in OTHER_FILES:
         if name in checkpoint.files:
             return f"{name} describes them, which transformers does not read: config.json has no quantization_config."
-    return "config.json has no quantization_config, so that nothing says how to undo it."
+    return "config.json has no quantization_config, so nothing says how to decode them."
 
 
 def _end(name: str) -> str:
-    """What a name ends with; bitsandbytes writes `weight.absmax` and `weight.quant_state.bitsandbytes__nf4`."""
+    """The last part of a name; bitsandbytes writes `weight.absmax` and `weight.quant_state.bitsandbytes__nf4`."""
     return name.rpartition(".weight.")[2] if ".weight." in name else name.rpartition(".")[2]
 
 

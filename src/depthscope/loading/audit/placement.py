@@ -14,45 +14,45 @@ __all__ = ["Placement", "place"]
 
 @dataclass(frozen=True)
 class Placement:
-    """What became of the stored tensors.
+    """Where the stored tensors went.
 
-    `used` has the stored tensors of each parameter (several where they were merged or where one was undone by another),
-    `converted` the parameters that were computed from theirs, `left` the tensors that went nowhere and `lost` the
-    names that transformers says went nowhere and that no stored tensor has.
+    `used`: the stored tensors of each parameter (several if they were merged, or if one scales another); `converted`:
+    the parameters that were computed from their tensors; `unplaced`: the tensors that went to no parameter;
+    `unexpected_names`: names that transformers reports as unexpected and that no stored tensor has.
     """
 
     state: dict[str, torch.Tensor]
     used: dict[str, list[StoredTensor]] = field(default_factory=lambda: defaultdict(list))
     converted: set[str] = field(default_factory=set)
-    left: list[StoredTensor] = field(default_factory=list)
-    lost: list[str] = field(default_factory=list)
+    unplaced: list[StoredTensor] = field(default_factory=list)
+    unexpected_names: list[str] = field(default_factory=list)
 
 
 def place(model: Any, stored: StoredTensors, unexpected: set[str]) -> Placement:
     """Repeat by name what `from_pretrained` did with each stored tensor; it keeps no record of it.
 
     Args:
-        model: as `from_pretrained` returned it.
+        model: the model that `from_pretrained` returned.
         stored: the tensors of its files.
-        unexpected: what transformers reports as unexpected keys, after its own renaming.
+        unexpected: the unexpected keys that transformers reports, after its own renaming.
     """
-    # Merges, renamings and what undoes quantisations, as far as any stored name asked for them.
+    # The merges, renamings and dequantisations that the stored names required.
     conversions = getattr(model, "_weight_conversions", None) or []
     renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
     prefix = model.base_model_prefix
-    found = Placement(model.state_dict())
+    placement = Placement(model.state_dict())
     explained = set()
     for tensor in stored:
-        name, pattern = rename_source_key(tensor.name, renamings, converters, prefix, found.state)
-        if name not in found.state and tensor.name in found.state:
-            name, pattern = rename_source_key(tensor.name, [], [], prefix, found.state)
-        if name not in found.state:
+        name, pattern = rename_source_key(tensor.name, renamings, converters, prefix, placement.state)
+        if name not in placement.state and tensor.name in placement.state:
+            name, pattern = rename_source_key(tensor.name, [], [], prefix, placement.state)
+        if name not in placement.state:
             explained |= {name, tensor.name}
-            found.left.append(tensor)
+            placement.unplaced.append(tensor)
             continue
-        found.used[name].append(tensor)
+        placement.used[name].append(tensor)
         if pattern is not None:
-            found.converted.add(name)
-    found.lost.extend(sorted(unexpected - explained))
-    return found
+            placement.converted.add(name)
+    placement.unexpected_names.extend(sorted(unexpected - explained))
+    return placement

@@ -1,4 +1,4 @@
-"""What the safetensors files of a checkpoint hold: names, types and shapes from the headers, values on request."""
+"""The tensors in the safetensors files of a checkpoint: names, types and shapes from the headers; values on request."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -15,9 +15,9 @@ from depthscope.loading.checkpoint import Checkpoint
 
 __all__ = ["FLOATS", "StoredTensor", "StoredTensors"]
 
-# The types of numbers that are weights as they stand, as safetensors calls them; all others hold codes, or counts.
+# safetensors' names of the types whose numbers are weights; all others hold codes or counts.
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-MOST_READ = 2**26  # elements of a tensor that is looked into as a whole
+MOST_READ = 2**26  # elements; larger tensors are not read
 ROWS = 4096
 
 
@@ -37,7 +37,7 @@ class StoredTensor:
 
 
 class StoredTensors:
-    """The tensors of one or several files, in the order in which they are read: of two with one name, the later counts.
+    """The tensors of one or several files, in reading order; of two with one name, the later replaces the earlier.
 
     Raises:
         ModelLoadError: (on creation) a file cannot be fetched.
@@ -54,14 +54,14 @@ class StoredTensors:
 
     @property
     def main_dtype(self) -> torch.dtype | None:
-        """The type of number that most elements have; None without any that are weights as they stand."""
+        """The floating-point type of most elements; None if there is none."""
         counts: Counter[str] = Counter()
         for tensor in self:
             counts[tensor.dtype] += tensor.size
         return next((FLOATS[name] for name, _ in counts.most_common() if name in FLOATS), None)
 
     def read(self, tensor: StoredTensor) -> torch.Tensor | None:
-        """The values, in float32 (float64 for float64); None for a tensor that is too large to be looked into."""
+        """The values, in float32 (float64 for float64); None for a tensor that is too large to be read."""
         if tensor.size > MOST_READ:
             return None
         values = self._file(tensor.path).get_tensor(tensor.name)
@@ -97,7 +97,7 @@ def _headers(checkpoint: Checkpoint, files: list[str]) -> Iterator[StoredTensor]
 def _header(path: Path) -> Iterator[StoredTensor]:
     try:
         entries = parse_local_safetensors_file_metadata(path).tensors
-    except SafetensorsParsingError:  # longer than the Hub's client takes, or damaged; tensor by tensor it takes long
+    except SafetensorsParsingError:  # too long for the Hub's client, or damaged; reading tensor by tensor is slow
         with safe_open(path, framework="pt") as opened:
             for name in list(opened.keys()):
                 part = opened.get_slice(name)

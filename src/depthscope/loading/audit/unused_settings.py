@@ -1,8 +1,8 @@
-"""Settings in config.json that say something about what the model computes, and that the loaded model does not use.
+"""Settings in config.json that change the function of a model, but that the loaded model does not use.
 
-A config class keeps what it does not know as an attribute that nothing reads. No list of all harmless settings can be
-had, so that only those are judged whose meaning is known: multipliers, caps and switches (at a value at which they do
-something), rotary positions, and other names of the class's own settings.
+A config class keeps an unknown setting as an attribute that nothing reads. No list of all harmless settings exists, so
+only settings of known meaning are judged: multipliers, caps and switches (at a value that has an effect), rotary
+positions, and other names of the class's own settings.
 """
 
 import dataclasses
@@ -20,10 +20,10 @@ from depthscope.wording.messages import listed
 
 __all__ = ["unused_settings", "unused_settings_notes"]
 
-# Norms of queries and keys: some classes always have them, whatever they are told.
+# Norms of queries and keys: some classes always have them, whatever the setting.
 QK_NORM = ("use_qk_norm", "qk_norm", "qk_layernorm", "use_qk_layernorm")
 QK_NORM_MODULE = re.compile(r"(^|\.)(q|k|qk|query|key)_(layer_?)?norm$")
-# Settings that change the function and leave no tensor behind -> the values at which they do nothing.
+# Settings that change the function without a tensor of their own -> the values that have no effect.
 NOTHING: tuple[Any, ...] = (None, False, 0, "", [])
 ONE = (None, 1)
 ACTING: dict[str, tuple[Any, ...]] = {
@@ -36,16 +36,16 @@ ACTING: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("use_logn_attn", "scale_embedding", "use_parallel_residual", "parallel_attn"), NOTHING),
     **dict.fromkeys(("rope_interleave", "rope_interleaved", "no_rope_layer_interval"), NOTHING),
 }
-# Names of one thing in several architectures: where only another name than the class's own is given, it is lost.
+# Names of one setting in several architectures: if config.json has only a name of another class, the value is lost.
 SAME = (
     ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_eps", "norm_epsilon", "layernorm_epsilon"),
     ("hidden_act", "hidden_activation", "activation_function", "activation"),
     ("routed_scaling_factor", "moe_router_topk_scaling_factor"),
     EXPERTS_PER_TOKEN,
 )
-# How far a token sees; texts that are shorter are not concerned.
+# The number of earlier tokens that a token attends to; shorter texts are not affected.
 SPANS = ("sliding_window", "attention_window", "attention_chunk_size")
-# The keys of rotary positions that each kind of scaling uses, and the values at which they do nothing.
+# The keys of rotary positions and the values that have no effect; below, the keys that each type of scaling uses.
 ROTARY_KEYS: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("factor", "attention_factor"), ONE),
     **dict.fromkeys(("short_factor", "long_factor", "low_freq_factor", "high_freq_factor"), (None,)),
@@ -61,32 +61,32 @@ ROTARY_USES = {
 
 
 def unused_settings(name: str, settings: Mapping[str, Any], model: Any) -> str | None:
-    """Why the model computes something else than its config.json says, and what to do; None if nothing is known to."""
+    """Why the model differs from its config.json, and what to do; None if no difference is found."""
     text = model.config.get_text_config(decoder=True)
-    given = _of_the_text(settings, text)
-    found = [*_acting(given, text, model), *_renamed(given, text, model), *_rotary(given, text, model)]
-    if not found:
+    text_settings = _language_model_settings(settings, text)
+    unused = [each for find in (_acting, _renamed, _rotary) for each in find(text_settings, text, model)]
+    if not unused:
         return None
     return (
         f"config.json of {name!r} has settings that {type(model).__name__} does not use, and that change what a model "
-        f"computes: {listed(found)}. Give the model_type whose code knows them, or the names that "
+        f"computes: {listed(unused)}. Give the model_type whose code knows them, or the names that "
         f"{type(text).__name__} has for them, or take them out if they are not meant (transformers "
         f"{transformers.__version__})."
     )
 
 
 def unused_settings_notes(settings: Mapping[str, Any], model: Any) -> list[str]:
-    """What a reader should know of settings that the model does not use, and that need not matter."""
+    """Notes on settings that the model does not use and that may not matter."""
     text = model.config.get_text_config(decoder=True)
-    given = _of_the_text(settings, text)
+    text_settings = _language_model_settings(settings, text)
     notes = [
         f"config.json says {key} = {value!r}, which {type(model).__name__} does not use: in texts of more tokens, each "
-        "sees more than config.json says."
+        "token attends to more positions than config.json says."
         for key in SPANS
-        if isinstance(value := given.get(key), int)
+        if isinstance(value := text_settings.get(key), int)
         and 0 < value < (getattr(text, "max_position_embeddings", None) or sys.maxsize)
-        and given.get("use_sliding_window") is not False
-        and not _knows(text, model, key)
+        and text_settings.get("use_sliding_window") is not False
+        and not _is_used(text, model, key)
     ]
     quantization = settings.get("quantization_config")
     method = quantization.get("quant_method") if isinstance(quantization, dict) else None
@@ -98,37 +98,38 @@ def unused_settings_notes(settings: Mapping[str, Any], model: Any) -> list[str]:
     return notes
 
 
-def _of_the_text(settings: Mapping[str, Any], text: Any) -> Mapping[str, Any]:
+def _language_model_settings(settings: Mapping[str, Any], text: Any) -> Mapping[str, Any]:
     """The part of config.json that is about the language model."""
     parts = [settings, *(value for value in settings.values() if isinstance(value, dict))]
     return next((part for part in parts if part.get("model_type") == text.model_type), {})
 
 
-def _acting(given: Mapping[str, Any], text: Any, model: Any) -> Iterator[str]:
+def _acting(text_settings: Mapping[str, Any], text: Any, model: Any) -> Iterator[str]:
     for key, neutral in ACTING.items():
-        if key not in given or given[key] in neutral or _knows(text, model, key):
+        if key not in text_settings or text_settings[key] in neutral or _is_used(text, model, key):
             continue
         if not (key in QK_NORM and any(QK_NORM_MODULE.search(name) for name, _ in model.named_modules())):
-            yield f"{key} = {given[key]!r}"
+            yield f"{key} = {text_settings[key]!r}"
 
 
-def _renamed(given: Mapping[str, Any], text: Any, model: Any) -> Iterator[str]:
+def _renamed(text_settings: Mapping[str, Any], text: Any, model: Any) -> Iterator[str]:
     fields = _fields(type(text))
     for names in SAME:
         own = [key for key in names if key in fields]
-        if not own or any(key in given for key in own):
+        if not own or any(key in text_settings for key in own):
             continue
         for key in names:
-            if key in given and given[key] != getattr(text, own[0], None) and not _knows(text, model, key):
-                yield f"{key} = {given[key]!r} (it is called {own[0]} there, and is {getattr(text, own[0], None)!r})"
+            value, used = text_settings.get(key), getattr(text, own[0], None)
+            if key in text_settings and value != used and not _is_used(text, model, key):
+                yield f"{key} = {value!r} (it is called {own[0]} there, and is {used!r})"
 
 
-def _rotary(given: Mapping[str, Any], text: Any, model: Any) -> Iterator[str]:
-    """Rotary positions that got lost between config.json and the model."""
+def _rotary(text_settings: Mapping[str, Any], text: Any, model: Any) -> Iterator[str]:
+    """Settings of rotary positions that the model does not use."""
     final = getattr(text, "rope_parameters", None)
     if not isinstance(final, dict):
         return
-    is_flat = "rope_type" in final  # otherwise one for each type of layers
+    is_flat = "rope_type" in final  # otherwise one per type of layer
     entries = [final] if is_flat else [entry for entry in final.values() if isinstance(entry, dict)]
     ignored = set(getattr(text, "ignore_keys_at_rope_validation", None) or ())
     for entry in entries:
@@ -139,20 +140,20 @@ def _rotary(given: Mapping[str, Any], text: Any, model: Any) -> Iterator[str]:
                 yield f"{key} = {_short(entry[key])} in rope_parameters, where the type is {kind!r}"
     if is_flat:
         nested = [key for key, value in final.items() if isinstance(value, dict)]
-        yield from (f"rope_parameters.{key}, as there are no layers of this type" for key in nested)
+        yield from (f"rope_parameters.{key}, as no layer is of this type" for key in nested)
     for where in ("rope_parameters", "rope_scaling"):
-        said: Any = given.get(where)
-        for one in [said, *said.values()] if isinstance(said, dict) else ():
-            yield from _lost(where, one, entries) if isinstance(one, dict) else ()
-    yield from _lost("config.json", {"rope_theta": given.get("rope_theta")}, entries)
-    part = given.get("partial_rotary_factor")
-    if part not in ONE and not _mentions(model, "partial_rotary_factor"):
-        yield f"partial_rotary_factor = {part!r}"
+        stated: Any = text_settings.get(where)
+        for each in [stated, *stated.values()] if isinstance(stated, dict) else ():
+            yield from _lost(where, each, entries) if isinstance(each, dict) else ()
+    yield from _lost("config.json", {"rope_theta": text_settings.get("rope_theta")}, entries)
+    factor = text_settings.get("partial_rotary_factor")
+    if factor not in ONE and not _mentions(model, "partial_rotary_factor"):
+        yield f"partial_rotary_factor = {factor!r}"
 
 
-def _lost(where: str, said: Mapping[str, Any], entries: list[dict[str, Any]]) -> Iterator[str]:
+def _lost(where: str, stated: Mapping[str, Any], entries: list[dict[str, Any]]) -> Iterator[str]:
     for key in ("rope_theta", *ROTARY_KEYS):
-        value = said.get(key)
+        value = stated.get(key)
         if value is not None and entries and all(entry.get(key) != value for entry in entries):
             yield f"{key} = {_short(value)} in {where}, where the model has {_short(entries[0].get(key))}"
 
@@ -161,8 +162,8 @@ def _short(value: Any) -> str:
     return repr(value) if not isinstance(value, list) else f"a list of {len(value)}"
 
 
-def _knows(text: Any, model: Any, key: str) -> bool:
-    """Whether the config class has a setting, or the model's code asks for it."""
+def _is_used(text: Any, model: Any, key: str) -> bool:
+    """Whether the config class has a setting, or the model's code reads it."""
     return key in _fields(type(text)) or _mentions(model, key)
 
 
@@ -172,14 +173,14 @@ def _fields(kind: Any) -> set[str]:
 
 
 def _mentions(model: Any, key: str) -> bool:
-    """Whether the text of the model's own code, or of what it inherits, has the word."""
-    names = {kind.__module__ for one in (model, model.config) for kind in type(one).__mro__}
-    shared = ("transformers.", "torch.", "builtins")  # what all architectures inherit
+    """Whether the source code of the model's class, or of a class that it inherits, contains the word."""
+    names = {kind.__module__ for each in (model, model.config) for kind in type(each).__mro__}
+    shared = ("transformers.", "torch.", "builtins")  # shared by all architectures
     for name in (name for name in names if name.startswith("transformers.models.") or not name.startswith(shared)):
         try:
             source = inspect.getsource(sys.modules[name])
         except (OSError, TypeError, KeyError):
-            return True  # nobody can tell
+            return True  # without the source, unknown
         if re.search(rf"\b{re.escape(key)}\b", source):
             return True
     return False

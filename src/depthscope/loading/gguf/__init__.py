@@ -1,1 +1,1 @@
-"""GGUF files: read, and accounted for."""
+"""Reading GGUF files, and checking that the loaded model matches them."""

@@ -1,9 +1,8 @@
-"""Whether a model loaded from a GGUF file is the one in the file: all tensors used, all settings that matter the same.
+"""Checks that a model loaded from a GGUF file is the one in the file: all tensors used, all relevant settings equal.
 
-transformers leaves tensors and settings that it has no place for out without a word. After loading, each tensor is
-looked for among those that went into the model, and each setting of the architecture is compared with what the model
-computes with. What changes the function is refused; what cannot change it is let pass; settings that are not known here
-are a note.
+transformers silently leaves out tensors and settings that it has no place for. After loading, each tensor is looked up
+among those of the model, and each setting of the architecture is compared with the model's. A difference that changes
+the function is refused, one that cannot change it is ignored, and a note lists settings that are unknown here.
 """
 
 from collections.abc import Callable, Iterable
@@ -14,14 +13,14 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from depthscope.errors import ModelLoadError
-from depthscope.loading.gguf.header import GgufHeader, StoredTensor
+from depthscope.loading.gguf.header import GgufHeader, GgufTensor
 from depthscope.loading.gguf.rope import rope_differences
 from depthscope.loading.gguf.settings import attention_scale, first_of, head_width, window_layers
 from depthscope.wording.messages import listed
 
 __all__ = ["audit_gguf", "complete_biases"]
 
-# What the shapes of the weights decide, what llama.cpp itself does not read, or what has no part in the function.
+# Settings that the shapes of the weights determine, that llama.cpp does not read, or that do not affect the function.
 BY_SHAPE = frozenset(
     (
         *("vocab_size", "context_length", "embedding_length", "feed_forward_length", "tensor_data_layout"),
@@ -31,7 +30,7 @@ BY_SHAPE = frozenset(
         *("embedding_length_per_layer_input", "full_attention_interval", "rope.scaling.finetuned"),
     )
 )
-# A setting -> what configs call it, and the values that stand for "no such thing".
+# A setting -> its names in configs, and the values that mean that it has no effect.
 SAME_IN_CONFIG: dict[str, tuple[tuple[str, ...], tuple[Any, ...]]] = {
     "attention.head_count": (("num_attention_heads", "n_head"), (0, None)),
     "attn_logit_softcapping": (("attn_logit_softcapping",), (0, None)),
@@ -73,13 +72,13 @@ ROPE_TENSORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_s
 GATING = {1: "softmax", 2: "sigmoid"}
 SOFTMAX_ROUTERS = ("mixtral", "qwen2_moe", "qwen3_moe", "qwen3_5_moe_text", "gpt_oss")
 ALIBI_ALWAYS = {"bloom": 8.0}
-# Biases that llama.cpp takes for none where the file has none.
+# Architectures whose biases llama.cpp omits if the file has none.
 OPTIONAL_BIASES = ("llama", "qwen2", "qwen2moe", "nemotron")
-ADVICE = "Give the original model instead, or convert it anew with a current llama.cpp."
+ADVICE = "Give the original model instead, or convert it again with a current llama.cpp."
 
 
 def complete_biases(model: nn.Module, info: dict[str, Any], header: GgufHeader) -> None:
-    """Make zeros of biases that no layer in the file has: transformers' class has a place for them, the file none."""
+    """Set biases to zero that transformers' class has and no layer in the file has."""
     if header.architecture not in OPTIONAL_BIASES:
         return
     missing = set(info["missing_keys"])
@@ -94,28 +93,28 @@ def complete_biases(model: nn.Module, info: dict[str, Any], header: GgufHeader) 
 
 
 def audit_gguf(model: nn.Module, header: GgufHeader, unexpected: Iterable[str] = ()) -> list[str]:
-    """Compare a loaded model with the file; gives notes for the report.
+    """Compare a loaded model with the file; return notes for the report.
 
     Args:
-        model: as it was loaded.
-        header: the file's.
-        unexpected: tensors that transformers itself says it left out.
+        model: the loaded model.
+        header: the header of the file.
+        unexpected: tensors that transformers reports as left out.
 
     Raises:
         ModelLoadError: tensors of the file that change the function were left out, or settings differ.
     """
     name = header.name
-    unused = sorted({tensor.name for tensor in _unused(model, header) if not _is_nothing(tensor)} | set(unexpected))
+    unused = sorted({tensor.name for tensor in _unused(model, header) if not _is_neutral(tensor)} | set(unexpected))
     if unused:
         raise ModelLoadError(
             f"transformers' {type(model).__name__} has no place for {len(unused)} of the tensors in {name!r} "
-            f"({listed(unused)}), so that another model than the stored one would be measured. {ADVICE}"
+            f"({listed(unused)}), so it would not be the stored model. {ADVICE}"
         )
     different, unknown = _settings(model, header)
     if different:
         raise ModelLoadError(
             f"transformers would load {name!r} with other settings than the file states: {'; '.join(different)}. "
-            f"Another model than the stored one would be measured. {ADVICE}"
+            f"It would not be the stored model. {ADVICE}"
         )
     if unknown:
         return [
@@ -127,8 +126,8 @@ def audit_gguf(model: nn.Module, header: GgufHeader, unexpected: Iterable[str] =
 # The tensors
 
 
-def _unused(model: nn.Module, header: GgufHeader) -> list[StoredTensor]:
-    """The tensors of the file that did not go into the model; the newer reader of transformers reports its own."""
+def _unused(model: nn.Module, header: GgufHeader) -> list[GgufTensor]:
+    """The tensors of the file that the model does not use; the newer reader of transformers reports them itself."""
     from transformers import modeling_gguf_pytorch_utils as older
     from transformers.integrations.gguf import is_gguf_arch_supported
 
@@ -146,8 +145,8 @@ def _unused(model: nn.Module, header: GgufHeader) -> list[StoredTensor]:
     ]
 
 
-def _is_nothing(tensor: StoredTensor) -> bool:
-    """Whether leaving this tensor out changes nothing: a bias of zeros, a scale of ones."""
+def _is_neutral(tensor: GgufTensor) -> bool:
+    """Whether leaving this tensor out changes nothing: it is a bias of zeros, or a scale of ones."""
     neutral = {"bias": 0.0, "scale": 1.0}.get(tensor.name.rsplit(".", 1)[-1])
     if neutral is None or tensor.kind not in (0, 1):
         return False
@@ -160,7 +159,7 @@ def _is_nothing(tensor: StoredTensor) -> bool:
 
 
 def _settings(model: nn.Module, header: GgufHeader) -> tuple[list[str], list[str]]:
-    """What differs, in words; and the names of settings that are not known here."""
+    """The differences in words, and the names of settings that are unknown here."""
     config: Any = model.config
     config = config.get_text_config(decoder=True)
     compared: dict[str, Callable[[Any], str | None]] = {
@@ -172,7 +171,7 @@ def _settings(model: nn.Module, header: GgufHeader) -> tuple[list[str], list[str
         "attention.layer_norm_rms_epsilon": lambda value: _epsilons(value, model),
         "attention.layer_norm_epsilon": lambda value: _epsilons(value, model),
         "attention.sliding_window": lambda value: _window(value, config, header),
-        "attention.causal": lambda value: None if value else "a model that sees the tokens ahead",
+        "attention.causal": lambda value: None if value else "a model that sees later tokens",
         "attention.max_alibi_bias": lambda value: _differs(value, ALIBI_ALWAYS.get(config.model_type, 0.0)),
         "attention.scale": lambda value: None,  # compared below, stated or not
         "attention.sliding_window_pattern": lambda value: None,
@@ -192,46 +191,46 @@ def _settings(model: nn.Module, header: GgufHeader) -> tuple[list[str], list[str
             unknown.append(key)
             continue
         if problem is not None:
-            different.append(f"{key} is {_shown(value)}, and the model has {problem}")
+            different.append(f"{key} is {_short(value)}, and the model has {problem}")
     different += _windows(config, header) + _scales(model, header)
     width = head_width(header)
     return different + ([] if not width else rope_differences(model, header, width)), unknown
 
 
-def _differs(stated: Any, own: Any) -> str | None:
-    """What the model has, if it is not what the file states."""
-    if isinstance(stated, list) and stated and not isinstance(own, list):
+def _differs(stated: Any, actual: Any) -> str | None:
+    """The model's value as text, if it differs from the value in the file."""
+    if isinstance(stated, list) and stated and not isinstance(actual, list):
         stated = stated[0] if len(set(stated)) == 1 else stated
-    if isinstance(stated, int | float) and isinstance(own, int | float):
-        return None if np.isclose(stated, own, rtol=1e-5, atol=0) else _shown(own)
-    return None if stated == own else _shown(own)
+    if isinstance(stated, int | float) and isinstance(actual, int | float):
+        return None if np.isclose(stated, actual, rtol=1e-5, atol=0) else _short(actual)
+    return None if stated == actual else _short(actual)
 
 
-def _shown(value: Any) -> str:
+def _short(value: Any) -> str:
     return f"{value:.6g}" if isinstance(value, float) else str(value)[:60]
 
 
-def _in_config(value: Any, config: PretrainedConfig, names: tuple[str, ...], nothing: tuple[Any, ...]) -> str | None:
-    own = first_of(config, names)
-    if value in nothing and (own is None or own in nothing):
+def _in_config(value: Any, config: PretrainedConfig, names: tuple[str, ...], neutral: tuple[Any, ...]) -> str | None:
+    actual = first_of(config, names)
+    if value in neutral and (actual is None or actual in neutral):
         return None
-    return _differs(value, own)
+    return _differs(value, actual)
 
 
 def _extra_layers(header: GgufHeader) -> int:
-    """Layers that predict further tokens, counted with the others by Qwen 3.5 only; transformers leaves them out."""
+    """The number of layers for further tokens, which only Qwen 3.5 counts as layers; transformers leaves them out."""
     extra = header.of_architecture("nextn_predict_layers") or 0
     return extra if str(header.architecture).startswith("qwen35") else 0
 
 
 def _heads(value: Any, config: PretrainedConfig) -> str | None:
-    own = first_of(config, ("num_key_value_heads", "num_kv_heads"))
+    actual = first_of(config, ("num_key_value_heads", "num_kv_heads"))
     if config.model_type == "falcon" and getattr(config, "multi_query", False):
-        own = 1
+        actual = 1
     if isinstance(value, list) and config.model_type == "lfm2":
         kinds = ["full_attention" if heads else "conv" for heads in value]
-        return None if kinds == config.layer_types and max(value) == own else _shown(config.layer_types)
-    return _differs(value, getattr(config, "num_attention_heads", 0) if own is None else own)
+        return None if kinds == config.layer_types and max(value) == actual else _short(config.layer_types)
+    return _differs(value, getattr(config, "num_attention_heads", 0) if actual is None else actual)
 
 
 def _width(value: Any, config: PretrainedConfig, header: GgufHeader) -> str | None:
@@ -242,50 +241,54 @@ def _width(value: Any, config: PretrainedConfig, header: GgufHeader) -> str | No
 
 def _epsilons(value: float, model: nn.Module) -> str | None:
     for module in model.modules():
-        own = getattr(module, "variance_epsilon", getattr(module, "eps", None))
-        if type(module).__name__.endswith("Norm") and isinstance(own, float):
-            problem = _differs(value, own)
+        actual = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+        if type(module).__name__.endswith("Norm") and isinstance(actual, float):
+            problem = _differs(value, actual)
             if problem is not None:
                 return problem
     return None
 
 
 def _sections(value: list[int], config: PretrainedConfig) -> str | None:
-    own = (getattr(config, "rope_parameters", None) or {}).get("mrope_section") or []
-    return _differs([size for size in value if size], list(own))
+    actual = (getattr(config, "rope_parameters", None) or {}).get("mrope_section") or []
+    return _differs([size for size in value if size], list(actual))
 
 
 def _gating(value: int, config: PretrainedConfig) -> str | None:
-    own = getattr(config, "scoring_func", None) or ("softmax" if config.model_type in SOFTMAX_ROUTERS else None)
-    return None if not value or GATING.get(value) == own else f"{own} scores"
+    actual = getattr(config, "scoring_func", None) or ("softmax" if config.model_type in SOFTMAX_ROUTERS else None)
+    return None if not value or GATING.get(value) == actual else f"{actual} scores"
 
 
 def _window(value: Any, config: PretrainedConfig, header: GgufHeader) -> str | None:
     kinds = getattr(config, "layer_types", None)
     windowed = kinds is None or "sliding_attention" in kinds
-    own = (getattr(config, "sliding_window", None) if windowed else None) or 0
+    actual = (getattr(config, "sliding_window", None) if windowed else None) or 0
     length = header.of_architecture("context_length") or 0
-    return None if not own and value >= length > 0 else _differs(value, own)
+    return None if not actual and value >= length > 0 else _differs(value, actual)
 
 
 def _windows(config: PretrainedConfig, header: GgufHeader) -> list[str]:
-    """Layers with a window in the model that have none in the file, or the other way round."""
-    own = getattr(config, "layer_types", None)
-    meant = window_layers(header, config.num_hidden_layers)
-    if meant is None or own is None or "sliding_attention" not in {*own, "sliding_attention" if any(meant) else ""}:
+    """A difference in which layers attend within a window."""
+    actual = getattr(config, "layer_types", None)
+    expected = window_layers(header, config.num_hidden_layers)
+    if (
+        expected is None
+        or actual is None
+        or "sliding_attention" not in {*actual, "sliding_attention" if any(expected) else ""}
+    ):
         return []
-    windowed = [kind == "sliding_attention" for kind in own]
-    return [] if windowed == meant else ["the layers that attend within a window are others"]
+    windowed = [kind == "sliding_attention" for kind in actual]
+    return [] if windowed == expected else ["other layers attend within a window"]
 
 
 def _scales(model: nn.Module, header: GgufHeader) -> list[str]:
-    meant = attention_scale(header)
-    if meant is None or header.architecture == "gemma4":
+    expected = attention_scale(header)
+    if expected is None or header.architecture == "gemma4":
         return []
-    found = {getattr(module, "scaling", None) for module in model.modules()}
-    own = sorted(scale for scale in found if isinstance(scale, float))
+    scalings = {getattr(module, "scaling", None) for module in model.modules()}
+    actual = sorted(scale for scale in scalings if isinstance(scale, float))
     return [
-        f"queries and keys are scaled by {scale:.6g} and not by {meant:.6g}"
-        for scale in own
-        if not np.isclose(scale, meant)
+        f"queries and keys are scaled by {scale:.6g} and not by {expected:.6g}"
+        for scale in actual
+        if not np.isclose(scale, expected)
     ]

@@ -1,6 +1,6 @@
-"""The header of a GGUF file: its metadata, and where each tensor lies. The one reader of it, bounded and quick.
+"""The header of a GGUF file: its metadata, and the position of each tensor.
 
-A header may come from a stranger, so no count and no length in it is believed: each is held against the file. Format:
+A header may come from a stranger, so every count and length in it is checked against the file. Format:
 https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 
@@ -18,11 +18,11 @@ import numpy as np
 from depthscope.errors import ModelLoadError
 from depthscope.wording.messages import one_line
 
-__all__ = ["MAGIC", "GgufHeader", "StoredTensor", "read_header"]
+__all__ = ["MAGIC", "GgufHeader", "GgufTensor", "read_header"]
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
-# Type of a value -> its numpy dtype; strings and arrays of values are the other two types.
+# The type of a value -> its numpy dtype; strings and arrays are the other two types.
 SCALARS = {
     **{0: "<u1", 1: "<i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", 7: "?"},
     **{10: "<u8", 11: "<i8", 12: "<f8"},
@@ -31,7 +31,7 @@ STRING, ARRAY = 8, 9
 UINT32 = 4
 MOST_KEYS = 10_000
 MOST_TENSORS = 100_000
-MOST_ITEMS = 4_000_000  # of one array; the largest vocabularies and merge tables have a tenth of it
+MOST_ITEMS = 4_000_000  # of one array; ten times the largest vocabularies and merge tables
 MOST_DIMENSIONS = 8
 LONGEST_NAME = 1_000  # bytes
 USUAL_ALIGNMENT = 32
@@ -39,8 +39,8 @@ _U32, _U64 = struct.Struct("<I"), struct.Struct("<Q")
 
 
 @dataclass(frozen=True)
-class StoredTensor:
-    """One tensor of the file: its name, its shape in PyTorch's order, its GGML type, and the bytes that hold it."""
+class GgufTensor:
+    """One tensor of the file: name, shape in PyTorch's order, GGML type, and the position of its bytes."""
 
     name: str
     shape: tuple[int, ...]
@@ -51,41 +51,41 @@ class StoredTensor:
 
     @property
     def count(self) -> int:
-        """The number of its elements."""
+        """The number of elements."""
         return math.prod(self.shape)
 
 
 @dataclass(frozen=True)
 class GgufHeader:
-    """What a GGUF file says of itself: `metadata` by name (arrays as lists), and its tensors in the file's order."""
+    """The header of a GGUF file: `metadata` by name (arrays as lists), and the tensors in the file's order."""
 
     path: Path
-    name: str  # what messages call the file
+    name: str  # the file's name in messages
     metadata: dict[str, Any]
-    tensors: tuple[StoredTensor, ...]
+    tensors: tuple[GgufTensor, ...]
 
     @property
     def architecture(self) -> str | None:
-        """The architecture that the file names, by llama.cpp's name for it."""
+        """llama.cpp's name of the architecture."""
         named = self.metadata.get("general.architecture")
         return named if isinstance(named, str) else None
 
     def of_architecture(self, key: str) -> Any:
-        """A setting of the architecture ("rope.freq_base" is "llama.rope.freq_base" in the file), or None."""
+        """A setting of the architecture, or None; the file has "llama.rope.freq_base" for "rope.freq_base"."""
         return self.metadata.get(f"{self.architecture}.{key}")
 
 
 def read_header(path: Path, name: str | None = None, *, most_bytes: int | None = None) -> GgufHeader:
-    """Read the header of one GGUF file and hold it against the file.
+    """Read the header of one GGUF file and check it against the file.
 
     Args:
         path: the file.
-        name: what messages call it; its path by default.
-        most_bytes: how long the header may be.
+        name: its name in messages; the path by default.
+        most_bytes: the largest size of the header.
 
     Raises:
-        ModelLoadError: it is no GGUF file, of a version that is not read, cut off or garbled, or the package `gguf`,
-            which knows the types of tensors, is absent.
+        ModelLoadError: the file is not GGUF, of an unsupported version, cut off or garbled, or the package `gguf`,
+            which defines the types of tensors, is missing.
     """
     name = str(path) if name is None else name
     with path.open("rb") as file:
@@ -95,11 +95,11 @@ def read_header(path: Path, name: str | None = None, *, most_bytes: int | None =
                 "pointer that Git LFS left in its place; fetch it again."
             )
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-            return _Reading(content, path, name, most_bytes).header()
+            return _HeaderReader(content, path, name, most_bytes).header()
 
 
-class _Reading:
-    """A place in the file that moves on with each thing read."""
+class _HeaderReader:
+    """Reads a header from the current position in a file."""
 
     def __init__(self, content: mmap.mmap, path: Path, name: str, most_bytes: int | None) -> None:
         self.content, self.path, self.name = content, path, name
@@ -113,7 +113,7 @@ class _Reading:
         except (struct.error, UnicodeDecodeError, OverflowError) as error:
             if self.end < self.size and self.place + 8 > self.end:
                 raise ModelLoadError(
-                    f"The header of {self.name!r} is larger than {self.end / 2**20:g} MiB, which no real model's is."
+                    f"The header of {self.name!r} is larger than {self.end / 2**20:g} MiB, more than a model needs."
                 ) from error
             raise self._damaged("its header cannot be read to its end") from error
 
@@ -121,13 +121,13 @@ class _Reading:
         version = self._number(_U32)
         if version not in VERSIONS:
             big = version & 0xFFFF == 0
-            what = "written for big-endian machines" if big else f"of GGUF version {version}"
+            form = "written for big-endian machines" if big else f"of GGUF version {version}"
             raise ModelLoadError(
-                f"{self.name!r} is {what}; little-endian files of versions 2 and 3 are read. Convert the model again."
+                f"{self.name!r} is {form}; little-endian files of versions 2 and 3 are read. Convert the model again."
             )
         tensors, keys = self._number(_U64), self._number(_U64)
         if tensors > MOST_TENSORS or keys > MOST_KEYS:
-            raise self._damaged(f"it speaks of {tensors:,} tensors and {keys:,} keys")
+            raise self._damaged(f"it claims {tensors:,} tensors and {keys:,} keys")
         metadata: dict[str, Any] = {}
         for _ in range(keys):
             key = self._name()
@@ -145,22 +145,22 @@ class _Reading:
             raise self._damaged(f"it states {layers:,} layers and holds {len(entries):,} tensors")
         return header
 
-    def _placed(self, entries: list[tuple[str, tuple[int, ...], int, int]], start: int) -> tuple[StoredTensor, ...]:
+    def _placed(self, entries: list[tuple[str, tuple[int, ...], int, int]], start: int) -> tuple[GgufTensor, ...]:
         blocks = _block_sizes(self.name)
         if unknown := next((entry for entry in entries if entry[2] not in blocks), None):
             raise ModelLoadError(
-                f"The tensor {unknown[0][:60]!r} in {self.name!r} is of the GGML type {unknown[2]}, which the package "
-                "`gguf` here does not unpack. Update it (pip install --upgrade gguf), or convert the model anew."
+                f"The tensor {unknown[0][:60]!r} in {self.name!r} has the GGML type {unknown[2]}, which the installed "
+                "package `gguf` does not unpack. Update it (pip install --upgrade gguf), or convert the model again."
             )
         placed = []
         for name, shape, kind, offset in entries:
             elements, size = blocks[kind]
             if shape and shape[-1] % elements:
-                raise self._damaged(f"the rows of the tensor {name[:60]!r} are no whole blocks")
+                raise self._damaged(f"the rows of the tensor {name[:60]!r} are not whole blocks")
             length = math.prod(shape) // elements * size
             if start + offset + length > self.size:
                 raise self._damaged(f"it ends before its tensor {name[:60]!r}; if it was cut up, join the pieces")
-            placed.append(StoredTensor(name, shape, kind, self.path, start + offset, length))
+            placed.append(GgufTensor(name, shape, kind, self.path, start + offset, length))
         names = {tensor.name for tensor in placed}
         if len(names) < len(placed) or sum(tensor.length for tensor in placed) > self.size:
             raise self._damaged("its tensors overlap")
@@ -223,14 +223,14 @@ class _Reading:
             raise struct.error("a value ends after the header")
         return self.content[start : self.place]
 
-    def _damaged(self, what: str) -> ModelLoadError:
+    def _damaged(self, problem: str) -> ModelLoadError:
         return ModelLoadError(
-            f"{self.name!r} is damaged: its header or its weights end early or are garbled ({what}). Fetch it again."
+            f"{self.name!r} is damaged: its header or its weights end early or are garbled ({problem}). Fetch it again."
         )
 
 
 def _block_sizes(name: str) -> dict[int, tuple[int, int]]:
-    """Elements in a block and bytes of a block, for each GGML type that the package `gguf` unpacks."""
+    """The elements and the bytes of a block, for each GGML type that the package `gguf` unpacks."""
     try:
         import gguf
     except ImportError as error:
@@ -245,6 +245,6 @@ def _block_sizes(name: str) -> dict[int, tuple[int, int]]:
 def _unpacks(dequantize: Callable[..., np.ndarray], kind: int, size: int) -> bool:
     try:
         dequantize(np.zeros((1, size), np.uint8), kind)
-    except NotImplementedError:  # all but F32, F16 and what is stored in blocks
+    except NotImplementedError:  # a type other than F32, F16 and those stored in blocks
         return False
     return True

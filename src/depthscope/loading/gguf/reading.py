@@ -1,9 +1,9 @@
-"""transformers and the package `gguf` are given the header that has been read, instead of each reading it anew.
+"""Passing the header that has been read to transformers and the package `gguf`, so that they do not read it again.
 
-Both parse a header in Python, value by value, and do so for the config, for the weights and for the tokenizer: with a
-vocabulary of 262,144 tokens that takes longer than everything else. Here their readers are replaced for the time of one
-load, for that one file, by ones that hand out what `gguf_header` has read; every other file is read as before. Where
-a version of theirs has other names, nothing is replaced: loading then takes longer and gives the same.
+Both parse a header in Python, value by value, for the config, for the weights and for the tokenizer: with a vocabulary
+of 262,144 tokens that takes longer than everything else. During one load, their readers are replaced for that one file
+by readers that return the header of `header.py`; every other file is read as before. If a version of theirs has other
+names, nothing is replaced: loading then takes longer and gives the same result.
 """
 
 import functools
@@ -18,42 +18,42 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from depthscope.loading.gguf.header import GgufHeader, StoredTensor
+from depthscope.loading.gguf.header import GgufHeader, GgufTensor
 
 __all__ = ["reading_once"]
 
 PLAIN = {"F32": "<f4", "F16": "<f2", "F64": "<f8", "I8": "<i1", "I16": "<i2", "I32": "<i4", "I64": "<i8"}
-CHUNK = 1 << 18  # elements that are unpacked together: as floats they fit into a processor's cache
-KNOWN: list[Any] = []  # the type of a field whose value needs no parsing
+CHUNK = 1 << 18  # elements unpacked together; as floats they fit into a processor's cache
+PARSED: list[Any] = []  # the type of a field whose value needs no parsing
 
 _lock = threading.Lock()
-_headers: Counter[str] = Counter()
-_known: dict[str, GgufHeader] = {}
+_counts: Counter[str] = Counter()
+_headers_by_path: dict[str, GgufHeader] = {}
 _replaced: list[tuple[Any, str, Any]] = []
 
 
 @contextmanager
 def reading_once(header: GgufHeader) -> Iterator[None]:
-    """Inside, whatever reads this file's header in transformers gets `header`; everything is as before afterwards."""
+    """Make transformers use `header` instead of reading this file's header; everything is restored afterwards."""
     path = str(header.path)
     with _lock:
-        if not _headers:
+        if not _counts:
             _replace()
-        _headers[path] += 1
-        _known[path] = header
+        _counts[path] += 1
+        _headers_by_path[path] = header
     try:
         yield
     finally:
         with _lock:
-            _headers[path] -= 1
-            if not _headers[path]:
-                del _headers[path], _known[path]
-            if not _headers:
+            _counts[path] -= 1
+            if not _counts[path]:
+                del _counts[path], _headers_by_path[path]
+            if not _counts:
                 _restore()
 
 
 class _Field(NamedTuple):
-    """What transformers looks at in a field of `gguf.GGUFReader`."""
+    """The attributes of a field of `gguf.GGUFReader` that transformers reads."""
 
     parts: list[Any]
     data: list[int]
@@ -61,9 +61,9 @@ class _Field(NamedTuple):
 
 
 class _Tensor:
-    """What transformers looks at in a tensor of `gguf.GGUFReader`; its bytes are mapped when they are asked for."""
+    """The attributes of a tensor of `gguf.GGUFReader` that transformers reads; its bytes are mapped on first use."""
 
-    def __init__(self, stored: StoredTensor, kind: Any, mapped: Callable[[Path], np.ndarray]) -> None:
+    def __init__(self, stored: GgufTensor, kind: Any, mapped: Callable[[Path], np.ndarray]) -> None:
         self.name, self.tensor_type, self.shape = stored.name, kind, np.array(stored.shape[::-1], np.uint64)
         self._stored, self._mapped = stored, mapped
 
@@ -77,30 +77,30 @@ class _Tensor:
 
 
 class _Reader:
-    """Stands in for `gguf.GGUFReader`, with everything that transformers asks of one."""
+    """Replaces `gguf.GGUFReader`, with all attributes that transformers uses."""
 
     def __init__(self, header: GgufHeader) -> None:
         from gguf import GGMLQuantizationType
 
-        mapped = functools.cache(lambda path: np.memmap(path, mode="r"))  # closed when this reader is gone
-        self.fields = {name: _Field([_unwrapped(value)], [0], KNOWN) for name, value in header.metadata.items()}
+        mapped = functools.cache(lambda path: np.memmap(path, mode="r"))  # closed with this reader
+        self.fields = {name: _Field([_unwrapped(value)], [0], PARSED) for name, value in header.metadata.items()}
         self.tensors = [_Tensor(stored, GGMLQuantizationType(stored.kind), mapped) for stored in header.tensors]
 
 
 def _unwrapped(value: Any) -> Any:
-    """A value as transformers makes it of a field: a list of one item is that item."""
+    """A value in the form in which transformers reads a field: a list of one item is that item."""
     return value[0] if isinstance(value, list) and len(value) == 1 else value
 
 
 def _replace() -> None:
-    """Put the replacements in place: all of them, or none where one has no place in the versions that are here."""
+    """Install the replacements: all of them, or none if the installed versions lack one of the names."""
     try:
         import gguf
         from transformers import modeling_gguf_pytorch_utils as older
         from transformers.integrations.gguf import reader as newer
         from transformers.quantizers import quantizer_gguf
 
-        wanted: list[tuple[Any, str, Any]] = [
+        replacements: list[tuple[Any, str, Any]] = [
             (gguf, "GGUFReader", _reader(gguf.GGUFReader)),
             (gguf, "dequantize", _dequantize(gguf.dequantize)),
             (gguf, "get_tensor_name_map", functools.cache(gguf.get_tensor_name_map)),
@@ -114,7 +114,7 @@ def _replace() -> None:
         ]
     except (ImportError, AttributeError):
         return
-    for place, name, replacement in wanted:
+    for place, name, replacement in replacements:
         _replaced.append((place, name, getattr(place, name)))
         setattr(place, name, replacement)
 
@@ -127,7 +127,7 @@ def _restore() -> None:
 
 def _reader(original: Any) -> Any:
     def reader(path: Any, *arguments: Any, **options: Any) -> Any:
-        header = _known.get(str(path))
+        header = _headers_by_path.get(str(path))
         return original(path, *arguments, **options) if header is None else _Reader(header)
 
     return reader
@@ -135,13 +135,13 @@ def _reader(original: Any) -> Any:
 
 def _parse_value(original: Any) -> Any:
     def parse_value(value: Any, types: Any) -> Any:
-        return value if types is KNOWN else original(value, types)
+        return value if types is PARSED else original(value, types)
 
     return parse_value
 
 
 def _dequantize(original: Any) -> Any:
-    """The package unpacks 16 rows at a time, however short: the same blocks in longer rows are unpacked much faster."""
+    """The package unpacks 16 rows at a time, however short; arranging the blocks in longer rows is much faster."""
     from gguf import GGML_QUANT_SIZES
 
     def dequantize(data: np.ndarray, kind: Any) -> np.ndarray:
@@ -160,14 +160,14 @@ def _dequantize(original: Any) -> Any:
 
 def _read_metadata(original: Any) -> Any:
     def read_metadata(content: Any, path: str, string_arrays: Any = ()) -> tuple[dict[str, Any], Any, int]:
-        header = _known.get(str(path))
+        header = _headers_by_path.get(str(path))
         if header is None:
             return original(content, path, string_arrays)
-        asked = {
+        metadata = {
             name: len(value) if _is_strings(value) and name not in string_arrays else value
             for name, value in header.metadata.items()
         }
-        return asked, header, 0
+        return metadata, header, 0
 
     return read_metadata
 
@@ -180,37 +180,37 @@ def _read_tensor_table(original: Any) -> Any:
     def read_tensor_table(content: Any, tensors: Any, place: int) -> tuple[list[tuple[Any, ...]], int]:
         if not isinstance(tensors, GgufHeader):
             return original(content, tensors, place)
-        # Counted from the start of the file, where the reader counts from the start of the data.
+        # These positions count from the start of the file; the reader's count from the start of the data.
         return [(stored.name, stored.shape, stored.kind, stored.start) for stored in tensors.tensors], 0
 
     return read_tensor_table
 
 
 def _load_state_dict(newer: Any) -> Any:
-    """The newer reader looks for all tensors in one file; here each is where the header says, in whichever part."""
+    """The newer reader expects all tensors in one file; here each is read from the part that holds it."""
 
     def load_state_dict(header: Any) -> dict[str, Any]:
-        known = _known.get(str(header.path))
-        if known is None:
+        current = _headers_by_path.get(str(header.path))
+        if current is None:
             return newer.load_gguf_state_dict(header)
         mapped = functools.cache(lambda path: np.memmap(path, mode="r"))
-        found = {}
-        for stored in known.tensors:
+        tensors = {}
+        for stored in current.tensors:
             rows = math.prod(stored.shape[:-1])
             is_packed = stored.kind in newer.GGML_BLOCK and rows
             shape = (*stored.shape[:-1], stored.length // rows) if is_packed else stored.shape
             content = mapped(stored.path)[stored.start : stored.start + stored.length]
-            found[stored.name] = newer.LazyGgufTensor(content, stored.kind, shape)
-        return found
+            tensors[stored.name] = newer.LazyGgufTensor(content, stored.kind, shape)
+        return tensors
 
     return load_state_dict
 
 
-# What the readers lack
+# Features that the readers lack
 
 
 def _weights_map(original: Any) -> Any:
-    """llama.cpp calls Mixtral a Llama with experts, and transformers looks for an architecture of its name."""
+    """llama.cpp calls Mixtral a Llama with experts, but transformers looks for an architecture named Mixtral."""
 
     def weights_map(model: Any, processor: Any, model_type: str | None = None, *others: Any, **named: Any) -> Any:
         is_mixtral = model_type is None and model.config.model_type == "mixtral"
@@ -220,7 +220,7 @@ def _weights_map(original: Any) -> Any:
 
 
 def _mixtral_processor(older: Any) -> Any:
-    """Llama's order of rows in queries and keys, and experts put together as those of Qwen's models are."""
+    """Llama's order of rows in queries and keys, with experts combined as in Qwen's models."""
 
     class MixtralTensorProcessor(older.Qwen2MoeTensorProcessor, older.LlamaTensorProcessor):
         def process(self, weights: Any, name: str, **options: Any) -> Any:
@@ -234,7 +234,7 @@ def _mixtral_processor(older: Any) -> Any:
 
 
 def _further_kinds(newer: Any) -> list[tuple[Any, str, dict[int, Any]]]:
-    """The newer of transformers' two readers knows fewer types of tensors than the package does, which unpacks them."""
+    """The newer of transformers' two readers knows fewer types of tensors than the package `gguf`."""
     from gguf import GGML_QUANT_SIZES
     from transformers.integrations.gguf import dequant, gguf_conversion_mapping, utils
 

@@ -1,13 +1,13 @@
-"""The rotary frequencies that a GGUF file means: put into a config, and compared with those of the loaded model.
+"""The rotary frequencies of a GGUF file: written into a config, and compared with those of the loaded model.
 
-What the settings mean is what llama.cpp does with them (`ggml_rope_ext`; `rope.*` as loaded in llama-model.cpp):
+llama.cpp defines the meaning of the settings (`ggml_rope_ext`; `rope.*` in llama-model.cpp):
 
     theta_i = base^(-2 i / n) / factors_i                        i = 0 ... n / 2 - 1
     linear:   theta_i / factor
     yarn:     theta_i (1 - r_i) / factor + theta_i r_i,          r_i falls from 1 to 0 between two dimensions
     cosines and sines are multiplied by attn_factor, with yarn also by 1 + 0.1 ln(factor)
 
-A scaling without a type is linear. Layers with a sliding window have a base of their own and no factors.
+A scaling without a type is linear. Layers with a sliding window have their own base and no factors.
 """
 
 import math
@@ -19,12 +19,12 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig
 
-from depthscope.loading.gguf.header import GgufHeader, StoredTensor
+from depthscope.loading.gguf.header import GgufHeader, GgufTensor
 
 __all__ = ["adopt_rope", "rope_differences"]
 
 USUAL_BASE = 10_000.0
-# Llama 3's, from which llama.cpp's converter makes the tensor of factors.
+# Llama 3's parameters, from which llama.cpp's converter computes the tensor of factors.
 LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
 LLAMA3_CONTEXT = 8192
 PLAIN_KINDS = {"default", "linear", "dynamic", "yarn", "longrope", "llama3"}
@@ -34,16 +34,16 @@ FREQUENCIES = "inv_freq"
 
 @dataclass(frozen=True)
 class Rope:
-    """How one kind of layers turns queries and keys."""
+    """The rotary embedding of one type of layer."""
 
     base: float
-    count: int  # of the dimensions of a head that are turned
+    count: int  # rotated dimensions of a head
     kind: str = "none"  # "none", "linear", "yarn" or "longrope"
     factor: float = 1.0
     context: int = 0  # the context length before the scaling
     beta_fast: float = 32.0
     beta_slow: float = 1.0
-    attention: float = 1.0  # what cosines and sines are multiplied by
+    attention: float = 1.0  # the factor of cosines and sines
     short: np.ndarray | None = None  # [count / 2]
     long: np.ndarray | None = None
 
@@ -62,12 +62,12 @@ class Rope:
         return theta * (1 - ramp) / self.factor + theta * ramp
 
     def _dimension(self, turns: float) -> float:
-        """The dimension that turns so many times in the original context."""
+        """The dimension that makes `turns` rotations within the original context."""
         return self.count * math.log(self.context / (turns * 2 * math.pi)) / (2 * math.log(self.base))
 
 
 def stored_rope(header: GgufHeader, width: int) -> Rope:
-    """How layers without a window turn, by the file; `width` is that of a head."""
+    """The file's rotary embedding of layers without a window; `width` is the width of a head."""
     setting = header.of_architecture
     kind = setting("rope.scaling.type") or "linear"
     factor = setting("rope.scaling.factor") or setting("rope.scale_linear") or 1.0
@@ -95,14 +95,14 @@ def stored_rope(header: GgufHeader, width: int) -> Rope:
 
 
 def stored_window_rope(header: GgufHeader, width: int) -> Rope:
-    """How layers with a sliding window turn, by the file."""
+    """The file's rotary embedding of layers with a sliding window."""
     own = header.of_architecture("rope.freq_base_swa")
     usual = USUAL_BASE if header.architecture == "gemma3" else header.of_architecture("rope.freq_base")
     return Rope(own or usual or USUAL_BASE, header.of_architecture("rope.dimension_count_swa") or width)
 
 
 def adopt_rope(config: PretrainedConfig, header: GgufHeader, width: int) -> None:
-    """Put into the config how the file's layers turn, where transformers drops it."""
+    """Write the file's rotary embedding into the config where transformers drops it."""
     current = getattr(config, "rope_parameters", None)
     if not isinstance(current, dict) or not current:
         return
@@ -115,7 +115,7 @@ def adopt_rope(config: PretrainedConfig, header: GgufHeader, width: int) -> None
         config.rope_parameters = _parameters(rope, current, width)
         context = config.rope_parameters.get("original_max_position_embeddings")
         if context is not None and hasattr(config, "original_max_position_embeddings"):
-            config.original_max_position_embeddings = context  # Phi-3's own place for it, which comes first
+            config.original_max_position_embeddings = context  # Phi-3 reads this field first
         return
     windowed = stored_window_rope(header, width)
     chosen = {key: windowed if "sliding" in key else rope for key in nested}
@@ -124,25 +124,25 @@ def adopt_rope(config: PretrainedConfig, header: GgufHeader, width: int) -> None
 
 def _parameters(rope: Rope, current: dict[str, Any], width: int) -> dict[str, Any]:
     kept = {key: value for key, value in current.items() if key.startswith("mrope") or key == "partial_rotary_factor"}
-    found = {**kept, "rope_type": "default", "rope_theta": rope.base}
+    parameters = {**kept, "rope_type": "default", "rope_theta": rope.base}
     if rope.count != width or "partial_rotary_factor" in kept:
-        found["partial_rotary_factor"] = rope.count / width
+        parameters["partial_rotary_factor"] = rope.count / width
     if rope.short is not None:
-        return found | _factor_parameters(rope)
+        return parameters | _factor_parameters(rope)
     if rope.kind == "linear":
-        return found | {"rope_type": "linear", "factor": rope.factor}
+        return parameters | {"rope_type": "linear", "factor": rope.factor}
     if rope.kind == "yarn":
-        own = {
+        yarn = {
             "factor": rope.factor,
             "original_max_position_embeddings": rope.context,
             "attention_factor": rope.attention,
         }
-        return found | {"rope_type": "yarn", **own, "beta_fast": rope.beta_fast, "beta_slow": rope.beta_slow}
-    return found
+        return parameters | {"rope_type": "yarn", **yarn, "beta_fast": rope.beta_fast, "beta_slow": rope.beta_slow}
+    return parameters
 
 
 def _factor_parameters(rope: Rope) -> dict[str, Any]:
-    """A scaling that is stored as a factor for each frequency."""
+    """The parameters of a scaling that is stored as one factor per frequency."""
     assert rope.short is not None
     if rope.long is None and np.array_equal(rope.short, np.ones_like(rope.short)):
         return {}
@@ -160,7 +160,7 @@ def _factor_parameters(rope: Rope) -> dict[str, Any]:
 
 
 def _as_llama3(rope: Rope) -> dict[str, Any] | None:
-    """Llama 3's scaling, where that is what the factors come from: tools know it better than a list of factors."""
+    """Llama 3's scaling, if the factors come from it: more tools know it than a list of factors."""
     assert rope.short is not None
     factor = float(rope.short.max())
     lengths = 2 * math.pi * rope.base ** (np.arange(0, rope.count, 2) / rope.count)
@@ -172,51 +172,51 @@ def _as_llama3(rope: Rope) -> dict[str, Any] | None:
 
 
 def rope_differences(model: nn.Module, header: GgufHeader, width: int) -> list[str]:
-    """Where the loaded model turns queries and keys otherwise than the file means, in words."""
+    """The differences between the rotary embeddings of the loaded model and of the file, in words."""
     rope, windowed = stored_rope(header, width), stored_window_rope(header, width)
-    found = []
+    differences = []
     for module in model.modules():
         for name, buffer in module.named_buffers(recurse=False):
             if not name.endswith(FREQUENCIES) or "original" in name:
                 continue
             prefix = name.removesuffix(FREQUENCIES)
-            meant = windowed if "sliding" in prefix else rope
+            expected = windowed if "sliding" in prefix else rope
             scaling = getattr(module, f"{prefix}attention_scaling", 1.0)
-            if not _same(buffer, meant.frequencies()):
-                found.append(_words(header, meant, "the frequencies of its rotary embedding"))
-            elif not np.isclose(float(scaling), meant.attention, rtol=1e-5):
-                found.append(f"the rotary embedding's factor {scaling:g} (the file means {meant.attention:g})")
-            elif meant.long is not None and not _same_long(module, meant.long):
-                found.append(_words(header, meant, "the long factors of its rotary embedding"))
-    return sorted(set(found))
+            if not _same(buffer, expected.frequencies()):
+                differences.append(_describe(header, expected, "the frequencies of its rotary embedding"))
+            elif not np.isclose(float(scaling), expected.attention, rtol=1e-5):
+                differences.append(f"the rotary embedding's factor {scaling:g} (in the file {expected.attention:g})")
+            elif expected.long is not None and not _same_long(module, expected.long):
+                differences.append(_describe(header, expected, "the long factors of its rotary embedding"))
+    return sorted(set(differences))
 
 
-def _same(buffer: torch.Tensor, meant: np.ndarray) -> bool:
+def _same(buffer: torch.Tensor, expected: np.ndarray) -> bool:
     own = buffer.double().cpu().numpy()
-    return own.shape == meant.shape and np.allclose(own, meant, rtol=2e-5, atol=1e-12)
+    return own.shape == expected.shape and np.allclose(own, expected, rtol=2e-5, atol=1e-12)
 
 
-def _same_long(module: nn.Module, meant: np.ndarray) -> bool:
+def _same_long(module: nn.Module, expected: np.ndarray) -> bool:
     parameters = getattr(getattr(module, "config", None), "rope_parameters", None) or {}
     own = np.array(parameters.get("long_factor", ()))
-    return own.shape == meant.shape and np.allclose(own, meant, rtol=2e-5, atol=1e-12)
+    return own.shape == expected.shape and np.allclose(own, expected, rtol=2e-5, atol=1e-12)
 
 
-def _words(header: GgufHeader, rope: Rope, what: str) -> str:
+def _describe(header: GgufHeader, rope: Rope, quantity: str) -> str:
     stated = {
         key.partition(".")[2]: value
         for key, value in header.metadata.items()
         if key.startswith(f"{header.architecture}.rope.") and not isinstance(value, list)
     }
-    shown = ", ".join(
+    settings = ", ".join(
         f"{key} {value:.6g}" if isinstance(value, float) else f"{key} {value}" for key, value in stated.items()
     )
     tensors = "" if rope.short is None else " and a tensor of factors"
-    return f"{what} (the file states {shown or 'none'}{tensors})"
+    return f"{quantity} (the file states {settings or 'none'}{tensors})"
 
 
-def _factors(stored: StoredTensor | None) -> np.ndarray | None:
-    if stored is None or stored.kind != 0:  # float32, as every converter writes them
+def _factors(stored: GgufTensor | None) -> np.ndarray | None:
+    if stored is None or stored.kind != 0:  # every converter writes float32
         return None
     with stored.path.open("rb") as file:
         file.seek(stored.start)

@@ -1,8 +1,8 @@
-"""The settings of a GGUF file that transformers drops, put into the config before the model is built.
+"""Writing the settings of a GGUF file that transformers drops into the config, before the model is built.
 
-transformers takes a handful of settings for each architecture and leaves the rest at its config's defaults. Those are
-one checkpoint's values; in the file they may be others. What a file leaves unsaid means what llama.cpp takes it for.
-Whether the loaded model is the file's is checked afterwards (`gguf_audit`), and nothing here is believed there.
+transformers reads a few settings per architecture and leaves the others at its config's defaults, which are the values
+of one checkpoint. For a setting that the file does not state, llama.cpp's default counts. `audit.py` checks the loaded
+model against the file independently of this module.
 """
 
 from typing import Any
@@ -16,7 +16,7 @@ from depthscope.loading.gguf.rope import adopt_rope
 __all__ = ["adopt_settings", "attention_scale", "first_of", "head_width", "window_layers"]
 
 EPSILONS = ("rms_norm_eps", "norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_epsilon")
-# A setting that is taken as it is -> what configs call it.
+# A setting that is copied unchanged -> its names in configs.
 PLAIN = {
     "attn_logit_softcapping": ("attn_logit_softcapping",),
     "final_logit_softcapping": ("final_logit_softcapping",),
@@ -27,15 +27,16 @@ PLAIN = {
 }
 ATTENTION_BIASES = ("attn_q.bias", "attn_k.bias", "attn_v.bias", "attn_qkv.bias", "attn_output.bias")
 MLP_BIASES = ("ffn_gate.bias", "ffn_up.bias", "ffn_down.bias")
-GEMMAS = {"gemma2": 46, "gemma3": 62}  # the number of layers of the one size whose attention is scaled by the width
+# The number of layers of the one size whose attention scale follows the model's width.
+GEMMAS = {"gemma2": 46, "gemma3": 62}
 WINDOW_PERIODS = {"gemma2": 2, "gemma3": 6}
-# Where every layer has the window, or the architecture says which; Mistral is a Llama to llama.cpp, without a window.
+# Architectures whose layers with a window are known; llama.cpp calls Mistral a Llama without a window.
 WINDOWED = ("llama", "phi3", "gemma2", "gemma3", "gpt-oss")
-TIED_ALWAYS = ("bloom", "falcon")  # by transformers, whatever the file holds
+TIED_ALWAYS = ("bloom", "falcon")  # transformers ties them, whatever the file holds
 
 
 def adopt_settings(config: PretrainedConfig, header: GgufHeader) -> PretrainedConfig:
-    """The config with what the file states and transformers dropped; Mixtral's for experts under Llama's name.
+    """The config with the settings of the file that transformers dropped; a Llama with experts gets Mixtral's config.
 
     Raises:
         ModelLoadError: the file holds an adapter.
@@ -63,14 +64,14 @@ def adopt_settings(config: PretrainedConfig, header: GgufHeader) -> PretrainedCo
 
 
 def head_width(header: GgufHeader) -> int:
-    """The width of an attention head, by the file; 0 where there are none."""
-    heads = _one(header.of_architecture("attention.head_count"))
-    stated = _one(header.of_architecture("attention.key_length"))
+    """The width of an attention head in the file; 0 without attention."""
+    heads = _largest(header.of_architecture("attention.head_count"))
+    stated = _largest(header.of_architecture("attention.key_length"))
     return stated or (header.of_architecture("embedding_length") // heads if heads else 0)
 
 
 def attention_scale(header: GgufHeader) -> float | None:
-    """What the products of queries and keys are multiplied by, by the file."""
+    """The file's factor of the products of queries and keys."""
     width = head_width(header)
     if stated := header.of_architecture("attention.scale"):
         return float(stated)
@@ -82,7 +83,7 @@ def attention_scale(header: GgufHeader) -> float | None:
 
 
 def window_layers(header: GgufHeader, layers: int) -> list[bool] | None:
-    """Which layers attend within a window only, by the file; None if the architecture mixes no kinds of layers."""
+    """Which layers attend within a window in the file; None if the architecture does not mix types of layers."""
     pattern = header.of_architecture("attention.sliding_window_pattern")
     if isinstance(pattern, list):
         return [bool(windowed) for windowed in pattern]
@@ -96,7 +97,7 @@ def window_layers(header: GgufHeader, layers: int) -> list[bool] | None:
 
 
 def first_of(config: PretrainedConfig, names: tuple[str, ...]) -> Any:
-    """The value of the first of these fields that the config has, or None."""
+    """The value of the first of these fields that exists in the config, or None."""
     return next((getattr(config, name) for name in names if hasattr(config, name)), None)
 
 
@@ -107,8 +108,8 @@ def _set(config: PretrainedConfig, names: tuple[str, ...], value: Any) -> None:
             return
 
 
-def _one(value: Any) -> int:
-    """A number of heads or a width, where every layer has the same; else the largest."""
+def _largest(value: Any) -> int:
+    """The number of heads or the width of all layers; the largest if they differ."""
     return max(value, default=0) if isinstance(value, list) else value or 0
 
 
@@ -118,7 +119,7 @@ def _adopt_shapes(config: PretrainedConfig, header: GgufHeader) -> None:
         config.vocab_size = shape[0]
     for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
         value = getattr(config, name, None)
-        if isinstance(value, int) and value >= config.vocab_size:  # of the config's usual checkpoint
+        if isinstance(value, int) and value >= config.vocab_size:  # the default belongs to another vocabulary
             setattr(config, name, None)
     if header.architecture == "gpt2":
         config.n_inner = header.of_architecture("feed_forward_length")
@@ -151,11 +152,11 @@ def _adopt_attention(config: PretrainedConfig, header: GgufHeader) -> None:
         config.query_pre_attn_scalar = round(scale**-2)
     windowed = window_layers(header, config.num_hidden_layers)
     if windowed is not None and hasattr(config, "layer_types"):
-        config.layer_types = ["sliding_attention" if here else "full_attention" for here in windowed]
+        config.layer_types = ["sliding_attention" if is_windowed else "full_attention" for is_windowed in windowed]
 
 
 def _as_mixtral(config: PretrainedConfig, header: GgufHeader) -> PretrainedConfig:
-    """llama.cpp calls Mixtral a Llama with experts; transformers has a config and a class of their own for it."""
+    """llama.cpp calls Mixtral a Llama with experts; transformers has its own config and class for it."""
     shared = {
         key: value
         for key, value in config.to_dict().items()
@@ -167,10 +168,10 @@ def _as_mixtral(config: PretrainedConfig, header: GgufHeader) -> PretrainedConfi
 
 
 def _same_bytes(header: GgufHeader, *names: str) -> bool:
-    found = []
+    contents = []
     for tensor in header.tensors:
         if tensor.name in names:
             with tensor.path.open("rb") as file:
                 file.seek(tensor.start)
-                found.append((tensor.kind, file.read(tensor.length)))
-    return len(found) == len(names) and all(one == found[0] for one in found)
+                contents.append((tensor.kind, file.read(tensor.length)))
+    return len(contents) == len(names) and all(content == contents[0] for content in contents)

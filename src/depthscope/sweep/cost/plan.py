@@ -20,7 +20,7 @@ from depthscope.sweep.grid import Grid, Point
 from depthscope.sweep.specification import Sweep, Tokenizer, Training
 from depthscope.wording.numbers import format_count
 
-__all__ = ["Plan", "PlannedPoint", "launcher", "plan", "print_plan"]
+__all__ = ["CostPlan", "PlannedPoint", "launcher", "plan", "print_plan"]
 
 PAPER_VOCABULARY = 50_304
 GPUS_A_NODE = 8
@@ -63,7 +63,7 @@ class PlannedPoint:
 
 
 @dataclass(frozen=True)
-class Plan:
+class CostPlan:
     """What a sweep would cost.
 
     Attributes:
@@ -138,7 +138,7 @@ NARROW = ["point", "parameters", "active", "T", "steps", "FLOPs", "GPU hours", "
 BREAKDOWN = ["point", "GB a GPU", "weights", "gradients", "AdamW", "copies", "activations"]
 
 
-def plan(sweep: Sweep, grid: Grid, *, gpu: str = "h100", gpus: int = 8, utilisation: float = 0.4) -> Plan:
+def plan(sweep: Sweep, grid: Grid, *, gpu: str = "h100", gpus: int = 8, utilisation: float = 0.4) -> CostPlan:
     """Reckon what a sweep costs.
 
     Args:
@@ -163,7 +163,7 @@ def plan(sweep: Sweep, grid: Grid, *, gpu: str = "h100", gpus: int = 8, utilisat
     shared = [point.training.fsdp for point in variants]
     notes = [assumed, *_notes(points, kind)]
     seeds = len(sweep.specification.seeds)
-    return Plan(
+    return CostPlan(
         sweep.specification.name,
         points,
         seeds,
@@ -174,7 +174,7 @@ def plan(sweep: Sweep, grid: Grid, *, gpu: str = "h100", gpus: int = 8, utilisat
     )
 
 
-def print_plan(plan: Plan, console: Console) -> None:
+def print_plan(plan: CostPlan, console: Console) -> None:
     """Print a plan as tables for a terminal: what it costs, and what the memory is made of."""
     cells = {point.variant: dict(zip(COLUMNS, _row(point), strict=True)) for point in plan.points}
     for columns in (NARROW, BREAKDOWN):

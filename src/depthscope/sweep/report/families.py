@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from statistics import fmean, stdev
 from typing import Any
 
-from depthscope.sweep.report.results import Family, PointResult, SweepResults
+from depthscope.sweep.report.results import IndexedFamily, PointResult, SweepResults
 
 __all__ = [
     "Axis",
@@ -89,7 +89,7 @@ class Line:
 class Layout:
     """A family as it is drawn and told."""
 
-    family: Family
+    family: IndexedFamily
     axes: list[str]  # the settings whose values differ
     axis: Axis
     lines: list[Line]
@@ -111,7 +111,7 @@ class Layout:
         return f"{own}, {line.label}" if line.label else own
 
 
-def lay_out(results: SweepResults, family: Family) -> Layout:
+def lay_out(results: SweepResults, family: IndexedFamily) -> Layout:
     """Find the axis of a family and its lines."""
     points = {variant: results.of_variant(variant)[0] for variant in family.variants}
     axes = [axis for axis in family.axes if len({_key(point.setting(axis)) for point in points.values()}) > 1]
@@ -140,7 +140,7 @@ def _lines(points: dict[str, PointResult], main: str, others: list[str]) -> dict
 
 
 def _along(
-    family: Family, axes: list[str], main: str, lines: dict[str, list[str]], points: dict[str, PointResult]
+    family: IndexedFamily, axes: list[str], main: str, lines: dict[str, list[str]], points: dict[str, PointResult]
 ) -> Layout:
     values = {variant: point.setting(main) for variant, point in points.items()}
     numbers = {variant: as_number(value) for variant, value in values.items()}
@@ -208,7 +208,7 @@ def pooled_deviation(cells: Sequence[Cell]) -> float | None:
     return math.hypot(*(math.sqrt(count / freedom) * deviation for deviation, count in known)) if freedom else None
 
 
-def _without_family(variant: str, family: Family) -> str:
+def _without_family(variant: str, family: IndexedFamily) -> str:
     return shown_value(variant.removeprefix(f"{family.name}-"))
 
 

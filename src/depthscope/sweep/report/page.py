@@ -27,7 +27,7 @@ from depthscope.sweep.report.figures import (
     score_panels,
 )
 from depthscope.sweep.report.paper import SOURCE
-from depthscope.sweep.report.results import Family, SweepResults, load_results
+from depthscope.sweep.report.results import IndexedFamily, SweepResults, load_results
 from depthscope.sweep.report.tables import (
     FamilyTable,
     control_table,
@@ -50,7 +50,7 @@ MOST_VALUES = 8  # of one fact, where points differ
 
 
 @dataclass(frozen=True)
-class _Plot:
+class _FamilyPlot:
     element: str
     title: str
     explanation: str
@@ -59,16 +59,16 @@ class _Plot:
 
 
 @dataclass(frozen=True)
-class _Section:
+class _FamilySection:
     """A family as the template shows it."""
 
     element: str
     title: str
     words: list[str]
-    panels: list[_Plot]
+    panels: list[_FamilyPlot]
     key: list[Key]
-    paper: list[_Plot]
-    wide: list[_Plot]
+    paper: list[_FamilyPlot]
+    wide: list[_FamilyPlot]
     table: FamilyTable
     control: FamilyTable | None
 
@@ -123,10 +123,10 @@ def render_sweep_page(results: SweepResults) -> str:
     )
 
 
-def _section(results: SweepResults, family: Family, element: str, drawn: dict[str, Any]) -> _Section:
+def _section(results: SweepResults, family: IndexedFamily, element: str, drawn: dict[str, Any]) -> _FamilySection:
     layout = lay_out(results, family)
     control = control_table(results, family)
-    return _Section(
+    return _FamilySection(
         element=element,
         title=titled(layout),
         words=family_words(results, layout),
@@ -139,7 +139,7 @@ def _section(results: SweepResults, family: Family, element: str, drawn: dict[st
     )
 
 
-def _framed(figures: list[Drawn], element: str, drawn: dict[str, Any]) -> list[_Plot]:
+def _framed(figures: list[Drawn], element: str, drawn: dict[str, Any]) -> list[_FamilyPlot]:
     """Put figures into `drawn` by the ids of their elements, and say how the page frames them."""
     plots = []
     for each in figures:
@@ -147,7 +147,7 @@ def _framed(figures: list[Drawn], element: str, drawn: dict[str, Any]) -> list[_
         identity = f"{element}-{each.name.replace('_', '-').replace('.', '')}"
         drawn[identity] = {"data": content["data"], "layout": content["layout"]}
         layout = content["layout"]
-        plots.append(_Plot(identity, each.title, layout["meta"], int(layout["height"]), each.key))
+        plots.append(_FamilyPlot(identity, each.title, layout["meta"], int(layout["height"]), each.key))
     return plots
 
 

@@ -20,7 +20,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 
 from depthscope.errors import ReportError, SweepError
-from depthscope.files.atomic import MISSING, read_text, reason, says_nothing_of_content
+from depthscope.files.atomic import MISSING, is_access_error, read_text, reason
 from depthscope.files.checksums import checksum
 from depthscope.files.strict_json import parse
 from depthscope.files.validation import MAX_FLOAT, MAX_INTEGER, UNPRINTABLE, first_problem
@@ -42,12 +42,12 @@ from depthscope.runs.layout import (
     UNTRAINED_REPORT,
     point_folder,
 )
-from depthscope.runs.read import Course, losses, read_sealed, variances
+from depthscope.runs.read import TrainingCurve, losses, read_sealed, variances
 from depthscope.sweep.report.derived import Numbers, derive
 from depthscope.sweep.specification import NAME_PATTERN
 from depthscope.wording.messages import one_line
 
-__all__ = ["Curve", "Family", "PointResult", "SweepResults", "load_results"]
+__all__ = ["Curve", "IndexedFamily", "PointResult", "SweepResults", "load_results"]
 
 SCHEMA_VERSION = 1
 MAX_INDEX_BYTES = 32 * 2**20
@@ -67,7 +67,7 @@ class _Loose(BaseModel):
     model_config = ConfigDict(extra="ignore", frozen=True, allow_inf_nan=False)
 
 
-class Family(_Loose):
+class IndexedFamily(_Loose):
     """One entry of the grid: its variants in order, and the settings that take more than one value in it."""
 
     name: Name
@@ -99,7 +99,7 @@ class _Index(_Loose):
     schema_version: Literal[1]
     name: Name
     description: Words = ""
-    families: list[Family] = Field(min_length=1, max_length=1000)
+    families: list[IndexedFamily] = Field(min_length=1, max_length=1000)
     points: list[_Point] = Field(min_length=1, max_length=MAX_POINTS)
     seeds: list[int] = Field(min_length=1)
     block_size: int
@@ -185,7 +185,7 @@ class SweepResults:
 
     name: str
     description: str
-    families: list[Family]
+    families: list[IndexedFamily]
     points: list[PointResult]
     seeds: list[int]
     block_size: int
@@ -259,7 +259,7 @@ def _read_index(root: Path) -> _Index:
     try:
         return _validated(_Index, parse(read_text(path, MAX_INDEX_BYTES), str(path)), str(path))
     except ReportError as error:
-        if says_nothing_of_content(error):
+        if is_access_error(error):
             raise SweepError(str(error)) from error
         raise SweepError(
             f"{one_line(error)} Expected the index of a sweep; run the sweep again, which writes it anew."
@@ -293,23 +293,23 @@ def _read_point(folder: Path, point: _Point) -> PointResult:
         notes: list[str] = []
         unread: list[str] = []
         sums = _checksums(folder, notes, unread) if has_result else {}
-        courses = _read_courses(folder, training.batch_tokens, sums, notes, unread)
+        curves = _read_curves(folder, training.batch_tokens, sums, notes, unread)
         if not has_result:
             status = UNFINISHED if folder.is_dir() else NOT_RUN
-            return PointResult(**fixed, status=status, **courses)
+            return PointResult(**fixed, status=status, **curves)
         result = _validated(_Result, read_sealed(folder / RESULT, MAX_INDEX_BYTES), RESULT)
         if result.point != point.point:
             raise ReportError(f"result.json is of another point, {result.point}")
         if result.status != FINISHED:
-            return PointResult(**fixed, status=result.status, reason=_short(result.error), result=result, **courses)
-        return PointResult(**fixed, status=FINISHED, result=result, **_read_reports(folder, sums), **courses)
+            return PointResult(**fixed, status=result.status, reason=_short(result.error), result=result, **curves)
+        return PointResult(**fixed, status=FINISHED, result=result, **_read_reports(folder, sums), **curves)
     except (ReportError, OSError) as error:
         said = f"{folder} cannot be read: {reason(error)}." if isinstance(error, OSError) else str(error)
         return PointResult(
             **fixed,
             status=UNREADABLE,
             reason=_short(said.replace(str(folder) + os.sep, "").replace(str(folder), folder.name)),
-            is_unread=says_nothing_of_content(error),
+            is_unread=is_access_error(error),
         )
 
 
@@ -324,7 +324,7 @@ def _checksums(folder: Path, notes: list[str], unread: list[str]) -> dict[str, s
 
 def _note(error: ReportError, so: str, notes: list[str], unread: list[str]) -> None:
     """Say what could not be read and what follows, among what is damaged or what may be whole."""
-    (unread if says_nothing_of_content(error) else notes).append(f"{one_line(error)} {so}")
+    (unread if is_access_error(error) else notes).append(f"{one_line(error)} {so}")
 
 
 def _read_reports(folder: Path, sums: Mapping[str, str]) -> dict[str, Any]:
@@ -339,7 +339,7 @@ def _read_reports(folder: Path, sums: Mapping[str, str]) -> dict[str, Any]:
     return found
 
 
-def _read_courses(
+def _read_curves(
     folder: Path, batch_tokens: int, sums: Mapping[str, str], notes: list[str], unread: list[str]
 ) -> dict[str, Any]:
     """Losses, variances and environment, each empty where it is not there, and what of them is damaged or unread."""
@@ -349,23 +349,23 @@ def _read_courses(
             environment = read_sealed(folder / ENVIRONMENT, MAX_INDEX_BYTES)
     except ReportError as error:
         _note(error, "How the point was run is not known", notes, unread)
-    courses: dict[str, Any] = {}
+    curves: dict[str, Any] = {}
     lost = {}
     for kind, name, read in (("losses", LOG, losses), ("variances", HISTORY, variances)):
-        course = Course()
+        logged = TrainingCurve()
         try:
-            course = read(folder)
+            logged = read(folder)
         except ReportError as error:
             _note(error, f"{kind.capitalize()} are not drawn", notes, unread)
-        courses[kind] = Curve([step * batch_tokens for step in course.steps], course.values)
-        lost[name] = course.unread
+        curves[kind] = Curve([step * batch_tokens for step in logged.steps], logged.values)
+        lost[name] = logged.unread
     for name, lines in lost.items():
         if lines:
             notes.append(f"{name} is damaged: lines of it cannot be read, and are not drawn")
         elif name in sums and _is_other(folder / name, sums[name]):
             notes.append(f"{name} is damaged: what is drawn of it may be wrong")
     return {
-        **courses,
+        **curves,
         "environment": environment,
         "notes": [_short(note.replace(str(folder) + os.sep, "")) for note in notes],
         "unread": [_short(note.replace(str(folder) + os.sep, "")) for note in unread],

@@ -25,7 +25,7 @@ from depthscope.report.measures import LAYER_SCORES
 from depthscope.report.report import LayerReport
 from depthscope.sweep.report.derived import COLUMNS, CONTROL, MAIN, SCORES
 from depthscope.sweep.report.families import Cell, as_number, axis_label, cell, lay_out, shown_value
-from depthscope.sweep.report.results import Family, PointResult, SweepResults
+from depthscope.sweep.report.results import IndexedFamily, PointResult, SweepResults
 from depthscope.sweep.report.words import family_words, noise_words, standing, titled
 from depthscope.wording.markdown import inline
 from depthscope.wording.numbers import format_number, format_with_error
@@ -196,22 +196,22 @@ class FamilyTable:
     rows: list[list[str]]
 
 
-def main_table(results: SweepResults, family: Family, names: Sequence[str] = MAIN) -> FamilyTable:
+def main_table(results: SweepResults, family: IndexedFamily, names: Sequence[str] = MAIN) -> FamilyTable:
     """The scores of the variants of a family, means over seeds with their standard deviations."""
     return _family_table(results, family, [name for name in names if _has(results, family, name)], "")
 
 
-def control_table(results: SweepResults, family: Family) -> FamilyTable:
+def control_table(results: SweepResults, family: IndexedFamily) -> FamilyTable:
     """The same scores of the models before training; without columns where no control was measured."""
     names = [name for name in CONTROL if _has(results, family, f"untrained_{name}")]
     return _family_table(results, family, names, "untrained_")
 
 
-def _has(results: SweepResults, family: Family, name: str) -> bool:
+def _has(results: SweepResults, family: IndexedFamily, name: str) -> bool:
     return any(cell(results, variant, name).mean is not None for variant in family.variants)
 
 
-def _family_table(results: SweepResults, family: Family, names: Sequence[str], prefix: str) -> FamilyTable:
+def _family_table(results: SweepResults, family: IndexedFamily, names: Sequence[str], prefix: str) -> FamilyTable:
     layout = lay_out(results, family)
     axes = layout.axes
     named = layout.axis.setting is None  # no axis tells the variants apart: their names do

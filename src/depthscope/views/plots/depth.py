@@ -11,7 +11,7 @@ from depthscope.report.report import LayerReport
 from depthscope.views.plots.style import BLUE, DASHES, PALETTE, TEXT_GREY, VERMILION, finish, plotly_text
 from depthscope.wording.numbers import format_with_error
 
-__all__ = ["COURSE_EXPLANATION", "EXPLANATION", "Point", "against_depth", "of_reports", "over_training"]
+__all__ = ["COURSE_EXPLANATION", "EXPLANATION", "DepthPoint", "against_depth", "of_reports", "over_training"]
 
 EXPLANATION = (
     "Each panel shows one score against the number of layers, with error bars of one standard error where they are "
@@ -27,7 +27,7 @@ PANEL_HEIGHT = 210
 
 
 @dataclass(frozen=True)
-class Point:
+class DepthPoint:
     """One model: its name, its number of layers, and its global scores with their standard errors."""
 
     name: str
@@ -35,13 +35,13 @@ class Point:
     scores: dict[str, float | None]
 
 
-def of_reports(reports: Sequence[LayerReport]) -> list[Point]:
+def of_reports(reports: Sequence[LayerReport]) -> list[DepthPoint]:
     """The points of reports."""
-    return [Point(report.model["name"], report.model["num_layers"], report.scores) for report in reports]
+    return [DepthPoint(report.model["name"], report.model["num_layers"], report.scores) for report in reports]
 
 
 def against_depth(
-    points: Sequence[Point], references: Sequence[Point] = (), *, columns: int = COLUMNS
+    points: Sequence[DepthPoint], references: Sequence[DepthPoint] = (), *, columns: int = COLUMNS
 ) -> go.Figure | None:
     """Draw the scores that at least two depths have, `references` dashed beside them; None if there are none."""
     every = [*points, *references]
@@ -76,7 +76,9 @@ def against_depth(
     return figure
 
 
-def _draw(figure: go.Figure, name: str, points: Sequence[Point], color: str, dash: str, place: dict[str, int]) -> None:
+def _draw(
+    figure: go.Figure, name: str, points: Sequence[DepthPoint], color: str, dash: str, place: dict[str, int]
+) -> None:
     known = sorted((point for point in points if point.scores.get(name) is not None), key=lambda point: point.layers)
     if not known:
         return

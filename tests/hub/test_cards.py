@@ -51,10 +51,10 @@ REPOSITORY = "someone/some-model"
 LINKS = ("https://huggingface.co/", "https://arxiv.org/abs/2603.15389")
 HEADINGS = {
     "How to load it",
-    "What it is for, and what not",
-    "What its layers do",
+    "Intended use",
+    "The contribution of its layers",
     "Downstream tasks",
-    "Layer by layer",
+    "All layers",
     "Architecture",
     "Training",
     "Limits",
@@ -448,12 +448,14 @@ def test_a_card_shows_architecture_training_and_every_layer(points: dict[str, Pa
     facts = dict(pairwise(cells))
     assert facts["Layers"] == "2"
     assert facts["Attention"] == "multi-query, 2 query heads, 1 key and value head of 8"
-    assert facts["Experts"].startswith("4 in each layer that has them, 2 for each token")
+    assert facts["Experts"].startswith("4 in each layer with experts, 2 per token")
     assert facts["Learning rate"].startswith("0.01, cosine to 0.1 of it, 2 steps of warm-up")
     assert facts["Tokens"] == "768"
     assert facts["Steps"] == "12"
     result = json.loads((folder / "result.json").read_text())
-    assert f"{result['parameters']:,}, of which one token meets {result['active_parameters']:,}" == facts["Parameters"]
+    assert (
+        f"{result['parameters']:,}, of which {result['active_parameters']:,} process one token" == facts["Parameters"]
+    )
     report = LayerReport.load(folder / "layer_report.json")
     for layer in report.layers:
         assert f"| {layer['layer']} | " in card

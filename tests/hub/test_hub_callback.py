@@ -158,7 +158,7 @@ def test_as_many_wait_as_were_allowed(hub: LocalHub, tmp_path: Path, monkeypatch
     train(tmp_path, Over(), callback)
     assert started.is_set()
     assert callback.pushed == [0, 1]
-    assert callback.failed == dict.fromkeys((2, 4), "2 checkpoints before it were still waiting for the Hub")
+    assert callback.failed == dict.fromkeys((2, 4), "2 earlier checkpoints were still waiting for the Hub")
 
 
 def test_the_end_of_a_training_does_not_wait_for_ever(hub: LocalHub, tmp_path: Path) -> None:

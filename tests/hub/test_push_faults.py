@@ -172,7 +172,7 @@ def saved(tmp_path: Path) -> Path:
 
 def test_waits_are_as_long_as_the_hub_asks_and_bounded(hub: LocalHub, saved: Path) -> None:
     said: list[str] = []
-    patience = Patience(attempts=3, base=0.001, longest=0.01, said=said.append)
+    patience = Patience(attempts=3, base=0.001, longest=0.01, report_wait=said.append)
     waits: list[float] = []
     patience.stop.wait = waits.append  # type: ignore[method-assign,assignment]
     api = client(hub.token)
@@ -304,7 +304,7 @@ def test_tokens_are_in_no_message_and_no_log(
     for fault in FAULTS:
         hub.faults.next("commit", times=LASTING, **fault)
         try:
-            push(saved, "ada", progress=False, patience=patient(said=said.append))
+            push(saved, "ada", progress=False, patience=patient(report_wait=said.append))
         except HubError as error:
             said.append(repr(error))
         hub.faults.clear()

@@ -91,7 +91,7 @@ def test_modules_that_the_page_has_no_more_are_removed_and_the_owners_files_stay
     [
         (["--to", "layers"], "give NAMESPACE/NAME"),
         (["--to", "nobody/layers"], "the token may not"),
-        (["--to", "ada/la yers"], "no name that the Hub takes"),
+        (["--to", "ada/la yers"], "The Hub does not accept"),
         (["--to", "ada/layers", "--requirement", "numpy"], "installs depthscope"),
     ],
 )

@@ -141,7 +141,7 @@ def _push(files: dict[str, bytes], to: str, private: bool) -> str:
     if to.count("/") != 1:
         raise SettingsError(f"--to is {to!r}; give NAMESPACE/NAME, such as ada/layers.")
     check_names(to)
-    api, patience = client(), Patience(said=say)
+    api, patience = client(), Patience(report_wait=say)
 
     def open_space() -> str:
         return str(api.create_repo(to, repo_type="space", space_sdk="gradio", private=private, exist_ok=True))

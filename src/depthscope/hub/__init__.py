@@ -1,4 +1,4 @@
-"""Publishing on the Hugging Face Hub: model cards, their figures, and what a repository of a checkpoint holds.
+"""Publishing on the Hugging Face Hub: model cards, their figures, and the files of a model's repository.
 
-Nothing is imported here: each part is imported from its own module, so that one does not load what another needs.
+This package imports nothing: import each part from its own module, so that it loads only what it needs.
 """

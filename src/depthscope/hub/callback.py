@@ -1,9 +1,9 @@
-"""`HubCheckpointCallback`: the weights at chosen steps go to the Hub while the training goes on.
+"""`HubCheckpointCallback`: pushes the weights at chosen steps to the Hub during the training.
 
     trainer = Trainer(..., callbacks=[HubCheckpointCallback("namespace/name", every=1000)])
 
-At a step the main process saves the weights into a temporary folder; one thread pushes them, one after another, to the
-branches `step0`, `step1`, `step2`, `step4`, ... A Hub that is slow or gone costs the training nothing but that folder.
+At a step the main process saves the weights to a temporary folder; one thread pushes them, one after another, to the
+branches `step0`, `step1`, `step2`, `step4`, ... A slow or unreachable Hub does not delay the training.
 """
 
 import logging
@@ -32,12 +32,12 @@ __all__ = ["HubCheckpointCallback"]
 
 logger = logging.getLogger(__name__)
 
-LAST_WAIT = 10.0  # seconds, for the request that is under way when the patience is at its end
+LAST_WAIT = 10.0  # seconds for the current request when the patience is at its end
 
 
 @dataclass
 class _Checkpoint:
-    """Saved weights that wait to be pushed; the folder goes when the object does."""
+    """Saved weights that wait to be pushed; the folder is deleted with the object."""
 
     step: int
     folder: Any = field(default_factory=lambda: tempfile.TemporaryDirectory(prefix="depthscope-step-"))
@@ -50,20 +50,20 @@ class _Checkpoint:
 
 @dataclass
 class _Run:
-    """What one training has published: shared with its thread, which may outlive it and must not touch the next one."""
+    """The state of one training, shared with its thread; the thread may outlive the training, so each has its own."""
 
     waiting: int
     pushed: list[int] = field(default_factory=list)
     failed: dict[int, str] = field(default_factory=dict)
-    given: list[int] = field(default_factory=list)  # steps that the thread was given
-    again: list[_Checkpoint] = field(default_factory=list)  # those whose first push failed
-    lock: threading.Lock = field(default_factory=threading.Lock)  # of the steps that were pushed or failed
+    submitted: list[int] = field(default_factory=list)  # steps handed to the thread
+    retries: list[_Checkpoint] = field(default_factory=list)  # checkpoints whose first push failed
+    lock: threading.Lock = field(default_factory=threading.Lock)  # guards `pushed` and `failed`
     queued: queue.Queue[_Checkpoint | None] = field(default_factory=queue.Queue)
     stop: threading.Event = field(default_factory=threading.Event)
     worker: threading.Thread | None = None
 
     def __post_init__(self) -> None:
-        self.kept = threading.Semaphore(self.waiting)  # folders on the disk
+        self.slots = threading.Semaphore(self.waiting)  # limits the folders on the disk
 
     def fail(self, step: int, reason: str) -> None:
         reason = hide_tokens(reason)
@@ -78,22 +78,22 @@ class _Run:
 
 
 class HubCheckpointCallback(TrainerCallback):
-    """Pushes the weights at steps 0, 1, 2, 4, ..., 512 and then at every n-th to branches `step<N>`, in the background.
+    """Pushes the weights at steps 0, 1, 2, 4, ..., 512, then every `every` steps, to branches `step<N>` in background.
 
-    It works with any model in any Trainer script, and only the main process pushes. It never stops a training: what
-    cannot be saved or pushed is warned of, tried once more when the training ends, and listed in `failed`. `main` is
-    left alone: push the trained model with `trainer.push_to_hub()` or `depthscope push`.
+    It works with any model in any Trainer script; only the main process pushes. It never stops a training: a checkpoint
+    that cannot be saved or pushed gives a warning, is retried once when the training ends, and is listed in `failed`.
+    The branch `main` is not changed: push the trained model with `trainer.push_to_hub()` or `depthscope push`.
 
-    Weights that FSDP (version 2) shards are gathered; those that DeepSpeed's stage 3 or FSDP's version 1 shard are not
-    pushed, with a warning: their checkpoints can be pushed from the Trainer's output folder with `depthscope push`.
+    Weights that FSDP 2 shards are gathered. Weights that DeepSpeed's stage 3 or FSDP 1 shards are not pushed, with a
+    warning: push their checkpoints from the Trainer's output folder with `depthscope push`.
 
     Args:
-        repo_id: the repository, which is made if it is not there.
+        repo_id: the repository; it is created if missing.
         every: steps between two pushes after step 512.
         private: make the repository private.
-        waiting: checkpoints that may wait on the disk; at a step at which there are as many, none is saved.
-        patience: seconds that the end of the training waits for what is left to be pushed.
-        token: instead of the one that huggingface_hub finds.
+        waiting: the most checkpoints that may wait on the disk; while there are as many, no other is saved.
+        patience: seconds that the end of the training waits for the remaining pushes.
+        token: a token, instead of the one that huggingface_hub finds.
 
     Raises:
         SettingsError: an argument is not allowed.
@@ -124,29 +124,29 @@ class HubCheckpointCallback(TrainerCallback):
 
     @property
     def pushed(self) -> list[int]:
-        """Steps that are on the Hub by now: a copy, since the thread goes on."""
+        """A copy of the list of steps that are on the Hub."""
         with self._run.lock:
             return list(self._run.pushed)
 
     @property
     def failed(self) -> dict[int, str]:
-        """Why a step is not on the Hub, by step: a copy, since the thread goes on."""
+        """A copy of the reasons why steps are not on the Hub, by step."""
         with self._run.lock:
             return dict(self._run.failed)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Push the weights before the first step; in a run that goes on, nothing."""
+        """Push the weights before the first step; a resumed run pushes nothing here."""
         self._run = _Run(self.waiting)
         if state.global_step == 0:
             self._publish(state, kwargs)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Push the weights if it is a step to be published."""
+        """Push the weights if the step is published."""
         if is_published(state.global_step, self.every):
             self._publish(state, kwargs)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Wait for what is being pushed, try once more what failed, and list what is not on the Hub."""
+        """Wait for the remaining pushes, retry failed ones once, and warn of steps that are not on the Hub."""
         run = self._run
         if run.worker is not None:
             run.queued.put(None)
@@ -156,7 +156,7 @@ class HubCheckpointCallback(TrainerCallback):
                 run.worker.join(LAST_WAIT)
             run.worker = None
             with run.lock:
-                for step in run.given:
+                for step in run.submitted:
                     if step not in run.pushed:
                         run.failed.setdefault(step, "it was still being pushed when the training ended")
         if failed := self.failed:
@@ -165,31 +165,31 @@ class HubCheckpointCallback(TrainerCallback):
 
     # In the training's thread
 
-    def _publish(self, state: Any, found: dict[str, Any]) -> None:
-        run, model, step = self._run, found.get("model"), state.global_step
+    def _publish(self, state: Any, arguments: dict[str, Any]) -> None:
+        run, model, step = self._run, arguments.get("model"), state.global_step
         if model is None:
             return
-        # Every process takes part in gathering; only the main one has what comes of it.
-        whole, weights = _gathered(model)
+        # Every process takes part in gathering; only the main process gets the result.
+        can_gather, weights = _gathered(model)
         if not state.is_world_process_zero:
             return
-        if not whole:
-            run.fail(step, "its weights are shared out among processes in a way that is not gathered here")
+        if not can_gather:
+            run.fail(step, "its weights are sharded among processes in a way that this callback cannot gather")
             return
-        if not run.kept.acquire(blocking=False):
-            run.fail(step, f"{self.waiting} checkpoints before it were still waiting for the Hub")
+        if not run.slots.acquire(blocking=False):
+            run.fail(step, f"{self.waiting} earlier checkpoints were still waiting for the Hub")
             return
         try:
             checkpoint = _Checkpoint(step)
-            _save(model, weights, found.get("processing_class"), checkpoint.folder.name)
-        except Exception as error:  # whatever a model's own saving raises, the training goes on
-            run.kept.release()
+            _save(model, weights, arguments.get("processing_class"), checkpoint.folder.name)
+        except Exception as error:  # whatever the model's saving raises, the training continues
+            run.slots.release()
             run.fail(step, f"could not be saved: {one_line(error)}")
             return
         if run.worker is None:
             run.worker = threading.Thread(target=self._work, args=(run,), name="hub-checkpoints", daemon=True)
             run.worker.start()
-        run.given.append(step)
+        run.submitted.append(step)
         run.queued.put(checkpoint)
 
     # In the worker's thread
@@ -197,19 +197,19 @@ class HubCheckpointCallback(TrainerCallback):
     def _work(self, run: _Run) -> None:
         while (checkpoint := run.queued.get()) is not None:
             if not self._push(run, checkpoint):
-                run.again.append(checkpoint)  # its folder stays until the end
+                run.retries.append(checkpoint)  # its folder is kept until the end
                 continue
-            run.kept.release()
-        for checkpoint in run.again:
+            run.slots.release()
+        for checkpoint in run.retries:
             self._push(run, checkpoint)
-        run.again = []
+        run.retries = []
 
     def _push(self, run: _Run, checkpoint: _Checkpoint) -> bool:
         try:
             api: HfApi = client(self._token)
-            patience = Patience(stop=run.stop, said=lambda line: logger.info("%s", line))
+            patience = Patience(stop=run.stop, report_wait=lambda line: logger.info("%s", line))
             push_trees(api, [checkpoint.tree(self.repo_id)], patience, private=self.private)
-        except Exception as error:  # in a thread it would go unseen, and the training goes on in any case
+        except Exception as error:  # an exception in a thread would be lost; the training continues in any case
             run.fail(checkpoint.step, one_line(error))
             return False
         run.succeed(checkpoint.step)
@@ -218,16 +218,16 @@ class HubCheckpointCallback(TrainerCallback):
 
 
 def _gathered(model: torch.nn.Module) -> tuple[bool, dict[str, Any] | None]:
-    """Whether the whole weights of a model can be had, and those that had to be gathered from other processes."""
+    """Whether the complete weights of a model are available, and the state dict if it had to be gathered."""
     parameters = list(model.parameters())
-    # DeepSpeed's stage 3 marks what it shares out; FSDP's version 1 puts parameters into flat ones.
-    if any(hasattr(one, "ds_id") or type(one).__name__ == "FlatParameter" for one in parameters):
+    # DeepSpeed's stage 3 marks the parameters that it shards; FSDP 1 flattens them.
+    if any(hasattr(parameter, "ds_id") or type(parameter).__name__ == "FlatParameter" for parameter in parameters):
         return False, None
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
         from torch.distributed.tensor import DTensor
 
-        if any(isinstance(one, DTensor) for one in parameters):
+        if any(isinstance(parameter, DTensor) for parameter in parameters):
             options = StateDictOptions(full_state_dict=True, cpu_offload=True)
             return True, get_model_state_dict(model, options=options)
     return True, None

@@ -1,4 +1,4 @@
-"""A collection that holds a sweep together: the paper, the models, the data set, the Space."""
+"""A collection of a sweep: the paper, the models, the data set, the Space."""
 
 from dataclasses import dataclass
 from functools import partial
@@ -13,13 +13,13 @@ from depthscope.hub.retry import Patience
 __all__ = ["LONGEST_TITLE", "PAPER", "CollectionPlan", "Item", "publish_collection"]
 
 PAPER = "2603.15389"
-LONGEST_TITLE = 59  # characters; the Hub takes fewer than 60
-DESCRIPTION = "Models of a depthscope sweep, with what each of their layers contributes."
+LONGEST_TITLE = 59  # characters; the Hub allows fewer than 60
+DESCRIPTION = "Models of a depthscope sweep, with the contribution of each layer."
 
 
 @dataclass(frozen=True)
 class Item:
-    """What a collection lists."""
+    """One entry of a collection."""
 
     kind: Literal["paper", "model", "dataset", "space"]
     item_id: str
@@ -27,7 +27,7 @@ class Item:
 
 @dataclass(frozen=True)
 class CollectionPlan:
-    """A collection by its owner and title, and what it is to list, in order."""
+    """A collection: its owner, its title, and its entries in order."""
 
     namespace: str
     title: str
@@ -36,16 +36,16 @@ class CollectionPlan:
     def __post_init__(self) -> None:
         if not 0 < len(self.title) <= LONGEST_TITLE:
             raise SettingsError(
-                f"The collection's title has {len(self.title)} characters; the Hub takes 1 to {LONGEST_TITLE}."
+                f"The collection's title has {len(self.title)} characters; the Hub allows 1 to {LONGEST_TITLE}."
             )
 
 
 def publish_collection(
     api: HfApi, plan: CollectionPlan, patience: Patience, *, private: bool = False
 ) -> tuple[str, list[str]]:
-    """Make the collection if there is none of its title, and add what it lacks; nothing is taken out.
+    """Create the collection if none has its title, and add missing entries; no entry is removed.
 
-    Returns its slug, and the items that the Hub does not know.
+    Returns its slug, and the entries that the Hub does not know.
 
     Raises:
         HubError: the Hub refused or did not answer.
@@ -64,16 +64,16 @@ def publish_collection(
 
 
 def _open(api: HfApi, plan: CollectionPlan, private: bool) -> Collection:
-    for found in api.list_collections(owner=plan.namespace):
-        if found.title == plan.title:
-            return api.get_collection(found.slug)  # the list shows the first items of each only
+    for existing in api.list_collections(owner=plan.namespace):
+        if existing.title == plan.title:
+            return api.get_collection(existing.slug)  # the list holds only the first entries of each
     return api.create_collection(
         plan.title, namespace=plan.namespace, description=DESCRIPTION, private=private, exists_ok=True
     )
 
 
 def _add(api: HfApi, slug: str, item: Item) -> bool:
-    """Add an item; False where the Hub has no such thing, as a paper that nobody has asked for yet."""
+    """Add an entry; False if the Hub does not have it, such as a paper that it has not indexed yet."""
     try:
         api.add_collection_item(slug, item.item_id, item_type=item.kind, exists_ok=True)
     except HfHubHTTPError as error:

@@ -1,4 +1,4 @@
-"""One branch of a repository made to hold a tree, in one commit, or left as it is where it holds it already."""
+"""Making a branch of a repository hold a tree in one commit, or leaving it if it already does."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -20,16 +20,16 @@ UPLOADS = 4  # large files at once, in a commit
 
 @dataclass(frozen=True)
 class Remote:
-    """A branch as it is on the Hub: its last commit, its files, and those of them that a push made."""
+    """A branch on the Hub: its last commit, its files, and the files that an earlier push wrote."""
 
     commit: str
     files: dict[str, Digest]
-    made: dict[str, Digest] = field(default_factory=dict)
+    pushed: dict[str, Digest] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Changes:
-    """What is to be done to a branch: paths to write, to remove, and those that somebody else changed and keeps."""
+    """The changes to a branch: paths to write and to remove, and paths to keep since somebody else changed them."""
 
     write: list[str]
     remove: list[str]
@@ -38,7 +38,7 @@ class Changes:
 
 @dataclass(frozen=True)
 class PushedRevision:
-    """What came of a branch: its commit, how many files were written and removed, and which were left to others."""
+    """The result for a branch: its commit, the numbers of files written and removed, and the files of others kept."""
 
     repo_id: str
     kind: Kind
@@ -59,21 +59,21 @@ def push_trees(
     overwrite: bool = False,
     done: Callable[[PushedRevision], None] = lambda revision: None,
 ) -> list[PushedRevision]:
-    """Bring the branches of one repository up to date, in order; the repository and its branches are made if missing.
+    """Update the branches of one repository, in order; the repository and its branches are created if missing.
 
-    A new branch starts at the first commit of the repository, so that one whose own commit never came is empty, and is
-    not taken for a checkpoint.
+    A new branch starts at the first commit of the repository, so a branch without its own commit is empty and is not
+    mistaken for a checkpoint.
 
     Args:
         api: the client.
-        trees: of one repository.
-        patience: with the Hub.
-        private: make the repository private; one that is there and public is refused.
+        trees: the trees of one repository.
+        patience: how to retry.
+        private: make the repository private; an existing public one is refused.
         overwrite: replace files that somebody else made or changed.
-        done: is told of each branch.
+        done: called after each branch.
 
     Raises:
-        HubError: the Hub refused or did not answer, or files of somebody else are in the way.
+        HubError: the Hub refused or did not answer, or the push would replace files of somebody else.
     """
     repo_id, kind = trees[0].repo_id, trees[0].kind
     patience.carry_out(f"open {repo_id}", lambda: _open(api, repo_id, kind, private))
@@ -93,7 +93,7 @@ def push_trees(
 
 
 def changes(tree: Tree, remote: Remote, overwrite: bool = False) -> Changes:
-    """What a branch lacks of a tree.
+    """The changes that make a branch hold a tree.
 
     Raises:
         HubError: a file that the push would replace was made or changed by somebody else.
@@ -103,22 +103,22 @@ def changes(tree: Tree, remote: Remote, overwrite: bool = False) -> Changes:
     kept: list[str] = []
     foreign: list[str] = []
     for path, ours in tree.digests.items():
-        theirs, known = remote.files.get(path), remote.made.get(path)
+        theirs, known = remote.files.get(path), remote.pushed.get(path)
         if theirs is not None and ours.agrees(theirs):
             continue
         if theirs is None or overwrite or (known is not None and known.agrees(theirs)):
             write.append(path)
         elif known is not None and known.agrees(ours):
-            kept.append(path)  # changed there, not here
+            kept.append(path)  # changed on the Hub, not here
         else:
             foreign.append(path)
     if foreign:
         where = f"{tree.repo_id}" + ("" if tree.revision == MAIN else f" ({tree.revision})")
         raise HubError(
-            f"{where} has files that this push did not make, or that were changed there: {listed(foreign)}. Choose "
+            f"{where} has files that no push made, or that were changed on the Hub: {listed(foreign)}. Choose "
             "another name, or replace them with --overwrite."
         )
-    for path, known in remote.made.items():
+    for path, known in remote.pushed.items():
         if path in remote.files and path not in tree.files and path != MANIFEST:
             (remove if known.agrees(remote.files[path]) else kept).append(path)
     return Changes(write, remove, kept)
@@ -134,7 +134,7 @@ def _open(api: HfApi, repo_id: str, kind: str, private: bool) -> None:
         return
     if private and not info.private:
         raise HubError(
-            f"{repo_id} is there and public: make it private in its settings first, or push without --private."
+            f"{repo_id} exists and is public: make it private in its settings first, or push without --private."
         )
 
 
@@ -145,20 +145,20 @@ def _branch(api: HfApi, tree: Tree) -> None:
 
 def _push(api: HfApi, tree: Tree, patience: Patience, overwrite: bool) -> PushedRevision:
     where = tree.repo_id if tree.revision == MAIN else f"{tree.repo_id} ({tree.revision})"
-    wanted: list[Changes] = []
-    committed: list[int] = []  # the size of each commit that was tried
+    attempts: list[Changes] = []
+    committed: list[int] = []  # the size of each attempted commit
 
     def step() -> str:
-        """Look, and commit what is missing: an attempt whose answer got lost finds nothing to do the next time."""
+        """Compare and commit what is missing; after an attempt whose answer got lost, nothing is left to do."""
         remote = _remote(api, tree)
-        found = changes(tree, remote, overwrite)
-        wanted.append(found)
+        required = changes(tree, remote, overwrite)
+        attempts.append(required)
         ours = CommitOperationAdd(MANIFEST, tree.manifest)
         operations: list[CommitOperationAdd | CommitOperationDelete] = [
-            *(CommitOperationAdd(path, tree.files[path]) for path in found.write),
-            *(CommitOperationDelete(path) for path in found.remove),
+            *(CommitOperationAdd(path, tree.files[path]) for path in required.write),
+            *(CommitOperationDelete(path) for path in required.remove),
         ]
-        if operations or remote.made != read_manifest(tree.manifest):
+        if operations or remote.pushed != read_manifest(tree.manifest):
             operations.append(ours)
         if not operations:
             return remote.commit
@@ -168,13 +168,13 @@ def _push(api: HfApi, tree: Tree, patience: Patience, overwrite: bool) -> Pushed
             operations,
             repo_type=tree.kind,
             revision=tree.revision,
-            commit_message=_message(tree, found),
-            parent_commit=remote.commit,  # whoever commits in between is not written over
+            commit_message=_message(tree, required),
+            parent_commit=remote.commit,  # refuses to overwrite a commit made in between
             num_threads=UPLOADS,
         ).oid
 
     commit = patience.carry_out(f"write {where}", step)
-    first = wanted[0]
+    first = attempts[0]
     return PushedRevision(
         tree.repo_id,
         tree.kind,
@@ -183,7 +183,7 @@ def _push(api: HfApi, tree: Tree, patience: Patience, overwrite: bool) -> Pushed
         bool(committed),
         len(first.write),
         len(first.remove),
-        tuple(wanted[-1].kept),
+        tuple(attempts[-1].kept),
     )
 
 
@@ -194,8 +194,8 @@ def _remote(api: HfApi, tree: Tree) -> Remote:
         for file in getattr(info, "siblings", None) or []
     }
     commit = str(info.sha)
-    made = read_manifest(_read(api, tree, commit)) if MANIFEST in files else {}
-    return Remote(commit, files, made)
+    pushed = read_manifest(_read(api, tree, commit)) if MANIFEST in files else {}
+    return Remote(commit, files, pushed)
 
 
 def _read(api: HfApi, tree: Tree, commit: str) -> bytes:
@@ -205,7 +205,8 @@ def _read(api: HfApi, tree: Tree, commit: str) -> bytes:
     return response.content
 
 
-def _message(tree: Tree, found: Changes) -> str:
-    what = "Training checkpoint " + tree.revision if tree.revision != MAIN else tree.repo_id.rpartition("/")[2]
-    parts = [f"{len(found.write)} files"] * bool(found.write) + [f"{len(found.remove)} removed"] * bool(found.remove)
-    return f"{what}: {', '.join(parts) or 'list of files'} (depthscope push)"
+def _message(tree: Tree, required: Changes) -> str:
+    subject = "Training checkpoint " + tree.revision if tree.revision != MAIN else tree.repo_id.rpartition("/")[2]
+    parts = [f"{len(required.write)} files"] if required.write else []
+    parts += [f"{len(required.remove)} removed"] if required.remove else []
+    return f"{subject}: {', '.join(parts) or 'list of files'} (depthscope push)"

@@ -1,4 +1,4 @@
-"""What the Hub refuses, or does not answer, in words: what was to be done, what the Hub said, and what to do next."""
+"""Messages for errors of the Hub: the attempted action, the Hub's answer, and what to do next."""
 
 import re
 
@@ -21,7 +21,7 @@ __all__ = [
     "LOG_IN",
     "cause_of",
     "hide_tokens",
-    "in_words",
+    "hub_message",
     "refusal",
     "require_repository_name",
     "status_of",
@@ -30,14 +30,14 @@ __all__ = [
 
 AGAIN = "The Hub holds complete commits only; run the same command again to continue."
 LOG_IN = "Log in with `hf auth login`, or set HF_TOKEN to a token that may write"
-# What `http_backoff` of another thread leaves behind when it closes the shared connections.
+# The error after `http_backoff` of another thread closed the shared connections.
 CLOSED = "client has been closed"
 TOKEN = re.compile(r"hf_[A-Za-z0-9]{8,}|(?i:bearer)\s+\S+")
-MAX_MESSAGE = 300  # characters of what the Hub says
+MAX_MESSAGE = 300  # characters of the Hub's message
 
 
 def why_no_repository(name: str) -> str | None:
-    """Why the Hub would not take a name for a repository's, in its own words; None where it would."""
+    """Why the Hub would refuse a repository's name, in its own words; None if it is valid."""
     try:
         validate_repo_id(name)
     except HFValidationError as error:
@@ -46,21 +46,21 @@ def why_no_repository(name: str) -> str | None:
 
 
 def require_repository_name(name: str, what: str) -> None:
-    """Refuse a name that the Hub would not take for a repository's.
+    """Refuse a name that the Hub would refuse for a repository.
 
     Args:
         name: the name.
-        what: what to call it in a message.
+        what: the name's description in a message.
 
     Raises:
-        SettingsError: it is refused; the message says why.
+        SettingsError: the name is refused; the message says why.
     """
     if why := why_no_repository(name):
-        raise SettingsError(f"{what} is no name that the Hub takes: {one_line(ValueError(why))}")
+        raise SettingsError(f"The Hub does not accept {what} as a name: {one_line(ValueError(why))}")
 
 
 def hide_tokens(text: str, api: HfApi | None = None) -> str:
-    """A text without the tokens that this process knows, or anything of their form."""
+    """Remove the tokens of this process, and everything that looks like a token, from a text."""
     for token in (api.token if api else None, get_token()):
         if isinstance(token, str) and len(token) > 4:
             text = text.replace(token, "***")
@@ -68,7 +68,7 @@ def hide_tokens(text: str, api: HfApi | None = None) -> str:
 
 
 def cause_of(error: BaseException | None) -> BaseException | None:
-    """What is at the bottom of an error, if it is something between us and the Hub."""
+    """The error of the Hub or of the connection behind an error; None if there is none."""
     while error is not None:
         if isinstance(error, HTTPError | LocalTokenNotFoundError | OfflineModeIsEnabled):
             return error
@@ -79,15 +79,15 @@ def cause_of(error: BaseException | None) -> BaseException | None:
 
 
 def status_of(cause: BaseException) -> int | None:
-    """The status of the Hub's answer, None where there is none."""
+    """The HTTP status of the Hub's answer; None without an answer."""
     return cause.response.status_code if isinstance(cause, HfHubHTTPError) else None
 
 
-def in_words(cause: BaseException) -> str:
-    """The Hub's own words, on one line and without tokens."""
+def hub_message(cause: BaseException) -> str:
+    """The Hub's message on one line, without tokens."""
     if isinstance(cause, HfHubHTTPError):
-        words = cause.server_message or cause.response.reason_phrase
-        text = f"{cause.response.status_code} {words}"
+        reason = cause.server_message or cause.response.reason_phrase
+        text = f"{cause.response.status_code} {reason}"
     else:
         text = f"{type(cause).__name__}: {cause}"
     text = " ".join(text.split()).rstrip(".:")
@@ -95,8 +95,8 @@ def in_words(cause: BaseException) -> str:
 
 
 def refusal(doing: str, cause: BaseException) -> HubError:
-    """What the Hub will not do, why, and what to do next."""
-    status, reason = status_of(cause), in_words(cause)
+    """The error for a request that the Hub refuses: why, and what to do next."""
+    status, reason = status_of(cause), hub_message(cause)
     if isinstance(cause, LocalTokenNotFoundError):
         return HubError(f"Cannot {doing} without a token. {LOG_IN}.")
     if isinstance(cause, OfflineModeIsEnabled):
@@ -104,12 +104,12 @@ def refusal(doing: str, cause: BaseException) -> HubError:
     if status == 401:
         return HubError(
             f"Cannot {doing}: the Hub does not accept the token; it has expired or was revoked ({reason}). {LOG_IN}, "
-            f"then go on: {_lower(AGAIN)}"
+            f"then continue: {_lower(AGAIN)}"
         )
     if status == 403:
         return HubError(
-            f"Cannot {doing}: the token may not ({reason}). Use one that may write there, or another namespace, then "
-            f"go on: {_lower(AGAIN)}"
+            f"Cannot {doing}: the token may not ({reason}). Use a token that may write there, or another namespace, "
+            f"then continue: {_lower(AGAIN)}"
         )
     if isinstance(cause, RepositoryNotFoundError):
         return HubError(f"Cannot {doing}: there is no such repository, or the token does not see it ({reason}).")

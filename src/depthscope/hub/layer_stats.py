@@ -1,6 +1,6 @@
-"""`layer_stats.parquet`: the history of a training in rows, one for each number, as data tools like it.
+"""`layer_stats.parquet`: the history of a training as a table with one row per number.
 
-step, epoch, kind, metric, layer, value        layer is null where the number is of the whole model
+step, epoch, kind, metric, layer, value        layer is null for a number of the whole model
 """
 
 from pathlib import Path
@@ -14,12 +14,12 @@ PARQUET = "layer_stats.parquet"
 
 
 def write_layer_stats(history: Path, out: Path) -> None:
-    """Turn a `layer_stats.jsonl` into parquet; the same history gives the same bytes.
+    """Convert a `layer_stats.jsonl` to parquet; the same history gives the same bytes.
 
     Raises:
         ReportError: the history cannot be read.
     """
-    import pyarrow as pa  # takes a while
+    import pyarrow as pa  # a slow import
     import pyarrow.parquet as pq
 
     schema = pa.schema(

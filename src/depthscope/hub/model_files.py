@@ -1,7 +1,6 @@
-"""Which files of a folder are a model: weights as safetensors, configuration, tokenizer, code. Nothing else is pushed.
+"""The files of a model in a folder: weights as safetensors, configuration, tokenizer, code. No others are pushed.
 
-What a Trainer leaves beside them (optimizer, random states, training_args.bin) is pickled, large, and of no use to
-others.
+The other files of a Trainer (optimizer, random states, training_args.bin) are pickled, large, and of no use to others.
 """
 
 from fnmatch import fnmatch
@@ -39,7 +38,7 @@ def model_files(folder: Path) -> dict[str, Path]:
     """The files of the model in a folder, by name.
 
     Raises:
-        HubError: there is no model, or its weights are pickled.
+        HubError: the folder holds no model, or its weights are pickled.
     """
     names = sorted(path.name for path in folder.iterdir() if path.is_file())
     files = {name: folder / name for name in names if any(fnmatch(name, pattern) for pattern in FILES)}
@@ -60,6 +59,6 @@ def has_weights(folder: Path) -> bool:
 
 
 def find_steps(folder: Path) -> dict[int, Path]:
-    """The checkpoints of a training, by step: those that a sweep keeps in `steps`, or a Trainer as `checkpoint-N`."""
+    """The checkpoints of a training, by step: in `steps` for a sweep, in `checkpoint-N` for a Trainer."""
     places = (*published_steps(folder).items(), *checkpoints(folder).items())
     return dict(sorted((step, path) for step, path in places if has_weights(path)))

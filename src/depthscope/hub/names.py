@@ -1,17 +1,17 @@
-"""What a sweep's models and the steps of a training are called on the Hub."""
+"""The names of a sweep's models and of the steps of a training on the Hub."""
 
 import hashlib
 import re
 
 __all__ = ["model_repository", "step_branch"]
 
-MOST_CHARACTERS = 88  # the Hub takes 96; an export's suffix must fit too
+MOST_CHARACTERS = 88  # the Hub allows 96; the suffix of an export must fit too
 
 
 def model_repository(namespace: str, sweep: str, point: str) -> str:
-    """The repository of a point of a sweep, `namespace/sweep-point`, in the characters that the Hub takes.
+    """The repository of a point of a sweep, `namespace/sweep-point`, in characters that the Hub allows.
 
-    A name that is too long is cut, and ends in a digest of all of it.
+    A name that is too long is cut, and ends with a digest of the full name.
     """
     name = re.sub(r"[^A-Za-z0-9._-]", "-", f"{sweep}-{point}")
     name = re.sub(r"([-.])[-.]+", r"\1", name).strip("-._")

@@ -1,10 +1,10 @@
-"""From a folder to what is to be on the Hub: the trees of its repositories, and a collection.
+"""Planning a push: from a folder to the trees of its repositories and a collection.
 
-    a sweep         a repository for each finished point, a data set with the reports, a collection
+    a sweep         one repository per finished point, a data set with the reports, a collection
     a run           one repository: a point of a sweep, the output folder of a Trainer, or a saved model
 
-`main` is the trained model with its card; the checkpoints of the training are the branches step0, step1, step2, ...
-With `native`, what an architecture of transformers expresses exactly is a second repository, `<name>-native`.
+`main` is the trained model with its card; the training checkpoints are the branches step0, step1, step2, ... With
+`native`, a model that an architecture of transformers expresses exactly gets a second repository, `<name>-native`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -51,7 +51,7 @@ NATIVE = "-native"
 
 @dataclass(frozen=True)
 class Options:
-    """What is published, and how; see `depthscope.push`."""
+    """The options of a push; see `depthscope.push`."""
 
     native: bool = False
     steps: bool = True
@@ -66,7 +66,7 @@ class Options:
 
 @dataclass
 class PushPlan:
-    """The trees of each repository, `main` last; a collection; and what is to be said."""
+    """The trees of each repository, with `main` last; a collection; and notes for the user."""
 
     repositories: list[list[Tree]] = field(default_factory=list)
     collection: CollectionPlan | None = None
@@ -79,22 +79,22 @@ class PushPlan:
 
 
 def make_plan(source: Path, to: str, work: Path, options: Options) -> PushPlan:
-    """Find what a folder holds, and write into `work` what is made for the Hub (cards, figures, exports).
+    """Plan the push of a folder, and write the files made for the Hub (cards, figures, exports) to `work`.
 
     Args:
-        source: a sweep or a run.
+        source: the folder of a sweep or a run.
         to: a namespace; for a run also `namespace/name`.
-        work: an empty folder, which must stay until the trees are pushed.
-        options: what is published.
+        work: an empty folder that must exist until the trees are pushed.
+        options: the options of the push.
 
     Raises:
         HubError: there is nothing to publish.
-        SettingsError: a value that the Hub would refuse, or two models would be one repository.
+        SettingsError: the Hub would refuse a value, or two models would get the same repository.
         ReportError: a file is damaged.
     """
     if not source.is_dir():
         raise SettingsError(f"There is no folder {str(source)!r}: give the folder of a sweep or of a run.")
-    source = source.resolve()  # the names of `.` and of a link are those of the folder
+    source = source.resolve()  # gives `.` and links their real names
     namespace, _, name = to.partition("/")
     plan = PushPlan()
     if (source / SWEEP_INDEX).is_file():
@@ -108,7 +108,7 @@ def make_plan(source: Path, to: str, work: Path, options: Options) -> PushPlan:
 
 
 def check_names(to: str, space: str | None = None) -> None:
-    """Refuse a destination or a Space that the Hub would not take for one.
+    """Refuse a destination or a Space whose name the Hub would refuse.
 
     Raises:
         SettingsError: the name is not allowed.
@@ -128,22 +128,22 @@ def _add_sweep(plan: PushPlan, source: Path, namespace: str, work: Path, options
     index = read_object(source / SWEEP_INDEX)
     sweep = str(index.get("name") or source.name)
     listed = [point for point in index.get("points") or [] if isinstance(point, dict)]
-    wanted = [point for point in listed if _is_wanted(point, options.only)]
-    if options.only and not wanted:
+    selected = [point for point in listed if _is_selected(point, options.only)]
+    if options.only and not selected:
         names = ", ".join(str(point.get("point")) for point in listed)
-        raise SettingsError(f"--only {' '.join(options.only)} matches no point. There are {names}.")
-    points, left = [], []
-    for facts in wanted:
+        raise SettingsError(f"--only {' '.join(options.only)} matches no point. The points are {names}.")
+    points, unfinished = [], []
+    for facts in selected:
         folder = point_folder(source, _folder_name(str(facts.get("point"))))
         status = read_object(folder / RESULT).get("status", NOT_RUN)
         if status == FINISHED and (folder / MODEL).is_dir():
             points.append(Reported(folder, facts, model_repository(namespace, sweep, str(facts["point"]))))
         else:
-            left.append(f"{facts.get('point')} ({status})")
+            unfinished.append(f"{facts.get('point')} ({status})")
     if not points:
         raise HubError(f"No point of the sweep in {str(source)!r} is finished: run it first (depthscope sweep run).")
-    if left:
-        plan.notes.append(f"Left out, since they are not finished: {', '.join(left)}.")
+    if unfinished:
+        plan.notes.append(f"Left out, since they are not finished: {', '.join(unfinished)}.")
     has_reports = any((point.folder / name).is_file() for point in points for name in REPORTS)
     reports = model_repository(namespace, sweep, "reports") if has_reports else None
     for number, point in enumerate(points):
@@ -151,8 +151,8 @@ def _add_sweep(plan: PushPlan, source: Path, namespace: str, work: Path, options
     models = [trees[-1].repo_id for trees in plan.repositories]
     items = [Item("paper", PAPER), *(Item("model", repo_id) for repo_id in models)]
     if reports:
-        made = reports_tree(points, reports, work / "reports", sweep=sweep, license=options.license)
-        plan.repositories.append([made])
+        reports_branch = reports_tree(points, reports, work / "reports", sweep=sweep, license=options.license)
+        plan.repositories.append([reports_branch])
         items.append(Item("dataset", reports))
     if options.space:
         items.append(Item("space", options.space))
@@ -160,14 +160,16 @@ def _add_sweep(plan: PushPlan, source: Path, namespace: str, work: Path, options
     plan.collection = CollectionPlan(namespace, title, tuple(items))
 
 
-def _is_wanted(point: dict[str, Any], only: Sequence[str]) -> bool:
+def _is_selected(point: dict[str, Any], only: Sequence[str]) -> bool:
     names = (str(point.get("point")), str(point.get("variant")))
     return not only or any(fnmatch(name, pattern) for name in names for pattern in only)
 
 
 def _folder_name(point: str) -> str:
     if Path(point).name != point or point in ("", ".", ".."):
-        raise HubError(f"{SWEEP_INDEX} names the point {point!r}, which is no name of a folder; it is damaged.")
+        raise HubError(
+            f"{SWEEP_INDEX} names the point {point!r}, which is not the name of a folder; the file is damaged."
+        )
     return point
 
 
@@ -187,7 +189,7 @@ def _add_run(plan: PushPlan, source: Path, repo_id: str, work: Path, options: Op
 
 
 def _run_name(source: Path, namespace: str) -> str:
-    """The name of a run's repository: a point's has that of its sweep before it, any other run's is its folder's."""
+    """The name of a run's repository: the folder's name; for a point of a sweep, the sweep's name comes before it."""
     index = read_object(source.parent.parent / SWEEP_INDEX) if (source / POINT).is_file() else {}
     if index:
         return model_repository(namespace, str(index.get("name")), source.name).partition("/")[2]
@@ -234,19 +236,19 @@ def _add_model(
 
 
 def _require_whole(folder: Path, model: Path, files: Mapping[str, Path]) -> None:
-    """Refuse a trained model that is not what the point wrote, where checksums of it were kept."""
-    known = known_checksums(folder) or {}
-    kept = {name.removeprefix(f"{MODEL}/"): value for name, value in known.items() if name.startswith(f"{MODEL}/")}
-    missing = [name for name in kept if not (model / name).is_file()]
+    """Refuse a trained model whose files do not match their checksums, if it has any."""
+    sums = known_checksums(folder) or {}
+    expected = {name.removeprefix(f"{MODEL}/"): value for name, value in sums.items() if name.startswith(f"{MODEL}/")}
+    missing = [name for name in expected if not (model / name).is_file()]
     try:
-        changed = damaged_file(model, {name: value for name, value in kept.items() if name in files})
+        changed = damaged_file(model, {name: value for name, value in expected.items() if name in files})
     except OSError as error:
         raise HubError(f"the model in {model} cannot be read: {reason(error)}.") from error
     if name := next(iter(missing), changed):
-        what = "is missing" if missing else "is not what was written when the model had been trained"
+        problem = "is missing" if missing else "has changed since the model was trained"
         raise HubError(
-            f"{model / name} {what}. Run the sweep again, which trains a damaged model anew; or, if it was changed on "
-            f"purpose, delete {folder / CHECKSUMS}."
+            f"{model / name} {problem}. Run the sweep again, which trains a damaged model again; or, if you changed "
+            f"it on purpose, delete {folder / CHECKSUMS}."
         )
 
 
@@ -266,8 +268,8 @@ def _card(data: DepthCardData, work: Path) -> dict[str, Path]:
 
 
 def _export(plan: PushPlan, model: Path, repo_id: str, out: Path) -> Path | None:
-    """The native export of a model, None (with a note) where there is no exact one."""
-    from depthscope.conversion.checkpoint import convert_checkpoint  # torch and transformers take seconds
+    """The native export of a model; None, with a note, if there is no exact one."""
+    from depthscope.conversion.checkpoint import convert_checkpoint  # a slow import: torch and transformers
 
     try:
         convert_checkpoint(str(model), out, to="native")
@@ -281,9 +283,9 @@ def _export(plan: PushPlan, model: Path, repo_id: str, out: Path) -> Path | None
 
 
 def _require_different(plan: PushPlan) -> None:
-    """The Hub tells names apart by more than their case only."""
+    """Refuse names that differ only by case, which the Hub treats as equal."""
     seen: dict[tuple[str, str], str] = {}
     for trees in plan.repositories:
         repo_id, kind = trees[-1].repo_id, trees[-1].kind
-        if (before := seen.setdefault((kind, repo_id.lower()), repo_id)) is not repo_id:
-            raise SettingsError(f"Two models would be {before} and {repo_id}, which is one repository: rename a point.")
+        if (first := seen.setdefault((kind, repo_id.lower()), repo_id)) is not repo_id:
+            raise SettingsError(f"{first} and {repo_id} would be the same repository: rename a point.")

@@ -1,8 +1,8 @@
-"""Publishing a sweep or a run on the Hub: what `depthscope push` does.
+"""Publishing a sweep or a run on the Hub: the work of `depthscope push`.
 
-Each branch is written in one commit, and only where it differs from what is there; what was pushed before is looked at
-first, so that a push that was interrupted goes on when it is started again. The token is the one that huggingface_hub
-finds (`hf auth login`, HF_TOKEN), and is never shown.
+Each branch is written in one commit, and only if it differs from the Hub's. A push first compares the files with those
+on the Hub, so an interrupted push continues when it is started again. huggingface_hub finds the token (`hf auth login`,
+HF_TOKEN); it is never shown.
 """
 
 import logging
@@ -36,14 +36,14 @@ WRITERS = ("admin", "write", "contributor")
 
 @dataclass
 class Publication:
-    """What a push came to.
+    """The result of a push.
 
     Attributes:
-        plan: what was to be on the Hub.
-        revisions: every branch, and what was done to it; empty for a dry run.
+        plan: the planned content of the Hub.
+        revisions: every branch with its changes; empty for a dry run.
         collection: the slug of the collection, if there is one.
-        folder: where a dry run wrote what would be pushed.
-        notes: what is to be said.
+        folder: the folder that a dry run wrote.
+        notes: messages for the user.
     """
 
     plan: PushPlan
@@ -73,45 +73,47 @@ def push(
     progress: bool = True,
     patience: Patience | None = None,
 ) -> Publication:
-    """Publish a sweep, or one run, on the Hub; again to bring it up to date, or to go on where it was interrupted.
+    """Publish a sweep or a run on the Hub; run it again to update it, or to continue after an interruption.
 
     Args:
         source: the folder of a sweep, of one of its points, of a Trainer's run, or of a saved model.
         to: a user or an organisation; for a single run also `namespace/name`.
         private: make the repositories and the collection private.
-        native: also push each model as an architecture of transformers, where one expresses it exactly.
+        native: also push each model in an architecture of transformers, if one expresses it exactly.
         steps: push the checkpoints of the training as branches `step<N>`.
-        license: an identifier of the Hub, for the cards.
-        language: codes of languages, for the cards.
+        license: the Hub's identifier of the licence, for the cards.
+        language: language codes, for the cards.
         datasets: data sets on the Hub that the models were trained on.
         base_model: the model on the Hub that a run started from.
         only: names or patterns of points or variants of a sweep.
         space: a Space that the collection lists.
-        collection: its title; a single run has one only where this or `space` is given.
+        collection: the title of the collection; a single run gets one only with this or `space`.
         overwrite: replace files on the Hub that somebody else made or changed.
-        dry_run: write what would be pushed into this folder, which must be new or empty, and push nothing.
-        token: instead of the one that huggingface_hub finds.
-        progress: show it on a terminal.
-        patience: with a Hub that does not answer.
+        dry_run: write the files to this folder, which must be new or empty, and push nothing.
+        token: a token, instead of the one that huggingface_hub finds.
+        progress: whether to show progress on a terminal.
+        patience: how to retry when the Hub does not answer.
 
     Raises:
-        HubError: there is nothing to publish, the Hub refused or did not answer, or others' files are in the way.
-        SettingsError: a value that the Hub would refuse.
+        HubError: there is nothing to publish, the Hub refused or did not answer, or others' files would be replaced.
+        SettingsError: the Hub would refuse a value.
         ReportError: a file of the run is damaged.
     """
     if not isinstance(source, (str, os.PathLike)) or not os.fspath(source).strip():
-        raise SettingsError(f"{source!r} is not the path of a folder; give that of a sweep, a run or a saved model.")
+        raise SettingsError(
+            f"{source!r} is not the path of a folder; give the folder of a sweep, a run or a saved model."
+        )
     check_names(to, space)
     if dry_run is not None:
-        require_room(Path(os.fspath(dry_run)))  # before cards are written
+        require_room(Path(os.fspath(dry_run)))  # before the cards are written
     options = Options(native, steps, license, language, datasets, base_model, only, space, collection)
     with tempfile.TemporaryDirectory(prefix="depthscope-push-") as work:
         api = None
         patience = patience or Patience()
         if dry_run is None:
-            with _calm():
+            with _quiet_client():
                 api = client(token)
-                # Before the work: a token that may not write is found out in a second.
+                # Before the work, since checking the token takes a second.
                 patience.carry_out("log in", lambda: _require_permission(api, to.partition("/")[0]))
         with showing_status("Writing cards", visible=progress):
             plan = make_plan(Path(source), to, Path(work), options)
@@ -131,46 +133,46 @@ def publish(
     overwrite: bool = False,
     progress: bool = False,
 ) -> Publication:
-    """Bring the Hub to what a plan says.
+    """Update the Hub according to a plan.
 
     Raises:
-        HubError: the Hub refused or did not answer, or others' files are in the way.
+        HubError: the Hub refused or did not answer, or the push would replace others' files.
     """
     publication = Publication(plan, notes=list(plan.notes))
-    with _calm(), showing_progress(sum(tree.size for tree in plan.trees), visible=progress) as shown:
-        patience = replace(patience, said=_both(patience.said, shown.at))
-        publication.revisions = _push_all(api, plan, patience, shown, private=private, overwrite=overwrite)
+    with _quiet_client(), showing_progress(sum(tree.size for tree in plan.trees), visible=progress) as progress_bar:
+        patience = replace(patience, report_wait=_both(patience.report_wait, progress_bar.at))
+        publication.revisions = _push_all(api, plan, patience, progress_bar, private=private, overwrite=overwrite)
         if plan.collection is not None:
-            shown.at("collection")
+            progress_bar.at("collection")
             publication.collection, unknown = publish_collection(api, plan.collection, patience, private=private)
             publication.notes += [
-                f"The Hub does not know the {item}; the collection is without it." for item in unknown
+                f"The Hub does not know the {item}; the collection does not list it." for item in unknown
             ]
-    if kept := [f"{one.repo_id} {path}" for one in publication.revisions for path in one.kept]:
-        publication.notes.append(f"Changed on the Hub and left as they are: {', '.join(kept)}.")
+    if kept := [f"{pushed.repo_id} {path}" for pushed in publication.revisions for path in pushed.kept]:
+        publication.notes.append(f"These files were changed on the Hub and are kept: {', '.join(kept)}.")
     return publication
 
 
-def _both(one: Callable[[str], None], other: Callable[[str], None]) -> Callable[[str], None]:
-    def tell(line: str) -> None:
-        one(line)
-        other(line)
+def _both(first: Callable[[str], None], second: Callable[[str], None]) -> Callable[[str], None]:
+    def notify(line: str) -> None:
+        first(line)
+        second(line)
 
-    return tell
+    return notify
 
 
 def client(token: str | None = None) -> HfApi:
     """A client of the Hub with a token.
 
     Raises:
-        HubError: there is no token, or what there is cannot be one.
+        HubError: there is no token, or it is not valid.
     """
-    found = token or get_token()
-    if not found:
+    secret = token or get_token()
+    if not secret:
         raise HubError(f"There is no token for the Hub. {LOG_IN}.")
-    if not (found.isascii() and found.isprintable() and " " not in found):
-        raise HubError(f"The token for the Hub has characters that no token has; was more than it pasted? {LOG_IN}.")
-    return HfApi(token=found, library_name="depthscope")
+    if not (secret.isascii() and secret.isprintable() and " " not in secret):
+        raise HubError(f"The token for the Hub has invalid characters; was more than the token pasted? {LOG_IN}.")
+    return HfApi(token=secret, library_name="depthscope")
 
 
 def _require_permission(api: HfApi, namespace: str) -> None:
@@ -178,26 +180,24 @@ def _require_permission(api: HfApi, namespace: str) -> None:
     role = (who.get("auth", {}).get("accessToken") or {}).get("role")
     if role == "read":
         raise HubError(f"The token of {who['name']} may only read. {LOG_IN}.")
-    organizations = {one["name"]: one.get("roleInOrg") for one in who.get("orgs", [])}
+    organizations = {each["name"]: each.get("roleInOrg") for each in who.get("orgs", [])}
     if namespace == who["name"] or (namespace in organizations and organizations[namespace] in (None, *WRITERS)):
         return
     if namespace in organizations:
-        raise HubError(
-            f"{who['name']} may only read in {namespace!r}: ask for the right to write, or use another --to."
-        )
+        raise HubError(f"{who['name']} may only read in {namespace!r}: ask for write access, or use another --to.")
     mine = ", ".join([who["name"], *organizations])
     raise HubError(f"{namespace!r} is not a namespace of {who['name']}, who may push to: {mine}.")
 
 
 def _push_all(
-    api: HfApi, plan: PushPlan, patience: Patience, shown: Progress, *, private: bool, overwrite: bool
+    api: HfApi, plan: PushPlan, patience: Patience, progress_bar: Progress, *, private: bool, overwrite: bool
 ) -> list[PushedRevision]:
-    """Push repositories side by side; the first failure stops the others after the step that they are in."""
+    """Push repositories in parallel; the first failure stops the others after their current step."""
     sizes = {(tree.kind, tree.repo_id, tree.revision): tree.size for tree in plan.trees}
 
-    def done(one: PushedRevision) -> None:
-        shown.at(f"{one.repo_id} {one.revision}")
-        shown.advance(sizes[one.kind, one.repo_id, one.revision])
+    def done(pushed: PushedRevision) -> None:
+        progress_bar.at(f"{pushed.repo_id} {pushed.revision}")
+        progress_bar.advance(sizes[pushed.kind, pushed.repo_id, pushed.revision])
 
     def push_one(trees: list[Tree]) -> list[PushedRevision]:
         return push_trees(api, trees, patience, private=private, overwrite=overwrite, done=done)
@@ -213,12 +213,12 @@ def _push_all(
     causes = [error for error in failures if not isinstance(error, Stopped)]
     if failures:
         raise (causes or failures)[0]
-    return [one for future in futures for one in future.result()]
+    return [revision for future in futures for revision in future.result()]
 
 
 @contextmanager
-def _calm() -> Iterator[None]:
-    """Keep huggingface_hub's bars, log lines and warnings out of ours; `quiet` would silence ours too."""
+def _quiet_client() -> Iterator[None]:
+    """Silence huggingface_hub's progress bars, log lines and warnings; `quiet` would silence ours too."""
     with ExitStack() as stack:
         stack.enter_context(warnings.catch_warnings())
         warnings.filterwarnings("ignore", module="huggingface_hub")

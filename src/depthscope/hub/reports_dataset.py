@@ -1,10 +1,10 @@
 """The reports of a sweep as a data set of the Hub.
 
-    load_dataset("namespace/name")              one row a report: point, settings, global scores, and the report itself
+    load_dataset("namespace/name")              one row per report: point, settings, global scores, the report
     load_dataset("namespace/name", "layers")    one row per layer of a report
 
-Each model has two reports, of the trained model and of the same before training (`trained` is false): the control.
-`LayerReport.from_json(row["report"])` gives a report back.
+Each model has two reports: of the trained model, and of the untrained model as the control (`trained` is false).
+`LayerReport.from_json(row["report"])` restores a report.
 """
 
 import json
@@ -28,25 +28,25 @@ __all__ = ["Reported", "reports_tree"]
 
 CONFIGS = ("reports", "layers")
 NAMED = {"point": "string", "variant": "string", "seed": "int64", "trained": "bool", "model": "string"}
-# As `datasets` writes parquet: pages that begin where the content says, so that a change sends little.
+# The settings of `datasets`: page boundaries follow the content, so a small change uploads little.
 CHUNKS = {"min_chunk_size": 2**18, "max_chunk_size": 2**20, "norm_level": 0}
 ROW_GROUP = 100_000_000  # bytes
 SIZES = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000_000, "100K<n<1M"))
 
 
-Columns = dict[str, tuple[str, list[Any]]]  # of each its type, as Arrow names it, and its values
+Columns = dict[str, tuple[str, list[Any]]]  # by name: Arrow's type and the values
 
 
 @dataclass(frozen=True)
 class Reported:
-    """A point of a sweep: its folder, what the sweep says of it, and the repository of its model."""
+    """A point of a sweep: its folder, its entry in the sweep's index, and the repository of its model."""
 
     folder: Path
     facts: dict[str, Any]
     repo_id: str
 
 
-Found = tuple[Reported, bool, LayerReport]
+PointReport = tuple[Reported, bool, LayerReport]
 
 
 def reports_tree(
@@ -58,25 +58,25 @@ def reports_tree(
         HubError: there is no report.
         ReportError: a report is damaged.
     """
-    found = [
+    reports = [
         (point, trained, LayerReport.load(point.folder / name))
         for point in points
         for name, trained in REPORTS.items()
         if (point.folder / name).is_file()
     ]
-    if not found:
-        raise HubError(f"No point of the sweep {sweep!r} has a {TRAINED_REPORT}: there is nothing to make data of.")
+    if not reports:
+        raise HubError(f"No point of the sweep {sweep!r} has a {TRAINED_REPORT}, so there is no report to publish.")
     work.mkdir(parents=True, exist_ok=True)
     files = {f"{name}.parquet": work / f"{name}.parquet" for name in CONFIGS}
-    _write_parquet(files["reports.parquet"], _reports(found))
-    rows = _write_parquet(files["layers.parquet"], _layers(found))
+    _write_parquet(files["reports.parquet"], _reports(reports))
+    rows = _write_parquet(files["layers.parquet"], _layers(reports))
     card = _card(repo_id, sweep, points, license, rows)
     (work / "README.md").write_text(card, encoding="utf-8")
     return Tree(repo_id, "dataset", MAIN, files | {"README.md": work / "README.md"})
 
 
-def _reports(found: Iterable[Found]) -> Columns:
-    """A row a report; of the global scores those that any of them has."""
+def _reports(reports: Iterable[PointReport]) -> Columns:
+    """One row per report, with the global scores that any report has."""
     rows = [
         {
             **_named(point, trained),
@@ -86,7 +86,7 @@ def _reports(found: Iterable[Found]) -> Columns:
             **report.scores,
             "report": report.to_json(),
         }
-        for point, trained, report in found
+        for point, trained, report in reports
     ]
     scores = [name for score in GLOBAL_SCORES for name in (score, f"{score}_se") if any(name in row for row in rows)]
     kinds = {**NAMED, "settings": "string", "data": "string", "layers": "int64"}
@@ -94,10 +94,10 @@ def _reports(found: Iterable[Found]) -> Columns:
     return {name: (kind, [row.get(name) for row in rows]) for name, kind in kinds.items()}
 
 
-def _layers(found: Iterable[Found]) -> Columns:
-    """A row per layer of each report."""
+def _layers(reports: Iterable[PointReport]) -> Columns:
+    """One row per layer of each report."""
     columns: Columns = {}
-    for point, trained, report in found:
+    for point, trained, report in reports:
         table, rows = report.table(), len(report.layers)
         named = {name: (NAMED[name], [value] * rows) for name, value in _named(point, trained).items()}
         for name, (kind, values) in {**table, **named}.items():
@@ -118,14 +118,14 @@ def _named(point: Reported, trained: bool) -> dict[str, Any]:
 
 
 def _write_parquet(path: Path, columns: Columns) -> int:
-    """Write columns as `datasets` writes them, with its types beside Arrow's, but without loading it: it loads torch.
+    """Write columns in the format of `datasets`, including its types, without importing it: it imports torch.
 
     Returns the number of rows.
 
     Raises:
-        ReportError: a value is not of the type of its column.
+        ReportError: a value does not have the type of its column.
     """
-    import pyarrow as pa  # takes a while
+    import pyarrow as pa  # a slow import
     import pyarrow.parquet as pq
 
     features = {name: {"dtype": kind, "_type": "Value"} for name, (kind, _) in columns.items()}
@@ -171,7 +171,7 @@ def _card(repo_id: str, sweep: str, points: Sequence[Reported], license: str | N
 
 
 class _Raw(str):
-    """A text that goes into the card as it is: checked to be a name of the Hub, or YAML."""
+    """A text that goes into the card unescaped: a valid name of the Hub, or YAML."""
 
     __slots__ = ()
 

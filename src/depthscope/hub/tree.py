@@ -1,7 +1,7 @@
-"""`Tree`: the files that a branch of a repository is to hold, and where they lie here.
+"""`Tree`: the files that a branch of a repository shall hold, and their local paths.
 
-Beside them a push leaves `.depthscope.json`, a list of what it made with a digest of each, so that a later push knows
-its own files: it replaces and removes those, and no others.
+A push adds `.depthscope.json`, a list of its files with their digests, so that a later push replaces and removes these
+files and no others.
 """
 
 import shutil
@@ -22,27 +22,27 @@ __all__ = ["MAIN", "MANIFEST", "Digest", "Kind", "Tree", "read_manifest", "requi
 MAIN = "main"
 MANIFEST = ".depthscope.json"
 SCHEMA_VERSION = 1
-LARGEST_SMALL = 16 * 2**20  # bytes; larger files are large files on the Hub, which have no digest of git's
+LARGEST_SMALL = 16 * 2**20  # bytes; larger files are large files on the Hub, without git's digest
 
 Kind = Literal["model", "dataset"]
 
 
 @dataclass(frozen=True)
 class Digest:
-    """What the Hub knows a file by: `sha256` where it is a large file, else `git`, the id of its blob."""
+    """The digest of a file on the Hub: `sha256` of a large file, else `git`, the id of its blob."""
 
     sha256: str | None
     git: str | None
 
     @classmethod
     def of(cls, path: Path) -> "Digest":
-        """Both digests of a file here; of one that is certainly large the first only."""
+        """Both digests of a local file; for a file that is large on the Hub only `sha256`."""
         with open(path, "rb") as file:
             sha256 = sha_fileobj(file).hex()
         return cls(sha256, git_hash(path.read_bytes()) if path.stat().st_size <= LARGEST_SMALL else None)
 
     def agrees(self, other: "Digest") -> bool:
-        """Whether two digests are of the same content, as far as both tell."""
+        """Whether two digests belong to the same content, by a digest that both have."""
         if self.sha256 and other.sha256:
             return self.sha256 == other.sha256
         return self.git is not None and self.git == other.git
@@ -54,9 +54,9 @@ class Tree:
 
     Attributes:
         repo_id: the repository.
-        kind: what it is one of.
+        kind: the type of the repository.
         revision: the branch.
-        files: where each file of the repository lies here.
+        files: the local path of each file of the repository.
     """
 
     repo_id: str
@@ -65,22 +65,22 @@ class Tree:
     files: Mapping[str, Path]
 
     def folder(self, root: Path) -> Path:
-        """Where the tree lies when it is written below a folder."""
+        """The folder of the tree when it is written below `root`."""
         return root / f"{self.kind}s" / self.repo_id / self.revision
 
     @cached_property
     def digests(self) -> dict[str, Digest]:
-        """The digest of every file; reads them all."""
+        """The digest of every file; this reads all files."""
         return {path: Digest.of(file) for path, file in sorted(self.files.items())}
 
     @cached_property
     def size(self) -> int:
-        """Bytes of all files."""
+        """The size of all files in bytes."""
         return sum(file.stat().st_size for file in self.files.values())
 
     @cached_property
     def manifest(self) -> bytes:
-        """The list of what a push of this tree makes."""
+        """The content of `.depthscope.json` for this tree."""
         files = {
             path: {"sha256": digest.sha256} | ({"git": digest.git} if digest.git else {})
             for path, digest in self.digests.items()
@@ -90,12 +90,16 @@ class Tree:
 
 
 def read_manifest(content: bytes) -> dict[str, Digest]:
-    """What an earlier push made, by path; nothing where the list is not one of ours."""
+    """The digests of the files of an earlier push, by path; {} if the list is not valid."""
     try:
-        read: Any = parse(content.decode(errors="replace"), MANIFEST)
+        manifest: Any = parse(content.decode(errors="replace"), MANIFEST)
     except ReportError:
         return {}
-    files = read.get("files") if isinstance(read, dict) and read.get("schema_version") == SCHEMA_VERSION else None
+    files = (
+        manifest.get("files")
+        if isinstance(manifest, dict) and manifest.get("schema_version") == SCHEMA_VERSION
+        else None
+    )
     if not isinstance(files, dict):
         return {}
     return {
@@ -106,7 +110,7 @@ def read_manifest(content: bytes) -> dict[str, Digest]:
 
 
 def write_trees(trees: list[Tree], folder: Path) -> None:
-    """Write trees as folders, `folder/<kind>s/<namespace>/<name>/<branch>/`, exactly as a push would leave them.
+    """Write trees as folders, `folder/<kind>s/<namespace>/<name>/<branch>/`, as a push would write them.
 
     Raises:
         SettingsError: the folder is not empty, or cannot be written.
@@ -122,10 +126,10 @@ def write_trees(trees: list[Tree], folder: Path) -> None:
 
 
 def require_room(folder: Path) -> None:
-    """Refuse a folder that holds something already.
+    """Refuse a folder that is not empty.
 
     Raises:
-        SettingsError: it is there and not empty, or a file.
+        SettingsError: the folder is not empty, or is a file.
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise SettingsError(f"{str(folder)!r} is there and not empty: give a new folder, or empty it.")
+        raise SettingsError(f"{str(folder)!r} exists and is not empty: give a new folder, or empty it.")

@@ -1,1 +1,1 @@
-"""Model cards. No torch."""
+"""Model cards. This package does not import torch."""

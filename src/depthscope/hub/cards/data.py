@@ -1,15 +1,15 @@
-"""`DepthCardData`, all that a model card is made from, and its JSON.
+"""`DepthCardData`, the data of a model card, and its JSON.
 
-    repo_id, license, ...       where the model is published, and what its owner says of it
-    sweep, training             how it came to be
-    config, parameters          what it is
+    repo_id, license, ...       where the model is published, and its owner's choices
+    sweep, training             how it was trained
+    config, parameters          its architecture
     report, untrained           the scores of its layers, and those of the same model before training
-    evaluation, accuracies      losses and downstream accuracies, each with what it was measured on
-    losses, variances           the course of its training
+    evaluation, accuracies      losses and downstream accuracies, each with the data it was measured on
+    losses, variances           the curves of its training
 
-Every part but `repo_id` may be missing. Texts come from files of strangers: control characters in them are replaced,
-and what the Hub reads by machine (names of repositories, licence, languages) is checked here. A record holds what a
-card shows, with eight significant digits, so that it is small enough to lie beside the card.
+Every part but `repo_id` may be missing. Texts come from files of strangers: control characters are replaced, and
+fields that the Hub parses (names of repositories, licence, languages) are checked here. A record holds only what a card
+shows, with eight significant digits, so it is small enough to be stored beside the card.
 """
 
 import math
@@ -44,14 +44,14 @@ __all__ = [
 
 MAX_BYTES = 32 * 2**20
 MAX_DEPTH = 12
-DIGITS = 8  # significant, two more than a card shows: rounding twice must not change what it shows
+DIGITS = 8  # significant digits, two more than a card shows, so that rounding twice changes nothing
 LICENSE = re.compile(r"[a-z0-9][a-z0-9.+-]{0,95}")
 LANGUAGE = re.compile(r"[a-z]{2,3}|code|multilingual")
 REVISION = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,99}")
 LINK = re.compile(r"https?://[A-Za-z0-9._~:/?#@!$&*+,;=%-]{1,500}|[A-Za-z0-9][A-Za-z0-9._/-]{0,99}")
 COLLECTION = re.compile(r"[\w.-]{1,96}/[\w.-]{1,200}", re.ASCII)
 
-# What a card shows of each layer, in the order of its table; errors and parts of the variance are drawn.
+# The columns of a card's table of layers; errors and parts of the variance are only drawn.
 LAYER_COLUMNS = shown_in("card")
 
 Relation = Literal["adapter", "finetune", "merge", "quantized"]
@@ -83,7 +83,7 @@ Count = Annotated[int, Field(ge=0, le=MAX_INTEGER)]
 
 
 class _Part(BaseModel):
-    """Base of the parts of a record: immutable, and nothing unknown in it."""
+    """Base class of the parts of a record: immutable, without unknown fields."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
@@ -94,7 +94,7 @@ class _Part(BaseModel):
 
 
 class SweepFacts(_Part):
-    """The sweep that the model is one point of; `varied` are the settings that the point has of its own."""
+    """The sweep that the model belongs to; `varied` holds the settings of its point."""
 
     name: str
     description: str = ""
@@ -103,13 +103,13 @@ class SweepFacts(_Part):
 
 
 class TrainingFacts(_Part):
-    """How the model was trained, whatever trained it; None where that is not known.
+    """How the model was trained; None for what is unknown.
 
     Attributes:
-        text: what it was trained on.
-        batch_tokens: tokens in an optimiser step; `batch_sequences`: sequences in one.
-        min_learning_rate: where the schedule ends, as a share of the peak.
-        seconds: that the training took; `processor`, `processes`: on what.
+        text: the training text.
+        batch_tokens: tokens per optimiser step; `batch_sequences`: sequences per optimiser step.
+        min_learning_rate: the final learning rate as a share of the peak.
+        seconds: the duration of the training, on `processes` processes of `processor`.
     """
 
     text: str | None = None
@@ -140,7 +140,7 @@ class TrainingFacts(_Part):
 
 
 class Evaluation(_Part):
-    """A mean next-token loss in nats, and the text that it was measured on; `split` as the Hub knows it."""
+    """A mean next-token loss in nats, and the text that it was measured on; `split` is the Hub's name of the split."""
 
     loss: Quantity
     standard_error: Quantity | None = None
@@ -151,7 +151,7 @@ class Evaluation(_Part):
 
 
 class LossCurve(_Part):
-    """Training losses [nats a token] at numbers of tokens or optimiser steps; null where not finite."""
+    """Training losses [nats per token] at numbers of tokens or optimiser steps; null if not finite."""
 
     unit: Literal["tokens", "steps"]
     at: list[Count]
@@ -159,7 +159,7 @@ class LossCurve(_Part):
 
 
 class VarianceCurves(_Part):
-    """The variance of every layer at numbers of tokens or optimiser steps: values[i][layer]."""
+    """The variance per layer at numbers of tokens or optimiser steps: values[i][layer]."""
 
     unit: Literal["tokens", "steps"]
     at: list[Count]
@@ -167,21 +167,21 @@ class VarianceCurves(_Part):
 
 
 class DepthCardData(_Part):
-    """All that the card of one model is made from; see the module's docstring.
+    """The data of the card of one model; see the module's docstring.
 
     Attributes:
-        name: what people call the model; the last part of `repo_id` where it is empty.
-        license: an identifier of the Hub; `license_name` and `license_link` go with "other".
+        name: the model's name for people; by default the last part of `repo_id`.
+        license: the Hub's identifier; "other" needs `license_name` and `license_link`.
         datasets: data sets of the Hub that it was trained on.
-        base_model: what it derives from, and `base_model_relation` how.
-        native_repo: the repository of the same model in an architecture that transformers brings.
+        base_model: the model that it derives from; `base_model_relation`: how it derives from it.
+        native_repo: the repository of the same model in an architecture of transformers.
         revisions: branches with checkpoints of the training.
-        reports_dataset: the data set with the reports of the whole sweep; `collection`: what holds all of it together.
+        reports_dataset: the data set with the reports of the sweep; `collection`: the collection of the sweep.
         config: the model's config.json.
-        adapter: whether the repository holds a PEFT adapter and not a whole model.
-        tokenizer: whether it holds a tokenizer.
-        parameters: of the whole model; `active_parameters`: those that one token meets.
-        versions: of the packages that trained it.
+        adapter: whether the repository holds a PEFT adapter instead of a complete model.
+        tokenizer: whether the repository holds a tokenizer.
+        parameters: the number of parameters; `active_parameters`: those that process one token.
+        versions: the versions of the packages that trained it.
     """
 
     repo_id: Repository
@@ -220,29 +220,29 @@ class DepthCardData(_Part):
     @model_validator(mode="after")
     def _relation_has_a_base(self) -> "DepthCardData":
         if self.base_model_relation is not None and self.base_model is None:
-            raise ValueError("base_model_relation says how the model derives from base_model, which is not given")
+            raise ValueError("base_model_relation needs base_model, which is not given")
         return self
 
     @property
     def title(self) -> str:
-        """What people call the model."""
+        """The model's name for people."""
         return self.name if self.name.strip() else self.repo_id.rpartition("/")[2]
 
     def fact(self, name: str) -> Any:
-        """One fact of the architecture: of the config, else of the report; None where neither has it."""
-        found = self.config.get(name)
-        return self.report.model.get(name) if found is None and self.report is not None else found
+        """One fact of the architecture, from the config or else from the report; None if neither has it."""
+        value = self.config.get(name)
+        return self.report.model.get(name) if value is None and self.report is not None else value
 
     def whole(self, name: str) -> int | None:
-        """A fact that is a whole number above 0, None where it is none."""
-        found = self.fact(name)
-        return found if isinstance(found, int) and not isinstance(found, bool) and found > 0 else None
+        """A fact that is a whole number above 0; None if it is not."""
+        value = self.fact(name)
+        return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else None
 
     @property
     def architecture(self) -> str | None:
         """The name of the model's class."""
-        named = self.config.get("architectures")
-        first = named[0] if isinstance(named, list) and named else self.fact("architecture")
+        names = self.config.get("architectures")
+        first = names[0] if isinstance(names, list) and names else self.fact("architecture")
         return first if isinstance(first, str) else None
 
     @property
@@ -257,7 +257,7 @@ class DepthCardData(_Part):
 
     @property
     def grouped_queries(self) -> bool:
-        """Whether several query heads share one head of keys and values."""
+        """Whether several query heads share one key and value head."""
         heads, shared = self.whole("num_attention_heads"), self.whole("num_key_value_heads")
         return heads is not None and shared is not None and shared < heads
 
@@ -268,16 +268,16 @@ class DepthCardData(_Part):
 
     @property
     def has_code(self) -> bool:
-        """Whether its repository carries the code of the model."""
+        """Whether its repository holds the code of the model."""
         return bool(self.config.get("auto_map"))
 
     def to_json(self) -> str:
-        """The record as JSON: the same content gives the same bytes."""
+        """The record as JSON; equal content gives equal bytes."""
         content = self.model_dump(mode="json", exclude_defaults=True)
         return encode(content) + "\n"
 
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write the record to a JSON file, whole or not at all.
+        """Write the record to a JSON file, completely or not at all.
 
         Raises:
             ReportError: the file cannot be written.
@@ -293,7 +293,7 @@ class DepthCardData(_Part):
         """
         content = parse(read_text(path, MAX_BYTES), repr(os.fspath(path)))
         if not isinstance(content, dict):
-            raise ReportError(f"{os.fspath(path)!r} is not the record of a model card: it is no JSON object.")
+            raise ReportError(f"{os.fspath(path)!r} is not the record of a model card: it is not a JSON object.")
         try:
             return cls.model_validate(content)
         except ValidationError as error:
@@ -303,10 +303,10 @@ class DepthCardData(_Part):
 
     @classmethod
     def checked(cls, **values: Any) -> "DepthCardData":
-        """Make a record of values that people give.
+        """Create a record from values that a user gives.
 
         Raises:
-            SettingsError: one of them is not allowed; the message names it.
+            SettingsError: a value is not allowed; the message names its field.
         """
         try:
             return cls(**values)
@@ -315,7 +315,7 @@ class DepthCardData(_Part):
 
 
 def rounded(value: Any) -> Any:
-    """A JSON-like value with its numbers at eight significant digits, null for what is not finite."""
+    """Round the numbers of a JSON-like value to eight significant digits; numbers that are not finite become null."""
     value = plain_scalars(value)
     if isinstance(value, float):
         return float(f"{value:.{DIGITS}g}") if math.isfinite(value) else None
@@ -327,7 +327,7 @@ def rounded(value: Any) -> Any:
 
 
 def _dumped(value: Any) -> Any:
-    """The parts of a record that are given as objects, as what they hold."""
+    """Convert the parts of a record that are objects to dictionaries."""
     if isinstance(value, dict):
         return {key: _dumped(item) for key, item in value.items()}
     if isinstance(value, list):

@@ -1,7 +1,7 @@
-"""Measured scores as results of the Hub: what `huggingface_hub.metadata_update` writes into a card's model-index.
+"""Measured scores as evaluation results of the Hub, which `huggingface_hub.metadata_update` writes to a model-index.
 
-A result is told apart from another by everything but its value, so that measuring again with `overwrite=True` replaces
-a number instead of adding one. That is why standard errors, which change with the value, are left out here.
+The Hub identifies a result by everything but its value, so that measuring again with `overwrite=True` replaces a number
+instead of adding one. Therefore standard errors, which change with the value, are left out here.
 """
 
 import math
@@ -35,16 +35,16 @@ def effectiveness_results(
     """The global scores of a report (`report.scores`) or of the measurement `layer_effectiveness` as results.
 
     Args:
-        scores: numbers by name, of Python, NumPy or PyTorch; lists, standard errors, and what is None or not finite
-            are left out.
-        dataset: the data set that the text came from, by its id on the Hub.
-        dataset_name: what people call it.
+        scores: numbers of Python, NumPy or PyTorch by name; lists, standard errors, None and numbers that are not
+            finite are left out.
+        dataset: the id on the Hub of the text's data set.
+        dataset_name: its name for people.
         config: its configuration.
         split: its split.
-        arguments: how it was measured, for example the number of tokens; plain texts and numbers.
+        arguments: the settings of the measurement, such as the number of tokens; plain texts and numbers.
 
     Raises:
-        SettingsError: a score is no number, or an argument is nothing that the Hub's metadata can hold.
+        SettingsError: a score is not a number, or the Hub's metadata cannot hold an argument.
     """
     numbers = {name: _number(name, scores.get(name)) for name in GLOBAL_SCORES if not name.endswith("_se")}
     written = {name: _argument(name, plain_scalars(value)) for name, value in (arguments or {}).items()}
@@ -57,7 +57,7 @@ def effectiveness_results(
             dataset_config=config,
             dataset_split=split,
             metric_type=name,
-            metric_name=_called(GLOBAL_SCORES[name]),
+            metric_name=_metric_name(GLOBAL_SCORES[name]),
             metric_value=number,
             metric_args=written or None,
         )
@@ -67,7 +67,7 @@ def effectiveness_results(
 
 
 def accuracy_results(accuracies: Iterable[Accuracy]) -> list[EvalResult]:
-    """Accuracies on downstream tasks as results of the Hub; the data set is called as lm-eval calls the task."""
+    """Accuracies on downstream tasks as results of the Hub; the data set has lm-eval's name of the task."""
     return [
         EvalResult(
             task_type=TASK,
@@ -84,17 +84,17 @@ def accuracy_results(accuracies: Iterable[Accuracy]) -> list[EvalResult]:
 
 
 def model_index(model_name: str, results: list[EvalResult]) -> dict[str, Any]:
-    """The metadata with these results, as `metadata_update(repo_id, metadata, overwrite=True)` takes it."""
+    """The metadata of these results for `metadata_update(repo_id, metadata, overwrite=True)`."""
     return {"model-index": eval_results_to_model_index(model_name, results)}
 
 
-def _called(term: Term) -> str:
+def _metric_name(term: Term) -> str:
     unit = f" ({term.unit})" if term.unit else ""
     return f"{term.label[:1].upper()}{term.label[1:]}{unit}"
 
 
 def _number(name: str, value: Any) -> float | None:
-    """A score as Python's number; None where there is none, or one per layer."""
+    """A score as a Python number; None if it is missing, or has one value per layer."""
     value = plain_scalars(value)
     if value is None or isinstance(value, list) or getattr(value, "shape", None):
         return None
@@ -106,7 +106,7 @@ def _number(name: str, value: Any) -> float | None:
 
 
 def _argument(name: str, value: Any) -> Any:
-    """What YAML and the Hub read back as it is, in all its parts."""
+    """Check that YAML and the Hub can store a value and all its parts unchanged."""
     if isinstance(value, (list, dict)):
         for part in [*value, *value.values()] if isinstance(value, dict) else value:
             _argument(name, part)

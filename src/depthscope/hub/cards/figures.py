@@ -1,11 +1,11 @@
-"""The figures of a model card as PNG, drawn by matplotlib: plotly would need a browser, which servers do not have.
+"""The figures of a model card as PNG, drawn by matplotlib: plotly would need a browser, which servers lack.
 
-    variance_by_layer           variance of the residual stream, and of what attention and MLP put out
-    effectiveness_by_layer      what each layer contributes, a panel per score, with bands of one standard error
-    learning_curve              loss over training, and the variance of every layer
+    variance_by_layer           variance of the residual stream, and of the outputs of attention and MLP
+    effectiveness_by_layer      the contribution of each layer, one panel per score, with bands of one standard error
+    learning_curve              loss over training, and the variance per layer
 
-Layers count from 0. The same model before training is drawn in grey. The ground is white, also on a dark page, and no
-text of a record goes into a picture. The same record and version of matplotlib give the same bytes.
+Layers count from 0. The same model before training is drawn in grey. The background is white, also on a dark page, and
+a figure contains no text of a record. The same record and version of matplotlib give the same bytes.
 """
 
 import io
@@ -40,12 +40,12 @@ __all__ = ["FOLDER", "draw", "figure_names", "write_figures"]
 
 FOLDER = "figures"  # in the repository of the model
 RESOLUTION = 150  # dots an inch
-COLORS = 96  # of a picture: as many as its lines and their edges need, at a third of the size
+COLORS = 96  # of a figure; enough for its lines and their edges, at a third of the size
 CONTROL = "#9a9a9a"
 GRID = "#e3e3e3"
 TEXT = "#333333"
-MOST_MARKED = 48  # layers; of more, single ones cannot be told apart
-FEW_LAYERS = 12  # up to here every layer has its tick
+MOST_MARKED = 48  # layers; more markers would overlap
+FEW_LAYERS = 12  # up to here every layer has a tick
 SPLITS = ("held-out", "evaluation")
 STYLE: dict[str, Any] = {
     "font.family": "DejaVu Sans",  # comes with matplotlib
@@ -71,14 +71,14 @@ STYLE: dict[str, Any] = {
 
 
 def figure_names(data: DepthCardData) -> list[str]:
-    """The figures that there is something to draw for, in the order of the card."""
+    """The figures that the record has data for, in the order of the card."""
     report = data.report
-    there = {
+    available = {
         "variance_by_layer": report is not None and report.has("variance"),
         "effectiveness_by_layer": report is not None and any(report.has(panel.score) for panel in PANELS),
         "learning_curve": data.losses is not None or data.variances is not None,
     }
-    return [name for name in FIGURES if there[name]]
+    return [name for name in FIGURES if available[name]]
 
 
 def write_figures(folder: str | os.PathLike[str], data: DepthCardData, within: str = FOLDER) -> list[Path]:
@@ -86,8 +86,8 @@ def write_figures(folder: str | os.PathLike[str], data: DepthCardData, within: s
 
     Args:
         folder: the folder of the card.
-        data: what is known of the model.
-        within: the folder in it that they go into, as the card names it.
+        data: the record of the model.
+        within: the subfolder of the figures, as the card names it.
 
     Returns:
         The files, in the order of the card.
@@ -97,14 +97,14 @@ def write_figures(folder: str | os.PathLike[str], data: DepthCardData, within: s
         ReportError: a file cannot be written.
     """
     names = figure_names(data)
-    place = Path(folder) / within
+    target = Path(folder) / within
     if names:
-        place.mkdir(parents=True, exist_ok=True)
-    return [write_atomically(place / f"{name}.png", draw(name, data)) for name in names]
+        target.mkdir(parents=True, exist_ok=True)
+    return [write_atomically(target / f"{name}.png", draw(name, data)) for name in names]
 
 
 def draw(name: str, data: DepthCardData) -> bytes:
-    """Draw one figure, by its name, as PNG.
+    """Draw the figure of this name as PNG.
 
     Raises:
         DepthscopeError: matplotlib is not installed.
@@ -117,7 +117,7 @@ def draw(name: str, data: DepthCardData) -> bytes:
         raise DepthscopeError(
             "The figures of a model card are drawn by matplotlib, which is not installed: pip install depthscope[hub]."
         ) from error
-    # Whatever the user's own style is; and figures of our own, so that pyplot's state stays as it is.
+    # Independent of the user's style, and without pyplot, whose state stays unchanged.
     with style.context(["default", STYLE]):
         figure = FIGURES[name](data)
         figure.set_dpi(RESOLUTION)
@@ -139,7 +139,7 @@ def _variance(data: DepthCardData) -> "Figure":
     names = {"attention_variance": ("attention", VERMILION), "mlp_variance": ("MLP", GREEN)}
     for score, (label, color) in names.items():
         if report.has(score):
-            _line(axes, report.column(score), color=color, label=f"what the {label} puts out", linewidth=1.1)
+            _line(axes, report.column(score), color=color, label=f"output of the {label}", linewidth=1.1)
     if control is not None and control.has("variance"):
         _line(axes, control.column("variance"), color=CONTROL, label="residual stream before training", linestyle="--")
     _line(axes, report.column("variance"), report.column("variance_se"), color=BLUE, label="residual stream")
@@ -200,10 +200,10 @@ def _learning(data: DepthCardData) -> "Figure":
 def _draw_losses(axes: "Axes", curve: LossCurve, data: DepthCardData) -> None:
     axes.plot(curve.at, _numbers(curve.values), color=BLUE, label="training")
     if data.evaluation is not None:
-        words = f"{data.evaluation.split if data.evaluation.split in SPLITS else 'other'} text, at the end"
-        axes.axhline(data.evaluation.loss, color=VERMILION, linestyle="--", linewidth=1.2, label=words)
+        label = f"{data.evaluation.split if data.evaluation.split in SPLITS else 'other'} text, at the end"
+        axes.axhline(data.evaluation.loss, color=VERMILION, linestyle="--", linewidth=1.2, label=label)
     axes.set_title("Loss")
-    axes.set_ylabel("nats a token")
+    axes.set_ylabel("nats per token")
     axes.legend()
 
 
@@ -220,8 +220,8 @@ def _draw_variances(figure: "Figure", axes: "Axes", curve: VarianceCurves) -> No
         axes.plot(curve.at, values, color=colors(0.9 * scale(layer)), linewidth=1.0)
     _log_axis(axes)
     axes.set_title("Variance of the residual stream after each layer")
-    shown = ScalarMappable(Normalize(0, max(1, layers - 1) / 0.9), colors)
-    bar = figure.colorbar(shown, ax=axes, pad=0.02, aspect=30, boundaries=None)
+    mappable = ScalarMappable(Normalize(0, max(1, layers - 1) / 0.9), colors)
+    bar = figure.colorbar(mappable, ax=axes, pad=0.02, aspect=30, boundaries=None)
     bar.ax.set_ylim(0, max(1, layers - 1))
     bar.set_label("layer")
     bar.locator = _whole_ticks()
@@ -247,7 +247,7 @@ def _figure(width: float, height: float) -> "Figure":
 
 def _measured(data: DepthCardData) -> LayerReport:
     if data.report is None:
-        raise DepthscopeError("The record has no report of layers, so there is nothing to draw of them.")
+        raise DepthscopeError("The record has no report of layers, so there is nothing to draw.")
     return data.report
 
 
@@ -260,12 +260,12 @@ def _line(
     floor: float | None = None,
     **options: Any,
 ) -> None:
-    """One score over the layers, with its band; what lies below `floor` is drawn there, as an open circle."""
+    """Draw one score over the layers with its error band; values below `floor` are open circles at `floor`."""
     layers = range(len(values))
     heights = _numbers(values)
-    shown = heights if floor is None else [max(height, floor) if height == height else height for height in heights]
+    clipped = heights if floor is None else [max(height, floor) if height == height else height for height in heights]
     mark = "o" if len(values) <= MOST_MARKED else None
-    axes.plot(layers, shown, color=color, marker=mark, **options)
+    axes.plot(layers, clipped, color=color, marker=mark, **options)
     if errors:
         spread = [error or 0.0 for error in errors]
         low = [height - error for height, error in zip(heights, spread, strict=True)]
@@ -286,7 +286,7 @@ def _layers(axes: "Axes", count: int, label: bool = True) -> None:
 
 
 def _log_axis(axes: "Axes") -> None:
-    """Make the vertical axis logarithmic for what is drawn, labelled at powers of ten, or at 1, 2 and 5 times them."""
+    """Make the vertical axis logarithmic, with ticks at powers of ten, or at 1, 2 and 5 times them."""
     from matplotlib.ticker import NullLocator
 
     drawn = np.concatenate([np.asarray(line.get_ydata(), float) for line in axes.get_lines()])

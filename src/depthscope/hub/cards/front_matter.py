@@ -1,7 +1,7 @@
-"""What the Hub reads of a model card: its metadata, with every number in a model-index.
+"""The metadata of a model card for the Hub, with every number in a model-index.
 
-Texts go in as they are; YAML quotes them. Where the Hub takes only a name (the type of a data set or of a metric), the
-text is made one, and stands beside it in full.
+YAML quotes the texts. Where the Hub requires a name (the type of a data set or of a metric), the text is converted to a
+name, and the full text is stored beside it.
 """
 
 import math
@@ -21,12 +21,12 @@ __all__ = ["INDEXED", "evaluation", "front_matter", "perplexity"]
 UNNAMED = "unnamed"
 # The scores of a report that go into the model-index.
 INDEXED = shown_in("index", GLOBAL_SCORES)
-LARGEST_LOSS = 230.0  # nats; the perplexity of a larger one is beyond what a record holds
+LARGEST_LOSS = 230.0  # nats; the perplexity of a larger loss is beyond the largest number of a record
 
 
 def front_matter(data: DepthCardData) -> ModelCardData:
     """The metadata of a card."""
-    results = _told_apart([*_losses(data), *_scores(data), *_accuracies(data)])
+    results = _distinguish([*_losses(data), *_scores(data), *_accuracies(data)])
     relation: dict[str, Any] = {"base_model_relation": data.base_model_relation} if data.base_model_relation else {}
     return ModelCardData(
         license=data.license,
@@ -45,10 +45,10 @@ def front_matter(data: DepthCardData) -> ModelCardData:
     )
 
 
-def _told_apart(results: list[EvalResult]) -> list[EvalResult]:
-    """Results whose data sets differ by more than what a name can say get it as the configuration of the data set.
+def _distinguish(results: list[EvalResult]) -> list[EvalResult]:
+    """Give results with equal identifiers but different data set names their name as the configuration.
 
-    huggingface_hub puts all results on data sets of one type, configuration and split under the name of the first.
+    huggingface_hub groups results on data sets of one type, configuration and split under the name of the first.
     """
     named: dict[tuple[Any, ...], str] = {}
     for result in results:
@@ -58,33 +58,33 @@ def _told_apart(results: list[EvalResult]) -> list[EvalResult]:
 
 
 def perplexity(loss: float) -> float | None:
-    """exp(loss), None where that is beyond all bounds."""
+    """exp(loss); None if it is too large."""
     return math.exp(loss) if loss < LARGEST_LOSS else None
 
 
 def _tags(data: DepthCardData) -> list[str]:
-    having = {
+    conditions = {
         "moe": data.num_experts is not None,
         "gqa": data.grouped_queries,
         "layernorm-scaling": data.fact("norm_scaling") == "depth",
     }
-    return ["depthscope", "curse-of-depth", *(tag for tag, true in having.items() if true)]
+    return ["depthscope", "curse-of-depth", *(tag for tag, true in conditions.items() if true)]
 
 
 def _losses(data: DepthCardData) -> Iterator[EvalResult]:
     measured = evaluation(data)
     if measured is None:
         return
-    where = _where(data, measured.text, measured.split)
-    arguments = _known({"tokens": measured.tokens})
-    yield from effectiveness_results({"loss": short(measured.loss)}, **where, arguments=arguments)
+    dataset = _dataset_of_text(data, measured.text, measured.split)
+    arguments = _without_none({"tokens": measured.tokens})
+    yield from effectiveness_results({"loss": short(measured.loss)}, **dataset, arguments=arguments)
     if (value := perplexity(measured.loss)) is not None:
         yield EvalResult(
             task_type=TASK,
             task_name=TASK_NAME,
-            dataset_type=where["dataset"],
-            dataset_name=where["dataset_name"],
-            dataset_split=where["split"],
+            dataset_type=dataset["dataset"],
+            dataset_name=dataset["dataset_name"],
+            dataset_split=dataset["split"],
             metric_type="perplexity",
             metric_name="Perplexity",
             metric_value=short(value),
@@ -93,7 +93,7 @@ def _losses(data: DepthCardData) -> Iterator[EvalResult]:
 
 
 def evaluation(data: DepthCardData) -> Evaluation | None:
-    """The loss of the model: over the largest text that was measured, else that of the report."""
+    """The loss of the model on the largest text that it was measured on, else the report's loss."""
     report = data.report
     loss = report.scores.get("loss") if report else None
     if data.evaluation is not None or report is None or loss is None:
@@ -118,8 +118,8 @@ def _scores(data: DepthCardData) -> Iterator[EvalResult]:
         value = report.scores.get(name)
         if value is not None:
             extra = {"threshold": report.settings.get("threshold")} if name == "usefulness" else {}
-            where = _where(data, text["name"], split)
-            yield from effectiveness_results({name: short(value)}, **where, arguments=_known(shared | extra))
+            dataset = _dataset_of_text(data, text["name"], split)
+            yield from effectiveness_results({name: short(value)}, **dataset, arguments=_without_none(shared | extra))
 
 
 def _accuracies(data: DepthCardData) -> Iterator[EvalResult]:
@@ -134,21 +134,21 @@ def _accuracies(data: DepthCardData) -> Iterator[EvalResult]:
         )
 
 
-def _where(data: DepthCardData, text: str, split: str | None) -> dict[str, Any]:
-    """What a text is called, and of which data set of the Hub it is; else of one that is called as it is."""
+def _dataset_of_text(data: DepthCardData, text: str, split: str | None) -> dict[str, Any]:
+    """The data set of a text, by its id on the Hub or else by the text's name, with its name and split."""
     named = [dataset for dataset in data.datasets if text.startswith(dataset)]
     return {"dataset": named[0] if named else as_name(text), "dataset_name": text or UNNAMED, "split": split}
 
 
-def _known(arguments: dict[str, Any]) -> dict[str, Any]:
+def _without_none(arguments: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in arguments.items() if value is not None}
 
 
 def short(value: float) -> float:
-    """A number with six significant digits."""
+    """Round a number to six significant digits."""
     return float(f"{value:.6g}")
 
 
 def as_name(text: str) -> str:
-    """A text as a name of the Hub: letters, digits, dots, dashes."""
+    """Convert a text to a name that the Hub allows: letters, digits, dots, dashes."""
     return re.sub(r"[^A-Za-z0-9._]+", "-", text)[:96].strip("-.") or "text"

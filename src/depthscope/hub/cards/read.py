@@ -1,13 +1,13 @@
-"""From the folder of a model to the record that its card is made from.
+"""Reading the data of a model card from the model's folder.
 
     a point of a sweep          point.json, result.json, environment.json, the two reports, log.jsonl,
                                 layer_stats.jsonl, model/, and sweep.json and sweep.yaml two folders up
     a Trainer's output folder   trainer_state.json (its own, or that of its last checkpoint), layer_stats.jsonl
     a saved model's folder      config.json, *.safetensors
 
-Each file is optional, and any folder may have a layer_report.json. They are read as JSON, JSON lines and YAML up to a
-bound, never unpickled: training_args.bin is not opened. NaN and Infinity, which transformers and PEFT write, count as
-null.
+Each file is optional, and any folder may have a layer_report.json. JSON, JSON lines and YAML are read up to a bound;
+nothing is unpickled, so training_args.bin is not opened. NaN and Infinity, which transformers and PEFT write, are read
+as null.
 """
 
 import os
@@ -48,7 +48,7 @@ if TYPE_CHECKING:
 
 __all__ = ["read_card_data"]
 
-MOST_POINTS = 100  # of a curve; more cannot be told apart
+MOST_POINTS = 100  # of a curve; more would overlap
 DRAWN = {
     "layer",
     "kind",
@@ -57,7 +57,7 @@ DRAWN = {
     *(column for name in LAYER_COLUMNS for column in (name, f"{name}_se")),
 }
 HELD_OUT = "held-out"
-# TrainingArguments' words for what the card says in others.
+# The names in TrainingArguments -> the card's names.
 ARGUMENTS = {
     "max_steps": "steps",
     "num_train_epochs": "epochs",
@@ -73,8 +73,8 @@ ARGUMENTS = {
     "seed": "seed",
     "optim": "optimizer",
 }
-# What point.json says of the training in the words of the card.
-OF_POINT = (
+# Settings in point.json with the same names on the card.
+POINT_SETTINGS = (
     "sequence_length",
     "batch_tokens",
     "learning_rate",
@@ -107,28 +107,28 @@ def read_card_data(
     training_args: "TrainingArguments | Mapping[str, Any] | None" = None,
     accuracies: Sequence[Accuracy] | None = None,
 ) -> DepthCardData:
-    """Read what a folder says of its model; what is missing there is missing in the record.
+    """Read the data of a model's card from its folder; missing files are missing in the record.
 
     Args:
         folder: a point of a sweep, the output folder of a Trainer, or the folder of a saved model.
         repo_id: where the model is published.
-        license: an identifier of the Hub; the card says that none was chosen where there is none.
-        language: codes of languages.
+        license: the Hub's identifier; without one the card says that no licence was chosen.
+        language: language codes.
         datasets: data sets of the Hub that it was trained on; by default the one that the sweep names.
         base_model: the model on the Hub that it derives from; by default the one that an adapter names.
         base_model_relation: adapter, finetune, merge or quantized.
-        native_repo: repository of the same model in an architecture that transformers brings.
+        native_repo: repository of the same model in an architecture of transformers.
         revisions: branches with checkpoints of the training.
         reports_dataset: data set with the reports of the sweep.
-        collection: slug of the collection that holds all of it.
-        training_args: how it was trained, as an object or as the JSON of one.
-        accuracies: of downstream tasks; by default those that the report has.
+        collection: slug of the collection of the sweep.
+        training_args: the TrainingArguments, as an object or as its JSON.
+        accuracies: accuracies on downstream tasks; by default those in the report.
 
     Raises:
-        SettingsError: there is no such folder, or one of the values is not one that the Hub takes.
+        SettingsError: there is no such folder, or the Hub does not accept a value.
         ReportError: a file in the folder is damaged; the message names it.
     """
-    root = Path(folder).resolve()  # of `.` and `p1` too, the sweep's folder is two up
+    root = Path(folder).resolve()  # so that the sweep's folder is two levels up
     if not root.is_dir():
         raise SettingsError(f"There is no folder {str(folder)!r}: give the folder of a trained model.")
     model = root / MODEL if (root / MODEL).is_dir() else root
@@ -137,7 +137,7 @@ def read_card_data(
         base_model, base_model_relation = named, base_model_relation or "adapter"
     report, untrained = _report(root / TRAINED_REPORT), _report(root / UNTRAINED_REPORT)
     result = read_object(root / RESULT)
-    given: Row = {
+    values: Row = {
         "repo_id": repo_id,
         "license": license,
         "language": list(language),
@@ -156,25 +156,25 @@ def read_card_data(
         "report": report,
         "untrained": untrained,
     }
-    found = _of_point(root, report, result) if (root / POINT).is_file() else _of_trainer(root)
-    training = _of_arguments(training_args) | found.pop("training")
+    facts = _point_facts(root, report, result) if (root / POINT).is_file() else _trainer_facts(root)
+    training = _argument_facts(training_args) | facts.pop("training")
     if datasets is None:
-        datasets = found.pop("datasets", [])
-    found.pop("datasets", None)
-    return DepthCardData.checked(**given, **found, datasets=list(datasets), training=rounded(training))
+        datasets = facts.pop("datasets", [])
+    facts.pop("datasets", None)
+    return DepthCardData.checked(**values, **facts, datasets=list(datasets), training=rounded(training))
 
 
 # ------------------------------------------------------------------------------------------------- a point of a sweep
 
 
-def _of_point(root: Path, report: LayerReport | None, result: Row) -> Row:
+def _point_facts(root: Path, report: LayerReport | None, result: Row) -> Row:
     point, environment = read_object(root / POINT), read_object(root / ENVIRONMENT)
     sweep = root.parent.parent
     index, specification = read_object(sweep / SWEEP_INDEX), _yaml(sweep / SWEEP_FILE)
     settings, text = _mapping(point, "training"), _mapping(index, "data").get("name")
     batch = settings.get("batch_tokens")
     steps = settings["tokens"] // batch if batch and settings.get("tokens") else None
-    training: Row = {name: settings[name] for name in OF_POINT if settings.get(name) is not None}
+    training: Row = {name: settings[name] for name in POINT_SETTINGS if settings.get(name) is not None}
     training |= {
         "text": text,
         "steps": steps,
@@ -198,24 +198,24 @@ def _of_point(root: Path, report: LayerReport | None, result: Row) -> Row:
         },
         "training": training,
         "datasets": [dataset] if dataset else [],
-        "evaluation": _of_result(result, report, text, _mapping(specification, "scoring")),
+        "evaluation": _evaluation(result, report, text, _mapping(specification, "scoring")),
         "losses": _losses(curve, batch),
         "variances": _variances(root, batch),
         "versions": {str(name): str(value) for name, value in _mapping(environment, "versions").items()},
     }
 
 
-def _of_result(result: Row, report: LayerReport | None, text: Any, scoring: Row) -> Evaluation | None:
-    """The loss over the held-out text, which is more than what the scores are measured on."""
+def _evaluation(result: Row, report: LayerReport | None, text: Any, scoring: Row) -> Evaluation | None:
+    """The loss on the held-out text, which is longer than the text of the scores."""
     if not isinstance(result.get("loss"), (int, float)):
         return None
     size = report.data.get("block_size") if report else None
-    wanted = scoring.get("loss_tokens")
+    loss_tokens = scoring.get("loss_tokens")
     return Evaluation(
         loss=rounded(float(result["loss"])),
-        text=report.data["name"] if report else str(text or "the sweep's text, held out"),
+        text=report.data["name"] if report else str(text or "the sweep's held-out text"),
         split=HELD_OUT,
-        tokens=max(1, wanted // size) * size if size and isinstance(wanted, int) else None,
+        tokens=max(1, loss_tokens // size) * size if size and isinstance(loss_tokens, int) else None,
         untrained_loss=rounded(result.get("untrained_loss")),
     )
 
@@ -223,13 +223,13 @@ def _of_result(result: Row, report: LayerReport | None, text: Any, scoring: Row)
 # ------------------------------------------------------------------------------------------------ a Trainer's folder
 
 
-def _of_trainer(root: Path) -> Row:
+def _trainer_facts(root: Path) -> Row:
     state = read_object(_state(root))
     rows = [row for row in state.get("log_history") or [] if isinstance(row, dict)]
     training: Row = {"steps": state.get("global_step") or None, "tokens": state.get("num_input_tokens_seen") or None}
     if isinstance(epoch := state.get("epoch"), (int, float)):
         training["epochs"] = float(epoch)
-    # The last, even if it is no number: an earlier loss is not that of the model in the folder.
+    # The last, even if it is not a number: an earlier loss belongs to an earlier model.
     measured = [row["eval_loss"] for row in rows if "eval_loss" in row]
     evaluation = None
     if measured and (loss := _loss(measured[-1])) is not None:
@@ -243,58 +243,60 @@ def _of_trainer(root: Path) -> Row:
 
 
 def _state(root: Path) -> Path:
-    """The state of a Trainer: that of the run where it was saved, else that of its last checkpoint."""
+    """The file of a Trainer's state: the run's, or else that of its last checkpoint."""
     places = [root, *reversed(checkpoints(root).values())]
     return next((file for place in places if (file := place / TRAINER_STATE).is_file()), root / TRAINER_STATE)
 
 
-def _of_arguments(arguments: "TrainingArguments | Mapping[str, Any] | None") -> Row:
-    """TrainingArguments in the words of the card."""
+def _argument_facts(arguments: "TrainingArguments | Mapping[str, Any] | None") -> Row:
+    """The TrainingArguments with the card's names."""
     if arguments is None:
         return {}
-    given = dict(arguments) if isinstance(arguments, Mapping) else arguments.to_dict()
-    found = {word: given[name] for name, word in ARGUMENTS.items() if given.get(name) is not None}
-    found |= {name: str(found[name]) for name in ("schedule", "optimizer") if name in found}
-    if (found.get("steps") or 0) <= 0:  # -1: as many as the epochs have
-        found.pop("steps", None)
+    values = dict(arguments) if isinstance(arguments, Mapping) else arguments.to_dict()
+    facts = {word: values[name] for name, word in ARGUMENTS.items() if values.get(name) is not None}
+    facts |= {name: str(facts[name]) for name in ("schedule", "optimizer") if name in facts}
+    if (facts.get("steps") or 0) <= 0:  # -1: the epochs decide
+        facts.pop("steps", None)
     else:
-        found.pop("epochs", None)
-    if isinstance(warmup := found.get("warmup_steps"), float):  # a share of all steps
-        found["warmup_steps"] = int(warmup) if warmup.is_integer() else None
-    found["precision"] = next((name for name in ("bf16", "fp16") if given.get(name)), "float32")
-    # One process: how many there were, the arguments do not say.
-    if isinstance(size := given.get("per_device_train_batch_size"), int) and not isinstance(arguments, Mapping):
-        found["batch_sequences"] = size * arguments.gradient_accumulation_steps * arguments.world_size
-    return found
+        facts.pop("epochs", None)
+    if isinstance(warmup := facts.get("warmup_steps"), float):  # a share of all steps
+        facts["warmup_steps"] = int(warmup) if warmup.is_integer() else None
+    facts["precision"] = next((name for name in ("bf16", "fp16") if values.get(name)), "float32")
+    # The JSON does not contain the number of processes.
+    if isinstance(size := values.get("per_device_train_batch_size"), int) and not isinstance(arguments, Mapping):
+        facts["batch_sequences"] = size * arguments.gradient_accumulation_steps * arguments.world_size
+    return facts
 
 
-# ------------------------------------------------------------------------------------------------------------ courses
+# ------------------------------------------------------------------------------------------------------------- curves
 
 
 def _losses(curve: TrainingCurve, batch_tokens: int | None) -> card.LossCurve | None:
-    kept = _thinned([*zip(curve.steps, curve.values, strict=True)])
-    return card.LossCurve(**_at(kept, batch_tokens), values=rounded([loss for _, loss in kept])) if kept else None
+    points = _thinned([*zip(curve.steps, curve.values, strict=True)])
+    values = rounded([loss for _, loss in points])
+    return card.LossCurve(**_positions(points, batch_tokens), values=values) if points else None
 
 
 def _loss(value: Any) -> float | None:
-    """A loss as a card holds it, None for what is no number or, in a run that diverges, beyond all bounds."""
+    """A loss for the card; None if it is not a number or too large, as in a run that diverges."""
     number = finite_number(value, MAX_FLOAT)
     return None if number is None else rounded(float(number))
 
 
 def _variances(root: Path, batch_tokens: int | None) -> VarianceCurves | None:
     curve = variances(root)
-    kept = _thinned([(step, column) for step, column in zip(curve.steps, curve.values, strict=True) if column])
-    return VarianceCurves(**_at(kept, batch_tokens), values=rounded([column for _, column in kept])) if kept else None
+    points = _thinned([(step, column) for step, column in zip(curve.steps, curve.values, strict=True) if column])
+    values = rounded([column for _, column in points])
+    return VarianceCurves(**_positions(points, batch_tokens), values=values) if points else None
 
 
-def _at(points: list[tuple[int, Any]], batch_tokens: int | None) -> Row:
+def _positions(points: list[tuple[int, Any]], batch_tokens: int | None) -> Row:
     unit = "tokens" if batch_tokens else "steps"
     return {"unit": unit, "at": [step * (batch_tokens or 1) for step, _ in points]}
 
 
 def _thinned(points: list[tuple[int, Any]]) -> list[tuple[int, Any]]:
-    """At most `MOST_POINTS` of a course, evenly spread, with the first and the last."""
+    """At most `MOST_POINTS` points of a curve, evenly spread, with the first and the last."""
     if len(points) <= MOST_POINTS:
         return points
     return [points[round(i * (len(points) - 1) / (MOST_POINTS - 1))] for i in range(MOST_POINTS)]
@@ -304,7 +306,7 @@ def _thinned(points: list[tuple[int, Any]]) -> list[tuple[int, Any]]:
 
 
 def _report(path: Path) -> LayerReport | None:
-    """A report without what a card does not show: its pairs of layers, and further columns."""
+    """A report without the pairs of layers and the columns that a card does not show."""
     if not path.is_file():
         return None
     content = rounded(LayerReport.load(path).model_dump(exclude={"pairs"}))
@@ -323,12 +325,12 @@ def _yaml(path: Path) -> Row:
 
 
 def _mapping(content: Row, name: str) -> Row:
-    found = content.get(name)
-    return found if isinstance(found, dict) else {}
+    value = content.get(name)
+    return value if isinstance(value, dict) else {}
 
 
 def _repository(name: Any, beside: Path | None = None) -> str | None:
-    """A name where it can be one of the Hub's, else None: a folder, also one that is there from the folder `beside`."""
+    """A name that can be a repository of the Hub; None for a folder, also for one relative to the folder `beside`."""
     if not isinstance(name, str) or not name or Path(name).exists():
         return None
     if beside is not None and find_relative_folder(name, beside) is not None:
@@ -337,7 +339,7 @@ def _repository(name: Any, beside: Path | None = None) -> str | None:
 
 
 def _parameters(model: Path, report: LayerReport | None) -> int | None:
-    """The number of parameters: as the report counted them, else by the headers of the weights."""
+    """The number of parameters, from the report or else from the headers of the weights."""
     if report is not None and report.model.get("num_parameters"):
         return report.model.get("num_parameters")
     files = sorted(model.glob("*.safetensors"))
@@ -352,7 +354,7 @@ def _parameters(model: Path, report: LayerReport | None) -> int | None:
         except OSError as error:
             raise ReportError(f"{str(path)!r} cannot be read: {reason(error)}.") from error
         except SafetensorError as error:
-            raise ReportError(f"{str(path)!r} is not a whole safetensors file.") from error
+            raise ReportError(f"{str(path)!r} is not a complete safetensors file.") from error
         for shape in shapes:
             count = 1
             for size in shape:

@@ -1,10 +1,10 @@
-"""Model cards: the record of a model, written for people and for the Hub.
+"""Rendering model cards from the record of a model.
 
     card = card_for(folder, repo_id="namespace/name", license="apache-2.0")
     card.save("README.md")
 
-The words stand in `templates/model_card.md.j2`; whatever a record holds is escaped there, since its texts come from
-files of strangers. A card has no time in it: the same record gives the same bytes.
+The text is in `templates/model_card.md.j2`, which escapes all content of a record, since its texts come from files of
+strangers. A card contains no time: the same record gives the same bytes.
 """
 
 import os
@@ -41,7 +41,7 @@ NORMS = {
     "post": "RMSNorm after each sublayer and its residual",
     "peri": "RMSNorm before and after each sublayer",
     "mix": "RMSNorm after the sublayers of the first layers, before those of the others (Mix-LN)",
-    "output": "RMSNorm of what each sublayer returns",
+    "output": "RMSNorm of the output of each sublayer",
 }
 
 
@@ -61,7 +61,7 @@ def card_for(folder: str | os.PathLike[str], *, figures: str | None = FOLDER, **
     Args:
         folder: a point of a sweep, the output folder of a Trainer, or the folder of a saved model.
         figures: the folder of the figures in the repository; None leaves them out.
-        options: `repo_id`, and what else `read_card_data` takes.
+        options: `repo_id`, and the other arguments of `read_card_data`.
 
     Raises:
         SettingsError, ReportError: as `read_card_data`.
@@ -73,8 +73,8 @@ def render_card(data: DepthCardData, figures: str | None = FOLDER) -> ModelCard:
     """Write the card of a record: `str(card)` is the README.md of its repository.
 
     Args:
-        data: what is known of the model.
-        figures: the folder, from the card's own, where `write_figures` put the figures; None leaves them out.
+        data: the record of the model.
+        figures: the folder of the figures, relative to the card; None leaves them out.
     """
     measured, rows = evaluation(data), _rows(data)
     text = (
@@ -83,7 +83,7 @@ def render_card(data: DepthCardData, figures: str | None = FOLDER) -> ModelCard:
         .render(
             front_matter=Markdown(front_matter(data).to_yaml()),
             data=data,
-            # Checked to be names of the Hub, so that they can stand in code.
+            # Valid names of the Hub, so they need no escaping in code.
             repo=Markdown(data.repo_id),
             native=data.native_repo and Markdown(data.native_repo),
             relation=RELATIONS.get(data.base_model_relation or "", "derives from"),
@@ -110,18 +110,18 @@ def render_card(data: DepthCardData, figures: str | None = FOLDER) -> ModelCard:
 
 @cache
 def _environment() -> Environment:
-    """The templates of cards: what an expression gives is escaped, unless it is Markdown already."""
-    made = templates(finalize=_shown)
-    made.filters["code"] = code
-    made.filters["number"] = lambda value, digits=4: Markdown(format_number(value, digits))
-    made.filters["size"] = lambda value: Markdown(_size(value))
-    made.filters["count"] = _counted
-    made.filters["with_error"] = _unbroken
-    made.filters["as_it_is"] = Markdown  # for words of the template, and names that the record has checked
-    return made
+    """The templates of cards, which escape every expression that is not Markdown already."""
+    environment = templates(finalize=_escaped)
+    environment.filters["code"] = code
+    environment.filters["number"] = lambda value, digits=4: Markdown(format_number(value, digits))
+    environment.filters["size"] = lambda value: Markdown(_size(value))
+    environment.filters["count"] = _counted
+    environment.filters["with_error"] = _unbroken
+    environment.filters["as_it_is"] = Markdown  # for the template's own text, and names that the record has checked
+    return environment
 
 
-def _shown(value: Any) -> str:
+def _escaped(value: Any) -> str:
     if isinstance(value, Markdown):
         return value
     if isinstance(value, int):
@@ -134,7 +134,7 @@ def _counted(number: int, noun: str, plural: str = "s") -> Markdown:
 
 
 def _size(number: float) -> str:
-    """A number of parameters or tokens with three digits, as people say it: 460 K, 1.05 M, 7.2 B."""
+    """Write a number of parameters or tokens with three digits: 460 K, 1.05 M, 7.2 B."""
     for bound, unit in ((1e12, " T"), (1e9, " B"), (1e6, " M"), (1e3, " K")):
         if number >= bound * 0.9995:
             return f"{number / bound:.3g}{unit}"
@@ -142,16 +142,16 @@ def _size(number: float) -> str:
 
 
 def _few(names: list[str]) -> list[str | None]:
-    """The first and the last of many names, None between them."""
+    """Shorten a long list of names: the first ones, None, and the last one."""
     return list(names) if len(names) <= MOST_NAMED else [*names[: MOST_NAMED - 2], None, names[-1]]
 
 
 def _kind(data: DepthCardData) -> Markdown:
-    """What kind of model it is, in a few words."""
+    """The type of the model in a few words."""
     experts = data.num_experts
     if experts is not None:
         chosen = data.whole("num_experts_per_tok")
-        return Markdown(f"mixture-of-experts ({experts} experts{f', {chosen} a token' if chosen else ''})")
+        return Markdown(f"mixture-of-experts ({experts} experts{f', {chosen} per token' if chosen else ''})")
     return Markdown("dense" if data.config else "causal")
 
 
@@ -159,12 +159,12 @@ def _kind(data: DepthCardData) -> Markdown:
 
 
 def _architecture(data: DepthCardData) -> list[tuple[str, str]]:
-    """The facts of the architecture, those that are known."""
+    """The known facts of the architecture."""
     heads, shared = data.whole("num_attention_heads"), data.whole("num_key_value_heads")
     total, active = data.parameters, data.active_parameters
     size = f"{total:,}" if total else None
     if total and active and active != total:
-        size = f"{total:,}, of which one token meets {active:,}"
+        size = f"{total:,}, of which {active:,} process one token"
     attention = None
     if heads:
         groups = "multi-head" if shared in (None, heads) else "multi-query" if shared == 1 else "grouped-query"
@@ -195,8 +195,8 @@ def _experts(data: DepthCardData) -> str | None:
     chosen, width = data.whole("num_experts_per_tok"), data.whole("moe_intermediate_size")
     shared = data.whole("shared_expert_intermediate_size")
     parts = [
-        f"{data.num_experts} in each layer that has them",
-        f"{chosen} for each token" if chosen else "",
+        f"{data.num_experts} in each layer with experts",
+        f"{chosen} per token" if chosen else "",
         f"of width {width:,}" if width else "",
         f"and one of width {shared:,} for every token" if shared else "",
     ]
@@ -204,12 +204,12 @@ def _experts(data: DepthCardData) -> str | None:
 
 
 def _norms(data: DepthCardData) -> str | None:
-    words = NORMS.get(str(data.config.get("norm_placement")))
-    if words and data.config.get("norm_scaling") == "depth":
-        words += ", scaled by 1/√(layer + 1) (LayerNorm Scaling)"
-    if words and data.config.get("qk_norm"):
-        words += "; queries and keys are normed too"
-    return words
+    description = NORMS.get(str(data.config.get("norm_placement")))
+    if description and data.config.get("norm_scaling") == "depth":
+        description += ", scaled by 1/√(layer + 1) (LayerNorm Scaling)"
+    if description and data.config.get("qk_norm"):
+        description += "; queries and keys are normalised too"
+    return description
 
 
 def _embeddings(data: DepthCardData) -> str | None:
@@ -218,54 +218,54 @@ def _embeddings(data: DepthCardData) -> str | None:
 
 
 def _training(data: DepthCardData) -> list[tuple[str, str]]:
-    """The settings of the training, those that are known."""
-    known = data.training
+    """The known settings of the training."""
+    training = data.training
     batch = [
-        _counted(known.batch_sequences, "sequence") if known.batch_sequences else "",
-        f"{known.batch_tokens:,} tokens" if known.batch_tokens else "",
+        _counted(training.batch_sequences, "sequence") if training.batch_sequences else "",
+        f"{training.batch_tokens:,} tokens" if training.batch_tokens else "",
     ]
-    rate = None if known.learning_rate is None else f"{known.learning_rate:g}"
-    if rate and known.schedule:
-        rate += f", {known.schedule}"
-        if known.min_learning_rate is not None and "constant" not in known.schedule:
-            rate += f" to {known.min_learning_rate:g} of it"
-    if rate and known.warmup_steps:
-        rate += f", {_counted(known.warmup_steps, 'step')} of warm-up"
-    betas = (known.adam_beta1, known.adam_beta2)
+    rate = None if training.learning_rate is None else f"{training.learning_rate:g}"
+    if rate and training.schedule:
+        rate += f", {training.schedule}"
+        if training.min_learning_rate is not None and "constant" not in training.schedule:
+            rate += f" to {training.min_learning_rate:g} of it"
+    if rate and training.warmup_steps:
+        rate += f", {_counted(training.warmup_steps, 'step')} of warm-up"
+    betas = (training.adam_beta1, training.adam_beta2)
     optimizer = [
-        known.optimizer or "",
+        training.optimizer or "",
         f"betas {betas[0]:g} and {betas[1]:g}" if None not in betas else "",
-        f"epsilon {known.adam_epsilon:g}" if known.adam_epsilon is not None else "",
+        f"epsilon {training.adam_epsilon:g}" if training.adam_epsilon is not None else "",
     ]
     run = [
-        known.processor or "",
-        _counted(known.processes, "process", "es") if known.processes else "",
-        _duration(known.seconds) if known.seconds else "",
+        training.processor or "",
+        _counted(training.processes, "process", "es") if training.processes else "",
+        _duration(training.seconds) if training.seconds else "",
     ]
     facts: dict[str, Any] = {
-        "Text": known.text,
-        "Tokens": known.tokens,
-        "Steps": known.steps,
-        "Epochs": known.epochs,
-        "Sequence length": known.sequence_length,
+        "Text": training.text,
+        "Tokens": training.tokens,
+        "Steps": training.steps,
+        "Epochs": training.epochs,
+        "Sequence length": training.sequence_length,
         "Batch": ", ".join(filter(None, batch)),
         "Optimiser": ", ".join(filter(None, optimizer)),
         "Learning rate": rate,
-        "Weight decay": known.weight_decay,
-        "Gradient clipping": known.max_grad_norm,
-        "Precision": known.precision,
-        "Attention computed by": known.attention,
-        "Gradient checkpointing": known.gradient_checkpointing,
-        "Seed": None if known.seed is None else str(known.seed),
-        "Compute": f"{known.flops:.3g} FLOPs" if known.flops else None,
+        "Weight decay": training.weight_decay,
+        "Gradient clipping": training.max_grad_norm,
+        "Precision": training.precision,
+        "Attention computed by": training.attention,
+        "Gradient checkpointing": training.gradient_checkpointing,
+        "Seed": None if training.seed is None else str(training.seed),
+        "Compute": f"{training.flops:.3g} FLOPs" if training.flops else None,
         "Run on": ", ".join(filter(None, run)),
     }
     return _facts(facts)
 
 
 def _facts(facts: dict[str, Any]) -> list[tuple[str, str]]:
-    """Facts in words, without those that are not known."""
-    return [(name, shown) for name, value in facts.items() if (shown := _text(value))]
+    """Facts as text, without unknown ones."""
+    return [(name, text) for name, value in facts.items() if (text := _text(value))]
 
 
 def _text(value: Any) -> str:
@@ -285,7 +285,7 @@ def _duration(seconds: float) -> str:
 
 
 def _scores(data: DepthCardData) -> list[_Score]:
-    """The single numbers of the report, beside those of the same model before training."""
+    """The global scores of the report, and those of the same model before training."""
     if data.report is None:
         return []
     trained, before = data.report.scores, data.untrained.scores if data.untrained else {}
@@ -304,14 +304,14 @@ def _scores(data: DepthCardData) -> list[_Score]:
 
 
 def _text_facts(data: DepthCardData) -> dict[str, Any]:
-    """The text that the scores were measured on, with None for what is not said of it."""
-    wanted = ("name", "fingerprint", "eval_blocks", "block_size", "fit_blocks")
-    facts = {name: data.report.data.get(name) if data.report else None for name in wanted}
+    """Facts about the text that the scores were measured on; None for unknown ones."""
+    names = ("name", "fingerprint", "eval_blocks", "block_size", "fit_blocks")
+    facts = {name: data.report.data.get(name) if data.report else None for name in names}
     return {**facts, "beginning": beginning(data.report.data) if data.report else ""}
 
 
 def _threshold(data: DepthCardData) -> float | None:
-    """From which linearise ratio on a layer counts as useful, where the report has usefulness."""
+    """The linearise ratio above which a layer counts as useful; None if the report lacks usefulness."""
     if data.report is None or data.report.scores.get("usefulness") is None:
         return None
     threshold = data.report.settings.get("threshold")
@@ -323,12 +323,12 @@ def _with_error(scores: dict[str, float | None], name: str) -> Markdown:
 
 
 def _unbroken(value: float | None, error: float | None) -> Markdown:
-    """A value with its error, on one line also in a narrow cell."""
+    """A value with its error, without line breaks."""
     return Markdown(format_with_error(value, error).replace(" ", "\u00a0"))
 
 
 def _rows(data: DepthCardData) -> Sequence[list[str]]:
-    """The table of layers: its heads, then a row per layer."""
+    """The table of layers: its headings, then one row per layer."""
     names = [name for name in LAYER_COLUMNS if data.report is not None and data.report.has(name)]
     if data.report is None or not names:
         return []
@@ -342,7 +342,10 @@ def _rows(data: DepthCardData) -> Sequence[list[str]]:
 
 
 def _versions(data: DepthCardData) -> list[tuple[str, list[tuple[str, str]]]]:
-    """The versions that trained and measured it."""
+    """The versions of the packages that trained and measured the model."""
     measured = data.report.versions if data.report else {}
-    found: dict[str, Mapping[str, str | None]] = {"Trained with": data.versions, "Measured with": measured}
-    return [(what, [(name, value) for name, value in each.items() if value]) for what, each in found.items() if each]
+    groups: list[tuple[str, Mapping[str, str | None]]] = [
+        ("Trained with", data.versions),
+        ("Measured with", measured),
+    ]
+    return [(heading, [(name, value) for name, value in group.items() if value]) for heading, group in groups if group]

@@ -173,7 +173,7 @@ def test_without_a_growth_split_the_variance_is_still_drawn() -> None:
         for name in ("variance_update", "variance_covariance", "attention_variance", "mlp_variance"):
             row[name] = None
     figure = plots.variance_growth(LayerReport(**content))
-    assert [trace.name for trace in lines_of(figure)] == ["stream"]
+    assert [trace.name for trace in lines_of(figure)] == ["residual stream"]
 
 
 def test_reports_of_unequal_depth_share_an_axis_of_relative_depth() -> None:

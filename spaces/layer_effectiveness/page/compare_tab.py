@@ -11,8 +11,8 @@ import pandas as pd
 
 from depthscope import LayerReport, compare
 from depthscope.report.measures import GLOBAL_SCORES
-from depthscope.views.plots.depth import COURSE_EXPLANATION, against_depth, of_reports, over_training
 from depthscope.views.plots.depth import EXPLANATION as DEPTH_EXPLANATION
+from depthscope.views.plots.depth import TRAINING_EXPLANATION, against_depth, of_reports, over_training
 from depthscope.views.plots.report import EXPLANATIONS, compare_layers
 from depthscope.wording.numbers import format_with_error
 from jobs.published_sweeps import Sweep, read_sweep
@@ -76,7 +76,7 @@ def build(service: Service, kept: gr.State) -> None:
                 with gr.Column(visible=False) as course_area:
                     gr.HTML("<h3>Variance over training</h3>")
                     course = gr.Plot(show_label=False, container=False, elem_id="plot-course")
-                    gr.HTML(f"<p class='ds-caption'>{escape(COURSE_EXPLANATION)}</p>")
+                    gr.HTML(f"<p class='ds-caption'>{escape(TRAINING_EXPLANATION)}</p>")
                 gr.HTML(
                     "<h3>The scores</h3><p class='ds-caption'>With a star: differs from the first by more than two "
                     "combined standard errors.</p>"

@@ -1,4 +1,4 @@
-"""Callbacks for transformers' Trainer (and everything built on it) that show every layer while it trains."""
+"""Callbacks for transformers' Trainer (and everything built on it) that measure every layer during training."""
 
 from depthscope.callbacks.effectiveness import EffectivenessCallback
 from depthscope.callbacks.sparsity import SparsityCallback

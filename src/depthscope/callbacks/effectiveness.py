@@ -1,12 +1,12 @@
-"""`EffectivenessCallback`: the layer-effectiveness scores, now and then while a model trains.
+"""`EffectivenessCallback`: the layer-effectiveness scores at regular steps of a training.
 
-Every n-th step the chosen scores are computed on the same few blocks of tokens, as `depthscope.analyze` does it: in
-evaluation mode, without autocast, on the weights as they are. What comes out is a `LayerReport`, saved as
-`layer_reports/step-<step>.json` in the output directory; its single numbers and its columns by layer go into the next
-log of training (as `layers/<score>` and `layers/<score>/<layer>`) and into `layer_stats.jsonl`. `depthscope scores`
-explains each score. Those that `VarianceCallback` measures on the training text are called `blocks_<name>` here.
+Every `every` steps the chosen scores are computed on the same few blocks of tokens, as in `depthscope.analyze`: in
+evaluation mode, without autocast, with the current weights. The result is a `LayerReport`, saved as
+`layer_reports/step-<step>.json` in the output directory; its global numbers and its columns go into the next log of the
+training (as `layers/<score>` and `layers/<score>/<layer>`) and into `layer_stats.jsonl`. `depthscope scores` explains
+each score. Scores that `VarianceCallback` measures on the training text are called `blocks_<name>` here.
 
-The training itself does not notice: random states, modes and gradients are as they were before.
+The training is not affected: random states, modes and gradients are restored.
 """
 
 import logging
@@ -26,7 +26,7 @@ from transformers.trainer_callback import ExportableState
 
 from depthscope.analysis.analyze import analyze_blocks, memory_errors
 from depthscope.analysis.measure import total_work
-from depthscope.callbacks.trainer_access import announce, place, places_before, saved_attributes
+from depthscope.callbacks.trainer_access import announce, move_before_reporters, places_before, saved_attributes
 from depthscope.callbacks.window import LOGGED, Measured, flat_names, is_over, numbered
 from depthscope.errors import AnalysisError, CorpusError, OutOfMemoryError, ReportError, SettingsError
 from depthscope.layers.facts import model_facts
@@ -45,7 +45,7 @@ __all__ = ["REPORTS", "EffectivenessCallback"]
 logger = logging.getLogger(__name__)
 
 REPORTS = "layer_reports"
-# The names under which `VarianceCallback` logs something else: the same measure on the training text.
+# `VarianceCallback` logs the same measures on the training text under these names.
 ON_BLOCKS = ("variance", "variance_growth", "attention_variance", "mlp_variance", "update_norm")
 DEFAULT_SCORES = ("skip", "causal", "block_influence")
 
@@ -56,23 +56,23 @@ class EffectivenessCallback(TrainerCallback, ExportableState):
         Trainer(..., callbacks=[EffectivenessCallback(blocks, scores="skip,usefulness", every=500)])
 
     Args:
-        blocks: token ids [N, T], of text that the model is not trained on; special tokens of the Trainer's tokenizer at
-            the start of a block, such as BOS, do not count. `depthscope.load_blocks` makes `Blocks` out of text. Also
-            what `Blocks.to_dict` gives, as a checkpoint keeps it.
+        blocks: token ids [N, T] of text that the model is not trained on; no score includes special tokens of the
+            Trainer's tokenizer at the start of a block, such as BOS. `depthscope.load_blocks` makes `Blocks` from text.
+            The result of `Blocks.to_dict`, which a checkpoint stores, works too.
         scores: as for `depthscope.analyze`.
-        every: compute them every n-th optimiser step, where the time allows it.
-        max_overhead: share of the training time (0.05 is 5%) that all analyses together may take; one that would take
-            more, as estimated from a forward pass and from the last analysis, waits for a later step. None: no limit.
-        fit_blocks: of the blocks, how many fit the linear maps of the usefulness score; half of them by default where
-            that is among the scores, none otherwise. The others measure.
-        log: "layers" logs every layer, "summary" the first, the last and the quartiles over layers, "none" only single
-            numbers.
-        history: append to `layer_stats.jsonl`.
+        every: optimiser steps between analyses, if the time budget allows them.
+        max_overhead: the share of the training time (0.05 is 5%) that all analyses together may take; an analysis that
+            would exceed it, estimated from a forward pass and from the last analysis, is postponed. None: no limit.
+        fit_blocks: the number of blocks that fit the linear maps of the usefulness score; by default half of them with
+            that score, and none without it. The other blocks are used for the measurement.
+        log: "layers" logs every layer; "summary" logs the first, the last and the quartiles over layers; "none" logs
+            only global numbers.
+        history: whether to append to `layer_stats.jsonl`.
         **options: further fields of `depthscope.Settings`.
 
     Raises:
         NoLayerStackError: (when training begins) the model has no plain stack of decoder layers.
-        SettingsError: an argument is not allowed, or (when training begins) `bos` is not as the blocks are.
+        SettingsError: an argument is not allowed, or (when training begins) `bos` does not match the blocks.
     """
 
     def __init__(
@@ -95,7 +95,7 @@ class EffectivenessCallback(TrainerCallback, ExportableState):
         if isinstance(blocks, Mapping):
             blocks = _from_dict(blocks)
         self.blocks = Blocks.given(blocks)
-        self._as_ids = not isinstance(blocks, Blocks)  # then the tokenizer says which of them are special
+        self._as_ids = not isinstance(blocks, Blocks)  # then the tokenizer decides which ids are special
         self.settings = _settings(self.blocks, scores, fit_blocks, options)
         self.every = every
         self.max_overhead = max_overhead
@@ -103,8 +103,8 @@ class EffectivenessCallback(TrainerCallback, ExportableState):
         self.history = history
         self.spent = 0.0  # seconds in analyses
         self.trained = 0.0  # seconds in everything else
-        self.waiting: dict[str, float] = {}  # what the next log will bring
-        self.cost: float | None = None  # seconds that an analysis takes
+        self.waiting: dict[str, float] = {}  # the values for the next log
+        self.cost: float | None = None  # seconds per analysis
         self._since = time.perf_counter()
         self._file: History | None = None
         self._over = False
@@ -113,12 +113,12 @@ class EffectivenessCallback(TrainerCallback, ExportableState):
         self._unsaved: list[int] = []  # steps whose reports could not be written
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps of this callback."""
+        """The state of this callback for a checkpoint."""
         options = {**self.settings.to_dict(), "in_sample": self.settings.in_sample}
         for name in ("scores", "eval_blocks", "block_size", "fit_blocks"):
             del options[name]
         args = {
-            # Ids of which nothing is known yet stay ids: a tokenizer will say which of them are special.
+            # Ids stay ids until a tokenizer decides which of them are special.
             "blocks": self.blocks.to_dict()
             if self.blocks.special_ids or not self._as_ids
             else self.blocks.to_dict()["ids"],
@@ -130,16 +130,16 @@ class EffectivenessCallback(TrainerCallback, ExportableState):
             "history": self.history,
             **options,
         }
-        kept = {"spent": self.spent, "trained": self.trained, "waiting": self.waiting, "cost": self.cost}
-        return {"args": args, "attributes": kept}
+        attributes = {"spent": self.spent, "trained": self.trained, "waiting": self.waiting, "cost": self.cost}
+        return {"args": args, "attributes": attributes}
 
     def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Take the place before the reporters."""
-        place(self)
+        """Move before the reporters."""
+        move_before_reporters(self)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        """Refuse a model without layers now and not after hours, and go on where a checkpoint left off."""
-        place(self)
+        """Refuse a model without layers at once, and resume from a checkpoint."""
+        move_before_reporters(self)
         self._run, self._before, self._unsaved = state, places_before(self), []
         LayerStack(model)
         if self._as_ids and (tokenizer := _tokenizer(kwargs.get("processing_class"))) is not None:
@@ -157,30 +157,30 @@ class EffectivenessCallback(TrainerCallback, ExportableState):
         self._since = time.perf_counter()
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Begin here where the training had begun before this callback came."""
+        """Begin at this step if the training has already begun."""
         if self._run is not state:
             announce(state, self)
             self.on_train_begin(args, state, control, **kwargs, late=True)
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        """Analyse every n-th step that the budget allows."""
+        """Analyse the model every `every` steps within the time budget."""
         now = time.perf_counter()
         self.trained += now - self._since
         self._since = now
         if state.global_step % self.every == 0 and not self._over:
-            with _unnoticed(model):
+            with _restoring_random_states(model):
                 try:
                     if self._affordable(model):
                         self._analyse(model, Path(args.output_dir), state)
-                except AnalysisError as error:  # a model that diverges must not end its training here
+                except AnalysisError as error:  # an error of the analysis must not end the training
                     if isinstance(error, OutOfMemoryError) and _is_sharded(model):
-                        raise  # in the middle of a pass that all processes make together
+                        raise  # all processes are in the middle of a common pass
                     logger.warning("Step %d was not analysed: %s", state.global_step, error)
             self._since = time.perf_counter()
             self.spent += self._since - now
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        """Put what was measured since the last log into this one."""
+        """Add the values since the last log to this log."""
         if logs is None or "loss" not in logs or not self.waiting:
             return
         logs.update(self.waiting)
@@ -189,16 +189,16 @@ class EffectivenessCallback(TrainerCallback, ExportableState):
         self.waiting = {}
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Let go of the file, and say what is missing."""
+        """Close the history, and warn of missing reports."""
         if self._file is not None:
             self._file.close()
         if self._unsaved:
             steps = ", ".join(map(str, self._unsaved))
-            logger.warning("The reports of steps %s are missing: they could not be written.", steps)
+            logger.warning("The reports of steps %s are missing, since they could not be written.", steps)
         self._file, self._run, self._unsaved = None, None, []
 
     def _restore(self, saved: dict[str, Any]) -> None:
-        """Go on with what a checkpoint has kept, as far as it is what this callback keeps."""
+        """Restore the state from a checkpoint, if it is valid."""
         if not saved:
             return
         spent: Any
@@ -209,18 +209,18 @@ class EffectivenessCallback(TrainerCallback, ExportableState):
         seconds = [spent, trained, 0 if cost is None else cost]
         values = [*waiting.values()] if isinstance(waiting, dict) else [None]
         if not all(isinstance(value, int | float) for value in (*seconds, *values)) or not np.isfinite(seconds).all():
-            logger.warning("%s does not go on with what the checkpoint has kept: it is damaged.", type(self).__name__)
+            logger.warning("%s cannot restore its state from the checkpoint, which is damaged.", type(self).__name__)
             return
         self.spent, self.trained, self.cost, self.waiting = float(spent), float(trained), cost, dict(waiting)
 
     def _affordable(self, model: nn.Module) -> bool:
-        """Whether an analysis now stays within the budget; the main process decides for all."""
+        """Whether an analysis now would stay within the time budget; the main process decides for all."""
         if self.max_overhead is None:
             return True
         if self.cost is None:
             with _processes(model).together(), memory_errors(self.settings):
                 cost = _estimate(model, self.blocks, self.settings)
-            self.cost = cost  # in all processes or in none
+            self.cost = cost  # set in all processes or in none
         fits = self.spent + self.cost <= self.max_overhead * self.trained
         return _agreed(fits, next(model.parameters()).device)
 
@@ -246,7 +246,7 @@ class EffectivenessCallback(TrainerCallback, ExportableState):
             self._file.append({**row, "values": measured.values, "layers": measured.layers})
 
     def _save(self, report: LayerReport, folder: Path, step: int) -> None:
-        """Write a report; where that cannot be done, the training goes on, and is told once now and once at its end."""
+        """Write a report; if that fails, the training goes on, with one warning now and one at its end."""
         number = f".{self._before + 1}" if self._before else ""
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -262,29 +262,29 @@ def _from_dict(content: Mapping[str, Any]) -> Blocks:
         return Blocks.from_ids(**content)
     except TypeError as error:
         raise CorpusError(
-            "Blocks as a mapping are what Blocks.to_dict gives, with ids at least; these have the keys "
+            "A mapping of blocks must come from Blocks.to_dict and contain ids; this one has the keys "
             f"{', '.join(map(repr, content)) or 'none'}."
         ) from error
 
 
 def _tokenizer(processing_class: Any) -> PreTrainedTokenizerBase | None:
-    """The tokenizer of a Trainer: what it calls its processing class, or a part of that."""
-    found = getattr(processing_class, "tokenizer", processing_class)
-    return found if isinstance(found, PreTrainedTokenizerBase) else None
+    """The tokenizer of a Trainer: its processing class, or a part of it."""
+    tokenizer = getattr(processing_class, "tokenizer", processing_class)
+    return tokenizer if isinstance(tokenizer, PreTrainedTokenizerBase) else None
 
 
 def _settings(blocks: Blocks, scores: Any, fit_blocks: int | None, options: dict[str, Any]) -> Settings:
     names = scores if isinstance(scores, str) else tuple(scores)
-    wanted = Settings(scores=names).scores
+    chosen = Settings(scores=names).scores
     if fit_blocks is None:
-        fit_blocks = len(blocks) // 2 if "usefulness" in wanted else 0
+        fit_blocks = len(blocks) // 2 if "usefulness" in chosen else 0
     length = blocks.input_ids.shape[1]
     try:
         return Settings(
-            scores=wanted, fit_blocks=fit_blocks, eval_blocks=len(blocks) - fit_blocks, block_size=length, **options
+            scores=chosen, fit_blocks=fit_blocks, eval_blocks=len(blocks) - fit_blocks, block_size=length, **options
         )
     except TypeError as error:
-        raise SettingsError(f"{', '.join(options)}: not all of these are options of an analysis.") from error
+        raise SettingsError(f"{', '.join(options)}: some of these are not options of an analysis.") from error
 
 
 def _measured(report: LayerReport) -> Measured:
@@ -302,7 +302,7 @@ def _measured(report: LayerReport) -> Measured:
 
 
 def _estimate(model: nn.Module, blocks: Blocks, settings: Settings) -> float:
-    """Seconds that an analysis will take, from the time of a forward pass over one block."""
+    """Estimate the seconds of an analysis from the time of a forward pass over one block."""
     with evaluating(model), torch.no_grad():
         stack = LayerStack(model)
         scores = {name: SCORES[name](stack, settings, settings.eval_blocks) for name in settings.scores}
@@ -324,12 +324,12 @@ def _agreed(fits: bool, device: torch.device) -> bool:
 
 
 def _processes(model: nn.Module) -> Processes:
-    """The processes that share the blocks; of a sharded model each measures all of them."""
+    """The processes that share the blocks; with a sharded model, each process measures all blocks."""
     return Processes(0, 1, next(model.parameters()).device) if _is_sharded(model) else Processes.here()
 
 
 def _is_sharded(model: nn.Module) -> bool:
-    """Whether a pass through the model takes all processes together, so that they cannot share the blocks."""
+    """Whether a pass through the model needs all processes, so that they cannot share the blocks."""
     return any(
         hasattr(weight, "device_mesh") or type(module).__name__.startswith(("FSDP", "FullySharded"))
         for module in model.modules()
@@ -338,7 +338,7 @@ def _is_sharded(model: nn.Module) -> bool:
 
 
 def _drop_later_reports(folder: Path, step: int) -> None:
-    """Remove the reports of steps that a run which goes on from a checkpoint will take again."""
+    """Remove the reports of later steps, which a resumed run will repeat."""
     for path in folder.glob("step-*.json"):
         number = path.stem.removeprefix("step-").partition(".")[0]
         if number.isdigit() and int(number) > step:
@@ -346,8 +346,8 @@ def _drop_later_reports(folder: Path, step: int) -> None:
 
 
 @contextmanager
-def _unnoticed(model: nn.Module) -> Iterator[None]:
-    """Leave random states as they were; modes and gradients are left alone by the analysis itself."""
+def _restoring_random_states(model: nn.Module) -> Iterator[None]:
+    """Restore random states afterwards; the analysis itself keeps modes and gradients."""
     states = random.getstate(), np.random.get_state()
     devices = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
     try:

@@ -1,4 +1,4 @@
-"""Hooks on a model in training that see each layer's input and output once, in training passes only."""
+"""Hooks that see each layer's input and output once in every training pass, and in no other pass."""
 
 import inspect
 from collections.abc import Callable, Mapping
@@ -15,33 +15,33 @@ __all__ = ["Watch", "argument"]
 
 
 class Watch:
-    """Calls back for every decoder layer, and if asked its attention and MLP, in each training pass.
+    """Calls functions for every decoder layer, and optionally its attention and MLP, in each training pass.
 
-    A training pass is one through the decoder in training mode with gradients: evaluation, generation and reference
-    passes do not count, and neither does what activation checkpointing computes again during the backward pass.
+    A training pass runs through the decoder in training mode with gradients. Evaluation, generation and reference
+    passes do not count, nor does the recomputation of activation checkpointing in the backward pass.
 
     Args:
         stack: the layers.
-        on_layer: gets a layer's index, and the stream before it and after it: the model's own tensors, so that one
-            layer's output can be known again as the next one's input.
-        on_part: gets a layer's index, "attention" or "mlp", and what that returned; None: not watched.
-        others: further modules to watch, each with a function that gets what it returned.
+        on_layer: called with a layer's index, and the residual stream before and after it; these are the model's own
+            tensors, so a layer's output can be recognised as the next layer's input.
+        on_sublayer: called with a layer's index, "attention" or "mlp", and its output; None watches no sublayers.
+        extra_modules: further modules to watch, each with a function that is called with its output.
         begin: called when a training pass begins.
-        end: called when it ends, with the mask of real tokens [B, T] if the pass was given one.
-        drop: called instead when it fails: some layers were called, and others will not be.
+        end: called when it ends, with the mask of real tokens [B, T] if the pass has one.
+        drop: called instead of `end` when the pass fails.
     """
 
     def __init__(
         self,
         stack: LayerStack,
         on_layer: Callable[[int, Tensor, Tensor], None] | None = None,
-        on_part: Callable[[int, str, Tensor], None] | None = None,
-        others: Mapping[nn.Module, Callable[[Any], None]] | None = None,
+        on_sublayer: Callable[[int, str, Tensor], None] | None = None,
+        extra_modules: Mapping[nn.Module, Callable[[Any], None]] | None = None,
         begin: Callable[[], None] = lambda: None,
         end: Callable[[Tensor | None], None] = lambda mask: None,
         drop: Callable[[], None] = lambda: None,
     ) -> None:
-        self.measuring = False  # whether passes are to be measured now
+        self.measuring = False  # whether passes are measured now
         self._awaited: set[tuple[str, int]] = {("a pass", 0)}
         self._seen: set[tuple[str, int]] = set()
         self._inside = False
@@ -52,36 +52,36 @@ class Watch:
         for owner in stack.around:
             self._add(owner.register_forward_pre_hook(self._mask_hook(owner), with_kwargs=True))
         self._add(decoder.register_forward_pre_hook(self._enter))
-        # Also when the pass fails, for which there is no result: what comes next must not be taken for a part of it.
+        # Also when the pass fails, so that the next pass is not taken for a part of it.
         self._add(decoder.register_forward_hook(self._leave, always_call=True))
         for index, layer in enumerate(stack.layers):
             if on_layer is not None:
                 self._awaited.add(("layer", index))
                 self._add(layer.register_forward_hook(self._layer_hook(index, on_layer), with_kwargs=True))
-            for part in ("attention", "mlp") if on_part is not None else ():
-                module = stack.sublayer(index, part)
-                if module is not None and on_part is not None:
-                    self._awaited.add((part, index))
-                    self._add(module.register_forward_hook(self._part_hook(index, part, on_part)))
-        for index, (module, function) in enumerate((others or {}).items()):
+            for sublayer in ("attention", "mlp") if on_sublayer is not None else ():
+                module = stack.sublayer(index, sublayer)
+                if module is not None and on_sublayer is not None:
+                    self._awaited.add((sublayer, index))
+                    self._add(module.register_forward_hook(self._sublayer_hook(index, sublayer, on_sublayer)))
+        for index, (module, function) in enumerate((extra_modules or {}).items()):
             self._awaited.add(("router", index))
-            self._add(module.register_forward_hook(self._other_hook(index, function)))
+            self._add(module.register_forward_hook(self._module_hook(index, function)))
 
     def unseen(self) -> str:
-        """What no measured pass has called since the watch began, in words; empty where everything was."""
+        """The modules that no measured pass has called so far, in words; empty if all were called."""
         missing: dict[str, list[int]] = {}
-        for what, index in sorted(self._awaited - self._seen):
-            missing.setdefault(what, []).append(index)
+        for kind, index in sorted(self._awaited - self._seen):
+            missing.setdefault(kind, []).append(index)
         if "a pass" in missing:
             return "any training pass"
         names = {"layer": "layers", "router": "routers"}
         return ", ".join(
-            f"{names.get(what, f'the {what} of layers')} {', '.join(map(str, where))}"
-            for what, where in missing.items()
+            f"{names.get(kind, f'the {kind} of layers')} {', '.join(map(str, indices))}"
+            for kind, indices in missing.items()
         )
 
     def remove(self) -> None:
-        """Take all hooks off."""
+        """Remove all hooks."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -91,10 +91,10 @@ class Watch:
         self._handles.append(handle)
 
     def _mask_hook(self, owner: nn.Module) -> Callable[..., None]:
-        given = argument(owner, "attention_mask")
+        find_argument = argument(owner, "attention_mask")
 
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            mask = given(args, kwargs)
+            mask = find_argument(args, kwargs)
             if isinstance(mask, Tensor) and mask.dim() == 2:
                 self._mask = mask
 
@@ -125,16 +125,18 @@ class Watch:
 
         return hook
 
-    def _part_hook(self, index: int, part: str, function: Callable[[int, str, Tensor], None]) -> Callable[..., None]:
+    def _sublayer_hook(
+        self, index: int, sublayer: str, function: Callable[[int, str, Tensor], None]
+    ) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], result: Any) -> None:
             if self._inside:
-                self._seen.add((part, index))
+                self._seen.add((sublayer, index))
                 with torch.no_grad():
-                    function(index, part, hidden_of(result))
+                    function(index, sublayer, hidden_of(result))
 
         return hook
 
-    def _other_hook(self, index: int, function: Callable[[Any], None]) -> Callable[..., None]:
+    def _module_hook(self, index: int, function: Callable[[Any], None]) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], result: Any) -> None:
             if self._inside:
                 self._seen.add(("router", index))
@@ -145,11 +147,11 @@ class Watch:
 
 
 def argument(module: nn.Module, name: str) -> Callable[[tuple[Any, ...], dict[str, Any]], Any]:
-    """A function that finds an argument of a module's forward pass, given by name or by position; None without it."""
+    """A function that returns an argument of a module's forward pass, passed by name or position; None without it."""
     names = list(inspect.signature(module.forward).parameters)
     place = names.index(name) if name in names else None
 
-    def given(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def find_argument(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return args[place] if place is not None and place < len(args) else kwargs.get(name)
 
-    return given
+    return find_argument

@@ -1,16 +1,16 @@
-"""`SparsityCallback`: the sparsity at work in each layer while a model trains.
+"""`SparsityCallback`: the sparsity of each layer during training.
 
-Where the model has experts, their load and the routers' confidence, over the real tokens of all training passes since
-the last log (`depthscope.scores.expert_load` says what each metric is); and at the first log after every `every` steps,
-of the weights as they are then:
+If the model has experts: their load and the routers' confidence, over the real tokens of all training passes since the
+last log (`depthscope.scores.expert_load` defines each metric). At the first log after every `every` steps, for the
+current weights:
 
     weights_below_<p>pct, weight_hoyer              see `depthscope.scores.weight_sparsity`
     attention_below_fair, attention_below_tenth,    see `depthscope.scores.attention_sparsity`; on the first `sequences`
-    attention_context, attention_context_share,     of the last batch, in one more pass without gradients; left out of
-    attention_first                                 the log where the attention cannot be read
+    attention_context, attention_context_share,     sequences of the last batch, in an extra pass without gradients; not
+    attention_first                                 logged if the attention cannot be read
 
-and the single numbers `kv_sharing` (query heads a key and value head) and, of the losses that the model adds to its own
-where it returns them, `aux_loss` and `z_loss`.
+and the global numbers `kv_sharing` (query heads per key and value head), `aux_loss` and `z_loss` (the losses that the
+model adds to its own, if it returns them).
 """
 
 import logging
@@ -24,7 +24,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from depthscope.callbacks.hooks import Watch, argument
-from depthscope.callbacks.trainer_access import place, saved_attributes
+from depthscope.callbacks.trainer_access import move_before_reporters, saved_attributes
 from depthscope.callbacks.window import Measured, WindowCallback, is_over
 from depthscope.errors import SettingsError
 from depthscope.layers.acting_weights import NoWeightsError
@@ -48,18 +48,18 @@ class SparsityCallback(WindowCallback):
     """Tracks weight, attention and expert sparsity in any Trainer script: `callbacks=[SparsityCallback()]`.
 
     Values are logged with the training loss, as `layers/<metric>/<layer>`, and appended to `layer_stats.jsonl`. The
-    file of this class says what each metric is.
+    docstring of this module defines each metric.
 
     Args:
         every: optimiser steps between two measurements of weights and attention; expert load is counted in every step.
-        sequences: sequences of the last batch, in each process, that attention is measured on; 0 leaves it out.
-        weights: measure the weights.
-        log: "layers" logs every layer, "summary" the first, the last and the quartiles over layers, "none" only single
-            numbers; the history has every layer in any case.
-        history: keep `layer_stats.jsonl`.
+        sequences: sequences of the last batch, per process, that attention is measured on; 0 measures no attention.
+        weights: whether to measure the weights.
+        log: "layers" logs every layer; "summary" logs the first, the last and the quartiles over layers; "none" logs
+            only global numbers. The history has every layer in any case.
+        history: whether to write `layer_stats.jsonl`.
 
     Raises:
-        NoLayerStackError: (when the Trainer is built) the model has no plain stack of decoder layers.
+        NoLayerStackError: (when the Trainer is created) the model has no plain stack of decoder layers.
         SettingsError: an argument is not allowed.
     """
 
@@ -74,49 +74,50 @@ class SparsityCallback(WindowCallback):
         self.sequences = sequences
         self.weights = weights
         self._handles: list[Any] = []
-        self._routers: dict[str, Router] = {}  # by layer, and from the second in a layer on by its number there
-        self._seen: dict[str, Any] = {}  # what they returned in the pass that is running
+        self._routers: dict[str, Router] = {}  # by "layer", or "layer.number" from a layer's second router on
+        self._pass_outputs: dict[str, Any] = {}  # the routers' outputs in the current pass
         self._sums: dict[str, Tensor] = {}
         self._losses: Tensor | None = None
         self._sample: tuple[Tensor, Tensor | None] | None = None
-        self._sampled = False  # whether the pass that is running has given the sample
+        self._sampled = False  # whether the sample of the current pass is taken
         self._passes = 0  # training passes since the last fetch
-        self._told = False
-        self._told_of_weights = False
+        self._has_warned = False
+        self._has_warned_of_weights = False
         self._measured_at = 0
         self._step = 0
-        self._last = False  # whether that is the last step of the training
+        self._last = False  # whether this is the last step of the training
 
     def options(self) -> dict[str, Any]:
         """The arguments of this callback."""
         return {**super().options(), "sequences": self.sequences, "weights": self.weights}
 
     def attach(self, stack: LayerStack) -> None:
-        """Watch the routers, and keep the last batch at hand."""
+        """Watch the routers, and keep a sample of the last batch."""
         self._routers = {
             f"{layer}.{number}" if number else str(layer): router
             for layer, routers in find_routers(stack).items()
             for number, router in enumerate(routers)
         }
-        others = {router.module: partial(self._seen.__setitem__, name) for name, router in self._routers.items()}
-        self._watch = Watch(stack, others=others, begin=self._seen.clear, end=self._end_pass, drop=self._drop_pass)
+        outputs = self._pass_outputs
+        modules = {router.module: partial(outputs.__setitem__, name) for name, router in self._routers.items()}
+        self._watch = Watch(stack, extra_modules=modules, begin=outputs.clear, end=self._end_pass, drop=self._drop_pass)
         self._handles = [
             owner.register_forward_pre_hook(self._sample_hook(owner), with_kwargs=True) for owner in stack.around
         ]
         self._handles.append(stack.entry.register_forward_hook(self._keep_losses))
 
     def detach(self) -> None:
-        """Take the hooks off."""
+        """Remove the hooks."""
         if self._watch is not None:
             self._watch.remove()
         for handle in self._handles:
             handle.remove()
         self._watch, self._handles, self._sample, self._sampled = None, [], None, False
-        self._seen, self._sums, self._losses, self._passes = {}, {}, None, 0
+        self._pass_outputs, self._sums, self._losses, self._passes = {}, {}, None, 0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        """Begin to watch; the first log brings a measurement of weights and attention."""
-        place(self)
+        """Begin to watch; the first log contains a measurement of weights and attention."""
+        move_before_reporters(self)
         saved = (
             saved_attributes(state, self).get("_measured_at") if state.global_step and "late" not in kwargs else None
         )
@@ -125,7 +126,7 @@ class SparsityCallback(WindowCallback):
         self._last = False
         super().on_train_begin(args, state, control, model=model, **kwargs)
         if self.window is not None:
-            self.window.pop(MEASURED, None)  # of a run that was over, and goes on further
+            self.window.pop(MEASURED, None)  # left by a run that had ended and now continues
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Count expert load in every step."""
@@ -133,7 +134,7 @@ class SparsityCallback(WindowCallback):
         self.measure(True)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Know the last step, whose checkpoint has to hold what is measured at the end."""
+        """Note whether this is the last step, whose checkpoint must hold the final measurement."""
         self._step, self._last = state.global_step, is_over(state)
         super().on_step_end(args, state, control, **kwargs)
 
@@ -143,18 +144,18 @@ class SparsityCallback(WindowCallback):
         super().on_log(args, state, control, logs, **kwargs)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Keep what the last, unlogged steps came to."""
+        """Write the values of the last steps, which were not logged."""
         self._step = state.global_step
         super().on_train_end(args, state, control, **kwargs)
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps of this callback."""
-        kept = super().state()
-        kept["attributes"]["_measured_at"] = self._measured_at
-        return kept
+        """The state of this callback for a checkpoint."""
+        saved = super().state()
+        saved["attributes"]["_measured_at"] = self._measured_at
+        return saved
 
     def fetch(self) -> None:
-        """One transfer for each layer with experts."""
+        """Fetch the sums, with one transfer per layer with experts."""
         if self._watch is None or not self._passes:
             return
         window = self.window or {"experts": {}, "losses": [0.0] * (len(LOSSES) + 1)}
@@ -165,16 +166,16 @@ class SparsityCallback(WindowCallback):
         if self._losses is not None:
             window["losses"] = (np.array(window["losses"]) + self._losses.cpu().double().numpy()).tolist()
         self._sums, self._losses, self._passes = {}, None, 0
-        if self._last:  # a run that goes on from this checkpoint, and is over, has no batch to measure attention on
+        if self._last:  # a finished run that is resumed from this checkpoint has no batch to measure attention on
             window[MEASURED] = self._measurement()
         self.window = window
 
     def fits(self, window: Any, stack: LayerStack) -> bool:
-        """Whether a window holds the sums of routers that the model has."""
+        """Whether a window holds the sums of this model's routers."""
         routers = {
             f"{layer}.{number}" if number else str(layer)
-            for layer, found in find_routers(stack).items()
-            for number in range(len(found))
+            for layer, layer_routers in find_routers(stack).items()
+            for number in range(len(layer_routers))
         }
         sums = [np.array(row, float) for row in window["experts"].values()]
         return (
@@ -185,7 +186,7 @@ class SparsityCallback(WindowCallback):
         )
 
     def finish(self, window: dict[str, Any]) -> Measured:
-        """Expert load of the window, and if it is time weights and attention as they are now."""
+        """The expert load of the window, and, every `every` steps, the current weights and attention."""
         assert self._stack is not None
         columns: dict[str, list[float]] = {}
         count = self._stack.num_layers
@@ -207,32 +208,32 @@ class SparsityCallback(WindowCallback):
         return Measured(values, columns)
 
     def _measurement(self) -> dict[str, list[float]]:
-        """Weights and attention as they are now, if it is time."""
+        """The current weights and attention, if `every` steps have passed."""
         if self._stack is None or self._step - self._measured_at < self.every:
             return {}
         return (self._weights(self._stack) if self.weights else {}) | self._attention()
 
     def _weights(self, stack: LayerStack) -> dict[str, list[float]]:
-        """Sparsity of the weights that act; NaN, and said once, where they cannot be had."""
-        found = []
+        """Sparsity of the weights; NaN and one warning where they are not available."""
+        rows = []
         for layer in stack.layers:
             try:
-                found.append(weight_sparsity(layer))
+                rows.append(weight_sparsity(layer))
             except NoWeightsError as error:
-                found.append(dict.fromkeys(WEIGHT_METRICS, float("nan")))
-                if not self._told_of_weights:
+                rows.append(dict.fromkeys(WEIGHT_METRICS, float("nan")))
+                if not self._has_warned_of_weights:
                     logger.warning("The sparsity of weights is not measured everywhere: %s.", error)
-                    self._told_of_weights = True
-        return {name: [row[name] for row in found] for name in WEIGHT_METRICS}
+                    self._has_warned_of_weights = True
+        return {name: [row[name] for row in rows] for name in WEIGHT_METRICS}
 
     def _attention(self) -> dict[str, list[float]]:
-        """Attention sparsity on the sample, in a pass of its own; nothing where there is no sample of token ids."""
+        """Attention sparsity on the sample, in an extra pass; {} if there is no sample of token ids."""
         if self._stack is None or not self.sequences:
             return {}
         if self._sample is None:
-            if not self._told:
+            if not self._has_warned:
                 logger.warning("The sparsity of attention is not measured: the model is not called with token ids.")
-                self._told = True
+                self._has_warned = True
             return {}
         ids, mask = self._sample
         real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
@@ -253,29 +254,29 @@ class SparsityCallback(WindowCallback):
 
     def _drop_pass(self) -> None:
         self._sampled = False
-        self._seen.clear()
+        self._pass_outputs.clear()
 
     def _end_pass(self, mask: Tensor | None) -> None:
         self._passes += 1
         self._sampled = False
-        # Routers get their tokens in the order of the stream.
+        # Routers get their tokens in the order of the residual stream.
         real = mask.T if mask is not None and self._stack is not None and self._stack.token_first() else mask
-        for name, output in self._seen.items():
+        for name, output in self._pass_outputs.items():
             sums = router_sums(self._routers[name], output, real)
             if sums is not None:
                 exact = sums.float() if sums.device.type == "mps" else sums.double()
                 self._sums[name] = self._sums[name] + exact if name in self._sums else exact
-        self._seen.clear()
+        self._pass_outputs.clear()
 
     def _sample_hook(self, owner: nn.Module) -> Callable[..., None]:
-        """Keep some sequences of a training pass, from wherever on the way to the layers they are token ids."""
-        given_ids, given_mask = argument(owner, "input_ids"), argument(owner, "attention_mask")
+        """Keep some sequences of a training pass, from the first module that gets them as token ids."""
+        find_ids, find_mask = argument(owner, "input_ids"), argument(owner, "attention_mask")
 
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            # Further down in the same pass the mask may have another form.
+            # Inner modules may get the mask in another form.
             if self._sampled or not (module.training and torch.is_grad_enabled()):
                 return
-            ids, mask = given_ids(args, kwargs), given_mask(args, kwargs)
+            ids, mask = find_ids(args, kwargs), find_mask(args, kwargs)
             if isinstance(ids, Tensor) and ids.dim() == 2:
                 rows = slice(0, self.sequences)
                 real = mask[rows].detach() if isinstance(mask, Tensor) and mask.shape == ids.shape else None
@@ -284,18 +285,19 @@ class SparsityCallback(WindowCallback):
         return hook
 
     def _keep_losses(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        """The router losses of a training pass, where the model returns them; the last entry counts the passes."""
+        """Add the router losses of a training pass, if the model returns them; the last entry counts the passes."""
         if not (module.training and torch.is_grad_enabled()):
             return
-        found = [getattr(output, name, None) for name in LOSSES]
-        if isinstance(found[0], Tensor):
-            kept = [loss.detach().float() if isinstance(loss, Tensor) else torch.zeros_like(found[0]) for loss in found]
-            losses = torch.stack([*kept, torch.ones_like(kept[0])])
+        parts = [getattr(output, name, None) for name in LOSSES]
+        if isinstance(parts[0], Tensor):
+            zero = torch.zeros_like(parts[0])
+            values = [loss.detach().float() if isinstance(loss, Tensor) else zero for loss in parts]
+            losses = torch.stack([*values, torch.ones_like(values[0])])
             self._losses = losses if self._losses is None else self._losses + losses
 
 
 def _added_up(sums: Tensor) -> Tensor:
-    """Sums over all processes."""
+    """Add sums over all processes."""
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
         sums = sums.clone()
         dist.all_reduce(sums)

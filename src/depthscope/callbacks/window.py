@@ -1,9 +1,9 @@
-"""What the callbacks that measure training passes share: windows, logs, the history, and going on from a checkpoint.
+"""The base of the callbacks that measure training passes: windows, logs, the history, and resuming.
 
-Between two logs lies a window. Sums are kept on the device while steps run; at the end of a window they are added up
-over processes and fetched in one transfer, turned into values, put into the log and appended to the history. Before a
-checkpoint is written, what has been summed so far is fetched too and goes into its `trainer_state.json`, so that a run
-that goes on from there ends its window as if nothing had happened.
+A window is the time between two logs. Sums stay on the device while steps run. At the end of a window they are added up
+over processes, fetched in one transfer, turned into values, logged and appended to the history. Before a checkpoint is
+written, the sums so far are fetched too and saved in its `trainer_state.json`, so that a resumed run completes its
+window as without the interruption.
 """
 
 import logging
@@ -21,7 +21,7 @@ from depthscope.callbacks.trainer_access import (
     PREFIX,
     announce,
     call_on_failure,
-    place,
+    move_before_reporters,
     places_before,
     saved_attributes,
 )
@@ -40,7 +40,7 @@ LAYERS = "layers"
 
 @dataclass
 class Measured:
-    """What a window came to: single numbers, numbers by layer [L], and what else the history keeps."""
+    """The values of a window: global numbers, numbers per layer [L], and further entries of the history."""
 
     values: dict[str, float] = field(default_factory=dict)
     layers: dict[str, list[float]] = field(default_factory=dict)
@@ -48,7 +48,7 @@ class Measured:
 
 
 def numbered(measured: Measured, before: int) -> Measured:
-    """The same under names of its own, `<name>_2` and so on, where callbacks of its class stand before a callback."""
+    """The same values with the suffix `_2` and so on, for a callback with `before` others of its class before it."""
     if not before:
         return measured
 
@@ -59,10 +59,10 @@ def numbered(measured: Measured, before: int) -> Measured:
 
 
 def flat_names(measured: Measured, logged: str) -> dict[str, float]:
-    """The names and values that go into a log; undefined values are left out.
+    """The names and values for a log, without undefined values.
 
     "layers": `layers/<metric>/<layer>` for every layer. "summary": the first and the last layer, and the quartiles over
-    layers. "none": nothing by layer. Single numbers, `layers/<name>`, in all of them.
+    layers. "none": no values per layer. All three contain the global numbers, `layers/<name>`.
     """
     named = {PREFIX + name: value for name, value in measured.values.items()}
     for metric, column in measured.layers.items():
@@ -84,9 +84,9 @@ def _quartiles(column: list[float]) -> tuple[float, float, float]:
 
 
 class WindowCallback(TrainerCallback, ExportableState):
-    """Base of the callbacks that measure training passes."""
+    """Base class of the callbacks that measure training passes."""
 
-    kind: str  # what the history calls its rows
+    kind: str  # the kind of its rows in the history
 
     def __init__(self, every: int = 1, log: str = "layers", history: bool = True) -> None:
         if not isinstance(every, int) or every < 1:
@@ -96,17 +96,17 @@ class WindowCallback(TrainerCallback, ExportableState):
         self.every = every
         self.log = log
         self.history = history
-        self.window: dict[str, Any] | None = None  # what the current window has come to, as far as it is fetched
+        self.window: dict[str, Any] | None = None  # the fetched sums of the current window
         self._stack: LayerStack | None = None
         self._file: History | None = None
         self._run: Any = None  # the state of the training that is watched
         self._before = 0  # callbacks of this class before this one
         self._watch: Watch | None = None
-        self._compiled = False  # whether what is trained is compiled
-        self._looked = 0  # measured steps since the watch began
-        self._told_unseen = False
+        self._compiled = False  # whether the model in training is compiled
+        self._steps_watched = 0  # measured steps since the watch began
+        self._has_warned_of_watch = False
 
-    # What a callback is made of.
+    # The methods that a callback implements.
 
     @abstractmethod
     def attach(self, stack: LayerStack) -> None:
@@ -114,43 +114,43 @@ class WindowCallback(TrainerCallback, ExportableState):
 
     @abstractmethod
     def detach(self) -> None:
-        """Leave nothing behind on the model; may be called twice."""
+        """Remove everything from the model; may be called twice."""
 
     @abstractmethod
     def fetch(self) -> None:
-        """Add what lies on the device to `window`, on every process alike, and begin anew there."""
+        """Add the sums on the device to `window`, in every process, and reset them."""
 
     @abstractmethod
     def fits(self, window: Any, stack: LayerStack) -> bool:
-        """Whether a window that a checkpoint has kept can be gone on with; whatever stands there may be asked."""
+        """Whether a window from a checkpoint can be continued; it may hold any content."""
 
     @abstractmethod
     def finish(self, window: dict[str, Any]) -> Measured:
         """Turn a window into values."""
 
     def measure(self, on: bool) -> None:
-        """Switch measuring on or off for the passes to come."""
+        """Switch the measurement of later passes on or off."""
         if self._watch is not None:
             self._watch.measuring = on
 
     def options(self) -> dict[str, Any]:
-        """The arguments that make another callback like this one; JSON-like."""
+        """The arguments that create the same callback; JSON-like."""
         return {"every": self.every, "log": self.log, "history": self.history}
 
     # Transformers' events, in the order in which they come.
 
     def on_init_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        """Take the place, and find the layers while the model is still whole."""
-        place(self)
-        call_on_failure(self, self._let_go)
+        """Move before the reporters, and find the layers before the model is wrapped."""
+        move_before_reporters(self)
+        call_on_failure(self, self._stop)
         if model is not None and not _is_empty(model):
             self._stack = LayerStack(model, head=False)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        """Begin to watch, and go on where a checkpoint left off."""
-        place(self)
-        call_on_failure(self, self._let_go)
-        self._let_go()
+        """Begin to watch, and resume from a checkpoint."""
+        move_before_reporters(self)
+        call_on_failure(self, self._stop)
+        self._stop()
         self._run, self._before = state, places_before(self)
         if self._stack is None or self._stack.model is not model:
             self._stack = LayerStack(model, head=False)
@@ -159,28 +159,28 @@ class WindowCallback(TrainerCallback, ExportableState):
         if self._file is not None:
             self._file.begin(state.global_step, run=state)
             if self.window is not None:
-                # A row of this step ended the window at the end of an earlier run; it has not ended yet.
+                # An earlier run ended the window at this step; now it continues.
                 self._file.drop(state.global_step, self.kind)
         if is_over(state):
             self._end_window(state)
-            self._let_go()
+            self._stop()
             return
         self.attach(self._stack)
-        self._looked, self._told_unseen = 0, False
+        self._steps_watched, self._has_warned_of_watch = 0, False
         self._compiled = args.torch_compile or is_compiled(model)
         if self._compiled:
             forget_compiled()
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Measure every n-th step; begin with the first one that comes, where the training has begun already."""
+        """Measure every `every` steps; if the training has already begun, start at this step."""
         if self._run is not state:
             announce(state, self)
             self.on_train_begin(args, state, control, **kwargs, late=True)
         self.measure(state.global_step % self.every == 0)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Fetch before a checkpoint; the default flow, which comes before this callback, has decided on it by now."""
-        self._look()
+        """Fetch before a checkpoint; the default flow, which comes before this callback, has decided on it."""
+        self._check_watch()
         if control.should_save or control.should_training_stop:
             self.fetch()
 
@@ -190,7 +190,7 @@ class WindowCallback(TrainerCallback, ExportableState):
             self.fetch()
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Fetch before a checkpoint that the evaluation may bring about."""
+        """Fetch before a checkpoint that may follow the evaluation."""
         self.fetch()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
@@ -198,7 +198,7 @@ class WindowCallback(TrainerCallback, ExportableState):
         if logs is None or "loss" not in logs or self._stack is None:
             return
         self.fetch()
-        self._tell_unseen()
+        self._warn_unseen()
         measured = self._end_window(state)
         if measured is not None:
             named = flat_names(measured, self.log)
@@ -207,45 +207,50 @@ class WindowCallback(TrainerCallback, ExportableState):
                 state.log_history[-1].update(named)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Keep what the last, unlogged steps came to, and leave the model as it was."""
+        """Write the values of the last steps, which were not logged, and restore the model."""
         self.fetch()
-        self._tell_unseen()
+        self._warn_unseen()
         self._end_window(state)
-        self._let_go()
+        self._stop()
         self._run = None
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps of this callback."""
+        """The state of this callback for a checkpoint."""
         return {"args": self.options(), "attributes": {"window": self.window}}
 
-    def _look(self) -> None:
-        """After a measured step, see to it that there was something to see."""
+    def _check_watch(self) -> None:
+        """After a measured step, check that the hooks were called."""
         if self._watch is None or not self._watch.measuring:
             return
-        self._looked += 1
-        if self._looked == 1 and self._watch.unseen():
-            # Something may be compiled that does not look it: then it was compiled before the hooks came.
+        self._steps_watched += 1
+        if self._steps_watched == 1 and self._watch.unseen():
+            # A part may be compiled without a sign of it, before the hooks were registered.
             self._compiled = True
             forget_compiled()
-        elif self._looked == 2 and self._watch.unseen() == "any training pass":
-            self._tell_unseen()
+        elif self._steps_watched == 2 and self._watch.unseen() == "any training pass":
+            self._warn_unseen()
 
-    def _tell_unseen(self) -> None:
-        if self._watch is None or self._told_unseen or not self._looked or not (unseen := self._watch.unseen()):
+    def _warn_unseen(self) -> None:
+        if (
+            self._watch is None
+            or self._has_warned_of_watch
+            or not self._steps_watched
+            or not (unseen := self._watch.unseen())
+        ):
             return
         logger.warning(
-            "%s has not seen %s so far, and has no values for it: its hooks were not called. Something runs the model "
-            "without calling its modules (an exported form, say), in evaluation mode or without gradients; train it as "
-            "it was written (torch_compile=True is fine).",
+            "%s has not seen %s so far and has no values for it, since its hooks were not called. The model may run "
+            "without calling its modules (such as in an exported form), in evaluation mode or without gradients. Train "
+            "the original model (torch_compile=True works).",
             type(self).__name__,
             unseen,
         )
-        self._told_unseen = True
+        self._has_warned_of_watch = True
 
-    def _let_go(self) -> None:
+    def _stop(self) -> None:
         self.detach()
         if self._compiled:
-            forget_compiled()  # or the hooks that have gone are called in passes to come
+            forget_compiled()  # else later passes would call the removed hooks
             self._compiled = False
         if self._file is not None:
             self._file.close()
@@ -261,8 +266,8 @@ class WindowCallback(TrainerCallback, ExportableState):
             fits = False
         if not fits:
             logger.warning(
-                "%s does not go on with the window that the checkpoint has kept: it is not one of this model and these "
-                "options. The next log is of the steps from here on.",
+                "%s cannot continue the window in the checkpoint: it does not fit this model and these options. "
+                "The next log covers only the steps from here on.",
                 type(self).__name__,
             )
             return None
@@ -290,12 +295,12 @@ class WindowCallback(TrainerCallback, ExportableState):
 def is_over(state: Any) -> bool:
     """Whether all steps of the run are done.
 
-    Gone on from its last checkpoint in the middle of an epoch, the Trainer takes one step more, which is no part of the
-    run and of its history.
+    Resumed from its last checkpoint in the middle of an epoch, the Trainer takes one more step, which belongs neither
+    to the run nor to its history.
     """
     return 0 < state.max_steps <= state.global_step
 
 
 def _is_empty(model: nn.Module) -> bool:
-    """Whether the weights are not there yet: large models get theirs when training begins."""
+    """Whether the weights are not loaded yet: large models get them when training begins."""
     return any(weight.device.type == "meta" for weight in model.parameters())

@@ -1,1 +1,1 @@
-"""What is shown of a report or a run: in a terminal, on a page, in figures. No torch."""
+"""Showing a report or a run in a terminal, on a page, in figures. No torch."""

@@ -1,4 +1,4 @@
-"""Accuracies as a table in a terminal (rich), beside what guessing gives."""
+"""Accuracies as a table in a terminal (rich), with the accuracy of guessing."""
 
 from collections.abc import Sequence
 

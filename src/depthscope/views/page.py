@@ -1,8 +1,8 @@
-"""What every HTML page has in common: one file that asks nothing of the network and runs no script but its own two.
+"""The common part of all HTML pages: one file without network requests, with two scripts.
 
-plotly.js, style and script are inside it, and its content security policy forbids every request and every other script.
-Texts come from strangers, so the templates escape them and the figures' JSON cannot close its script element. The same
-content gives the same bytes.
+The page contains plotly.js, style and script, and its content security policy forbids every request and every other
+script. Texts come from strangers, so the templates escape them and the figures' JSON cannot close its script element.
+The same content gives the same bytes.
 """
 
 import base64
@@ -30,8 +30,8 @@ def render(template: str, drawn: dict[str, Any], **content: Any) -> str:
 
     Args:
         template: the name of its file in `templates/`.
-        drawn: its figures by the ids of their elements, as `framed` gives them.
-        content: what the template shows.
+        drawn: its figures by the ids of their elements, as returned by `framed`.
+        content: the variables of the template.
     """
     plotly_js, script = _plotly_script(), _source("report.js")
     return (
@@ -49,11 +49,11 @@ def render(template: str, drawn: dict[str, Any], **content: Any) -> str:
 
 
 def framed(figure: Any, *, square: bool = False) -> tuple[str, int, dict[str, Any]]:
-    """A plotly figure for a page: its title, which moves into the page and wraps there, its height, and the rest.
+    """Split a plotly figure into title, height and content; the page shows the title, so that it can wrap.
 
     Args:
-        figure: with a title.
-        square: whether the style sheet keeps it square, so that it has no height of its own.
+        figure: a figure with a title.
+        square: whether the style sheet keeps the figure square, so that it has no fixed height.
     """
     content = figure.to_plotly_json()
     layout = dict(content["layout"])
@@ -66,40 +66,40 @@ def framed(figure: Any, *, square: bool = False) -> tuple[str, int, dict[str, An
 
 
 def _embedded(content: Any) -> Markup:
-    """Encode JSON so that it can stand in a script element: nothing in it can close the element or break a line."""
+    """Encode JSON for a script element, so that nothing in it can close the element or break a line."""
     text = json.dumps(content, sort_keys=True, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
     return Markup(text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026"))
 
 
 @cache
 def _plotly_script() -> str:
-    """Plotly's own script, made safe to stand in an HTML page."""
+    """Plotly's own script, made safe for an HTML page."""
     return re.sub(r"</(script)", r"<\\/\1", get_plotlyjs(), flags=re.IGNORECASE)
 
 
 def _source(name: str) -> str:
-    """Read a file beside the template that goes into the page as it is."""
+    """Read a file from the folder of the templates that goes into the page unchanged."""
     return (files("depthscope") / "templates" / name).read_text(encoding="utf-8")
 
 
 def _script_hash(script: str) -> str:
-    """Give a script's hash as a content security policy wants it."""
+    """The hash of a script in the form of a content security policy."""
     return f"sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}"
 
 
 @cache
 def _environment() -> Environment:
-    """The templates, with the filters that they use."""
-    made = templates(autoescape=True)
-    made.filters["number"] = format_number
-    made.filters["value"] = _as_text
-    made.globals["format_score"] = format_score
-    made.globals["format_with_error"] = format_with_error
-    return made
+    """The templates with their filters."""
+    environment = templates(autoescape=True)
+    environment.filters["number"] = format_number
+    environment.filters["value"] = _as_text
+    environment.globals["format_score"] = format_score
+    environment.globals["format_with_error"] = format_with_error
+    return environment
 
 
 def _as_text(value: object) -> str:
-    """Write a fact or setting for a reader."""
+    """Write a fact or a setting as text."""
     if value is None:
         return "none"
     if isinstance(value, bool):

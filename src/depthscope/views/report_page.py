@@ -1,4 +1,4 @@
-"""The page of one or several reports: words, interactive figures, tables, how to reproduce them."""
+"""The page of one or several reports: a summary, interactive figures, tables, and the command to reproduce them."""
 
 import os
 import shlex
@@ -20,7 +20,7 @@ from depthscope.wording.numbers import format_number, format_with_error
 
 __all__ = ["render_page", "reproduce", "tiles", "write_page"]
 
-# Figures that stand side by side where the page is wide.
+# Figures that are placed side by side on a wide page.
 NARROW_FIGURES = frozenset({"causal_map", "permutation_map"})
 EMBEDDED_TEXT = "python-stdlib"
 BLOCK_SETTINGS = ("fit_blocks", "eval_blocks", "block_size")
@@ -29,7 +29,7 @@ VALUED_OPTIONS = (*BLOCK_SETTINGS, "pairs", "probes", "threshold", "ridge", "see
 
 @dataclass(frozen=True)
 class _Plot:
-    """A figure on the page: its element's id, its title as a heading, the sentence below it, and how wide it is."""
+    """A figure on the page: the id of its element, its title, the explanation below it, its height and width."""
 
     element: str
     title: str
@@ -40,7 +40,7 @@ class _Plot:
 
 @dataclass(frozen=True)
 class _Section:
-    """One report as the template shows it."""
+    """One report in the form that the template shows."""
 
     report: LayerReport
     label: str
@@ -54,10 +54,10 @@ class _Section:
 
 
 def render_page(reports: LayerReport | Sequence[LayerReport]) -> str:
-    """Render one report, or several with a comparison before them, as one HTML page.
+    """Render one report, or several reports after a comparison, as one HTML page.
 
     Raises:
-        ReportError: no report is given, or the reports share no score that could be drawn together.
+        ReportError: no report is given, or the reports have no score in common.
     """
     require_reports([reports] if isinstance(reports, LayerReport) else reports)
     listed = [reports] if isinstance(reports, LayerReport) else list(reports)
@@ -84,7 +84,7 @@ def render_page(reports: LayerReport | Sequence[LayerReport]) -> str:
 
 
 def write_page(path: str | os.PathLike[str], reports: LayerReport | Sequence[LayerReport]) -> Path:
-    """Write the page of one or several reports to a file, whole or not at all.
+    """Write the page of one or several reports to a file, completely or not at all.
 
     Raises:
         ReportError: the file cannot be written, or the page cannot be rendered (see `render_page`).
@@ -93,9 +93,9 @@ def write_page(path: str | os.PathLike[str], reports: LayerReport | Sequence[Lay
 
 
 def reproduce(report: LayerReport) -> str:
-    """Give the command, or for a model given as an object the Python call, that makes the report again.
+    """The command that makes the report again; for a model that was an object, the Python call.
 
-    TEXT stands for the text where it is not the embedded one: a report knows its name and fingerprint, not its place.
+    TEXT stands for the text if it is not the embedded one: a report holds its name and fingerprint, not its path.
     """
     report_settings, data, model = report.settings, report.data, report.model
     if model.get("source") == "object":
@@ -110,7 +110,7 @@ def reproduce(report: LayerReport) -> str:
     if isinstance(scores := report_settings.get("scores"), list):
         options.append(("--scores", ",".join(map(str, scores))))
     options += [(_flag(key), str(facts[key])) for key in VALUED_OPTIONS if facts.get(key) is not None]
-    # Before there was the option, no block began with BOS.
+    # Before the option existed, no block began with BOS.
     if (bos := report_settings.get("bos", "no")) != "auto":
         options.append(("--bos", str(bos)))
     options += [(_flag(key),) for key in ("in_sample", "paper_code") if report_settings.get(key) is True]
@@ -118,13 +118,13 @@ def reproduce(report: LayerReport) -> str:
         options.append(("--dtype", model["dtype"]))
     lines = [shlex.join(option) for option in options]
     name = shlex.quote(model["name"])
-    # After "--", a model whose name starts with a dash cannot pass for an option.
-    words = (
+    # After "--", a model whose name starts with a dash is not parsed as an option.
+    parts = (
         ["depthscope analyze", *lines, f"-- {name}"]
         if model["name"].startswith("-")
         else [f"depthscope analyze {name}", *lines]
     )
-    return " \\\n    ".join(words)
+    return " \\\n    ".join(parts)
 
 
 def _flag(key: str) -> str:
@@ -147,27 +147,27 @@ def _section(report: LayerReport, label: str, element: str, drawn: dict[str, Any
 
 
 def tiles(report: LayerReport) -> list[tuple[str, str, str]]:
-    """Choose up to four numbers for the head of the page: the number, what it is of, and what it says."""
-    found = []
+    """Choose up to four numbers for the head of the page: each with what it counts, and its meaning."""
+    chosen = []
     for name, score in (("effective_depth_skip", "skip_ratio"), ("effective_depth_linear", "usefulness_ratio")):
         depth = report.scores.get(name)
         if depth is not None:
-            found.append((format_number(depth, 2), of_layers(report, score), "effective depth"))
+            chosen.append((format_number(depth, 2), of_layers(report, score), "effective depth"))
             break
     near = report.near_identity()
     if near:
-        found.append((str(len(near.layers)), of_layers(report, near.score), "near the identity"))
+        chosen.append((str(len(near.layers)), of_layers(report, near.score), "near the identity"))
     if ranked := report.ranked("skip_ratio"):
         layer, ratio = ranked[0]
-        found.append((f"layer {layer}", f"loss ×{ratio:.4f} without it", "cheapest to leave out"))
+        chosen.append((f"layer {layer}", f"loss ×{ratio:.4f} without it", "cheapest to leave out"))
     growth = report.scores.get("variance_growth")
     if growth is not None:
-        found.append((f"×{format_number(growth, 3)}", "first layer to last", "variance growth"))
-    return found
+        chosen.append((f"×{format_number(growth, 3)}", "first layer to last", "variance growth"))
+    return chosen
 
 
 def _plots(available: Mapping[str, go.Figure], element: str, drawn: dict[str, Any]) -> list[_Plot]:
-    """Put figures into `drawn` by the ids of their elements, and say how the page frames them."""
+    """Add figures to `drawn` by the ids of their elements, and return their frames for the page."""
     plots = []
     for name, figure in available.items():
         identity = f"{element}-{name.replace('_', '-')}"
@@ -177,7 +177,7 @@ def _plots(available: Mapping[str, go.Figure], element: str, drawn: dict[str, An
 
 
 def _score_rows(report: LayerReport) -> list[tuple[Term, str]]:
-    """List a report's global scores as terms and values with errors."""
+    """A report's global scores as terms and values with errors."""
     return [
         (
             GLOBAL_SCORES.get(name, Term(name, "", "")),
@@ -188,7 +188,7 @@ def _score_rows(report: LayerReport) -> list[tuple[Term, str]]:
 
 
 def _compared_rows(comparison: Comparison) -> list[tuple[Term, list[tuple[str, str, bool]]]]:
-    """List compared scores: the term and, for each report, the value, the difference and whether it is significant."""
+    """The compared scores: the term and, per report, the value, the difference and whether it is significant."""
     return [
         (
             GLOBAL_SCORES.get(row.name, Term(row.name, "", "")),

@@ -1,4 +1,4 @@
-"""One self-contained HTML page of a training run: the layers over time, and where they stand at the end."""
+"""One self-contained HTML page of a training run: the layers over time, and their last values."""
 
 import os
 from pathlib import Path
@@ -16,7 +16,7 @@ __all__ = ["render_run_page", "write_run_page"]
 
 
 def write_run_page(path: str | os.PathLike[str], run: RunHistory) -> Path:
-    """Write the page of a run to a file, whole or not at all.
+    """Write the page of a run to a file, completely or not at all.
 
     Raises:
         ReportError: the file cannot be written.
@@ -25,7 +25,7 @@ def write_run_page(path: str | os.PathLike[str], run: RunHistory) -> Path:
 
 
 def render_run_page(run: RunHistory) -> str:
-    """Render the page of a run; it asks nothing of the network."""
+    """Render the page of a run; it makes no network requests."""
     drawn: dict[str, Any] = {}
     plots = [_plot(name, figure, drawn) for name, figure in run_figures(run).items()]
     columns = []
@@ -44,26 +44,26 @@ def render_run_page(run: RunHistory) -> str:
 
 
 def summary(run: RunHistory) -> list[str]:
-    """What a run shows, in sentences."""
+    """A summary of a run in sentences."""
     steps = [row["step"] for row in run.rows]
     lines = [f"Measured from step {min(steps)} to step {max(steps)}, at {len(set(steps))} steps."]
     if "variance" in run.metrics:
-        at, values = run.over_time("variance")
+        steps, values = run.over_time("variance")
         first, last = values[0][-1], values[-1][-1]
         if first is not None and last is not None:
-            change = f"from {format_number(first, 3)} (step {at[0]}) to {format_number(last, 3)} (step {at[-1]})"
-            lines.append(f"The variance of the residual stream after the last layer went {change}.")
+            change = f"from {format_number(first, 3)} (step {steps[0]}) to {format_number(last, 3)} (step {steps[-1]})"
+            lines.append(f"The variance of the residual stream after the last layer changed {change}.")
         if values[-1][0] and last is not None:
             growth = format_number(last / values[-1][0], 3)
-            lines.append(f"It is {growth} times that after the first layer at the end.")
+            lines.append(f"At the end it is {growth} times the variance after the first layer.")
     if run.not_finite is not None:
-        where = f"first after layer {run.not_finite['layer']}, in step {run.not_finite['step']}"
-        lines.append(f"Activations were not finite: {where}.")
+        place = f"first after layer {run.not_finite['layer']}, in step {run.not_finite['step']}"
+        lines.append(f"Activations were not finite: {place}.")
     return lines
 
 
 def _plot(name: str, figure: go.Figure, drawn: dict[str, Any]) -> dict[str, Any]:
-    """Put a figure into `drawn` by the id of its element, and say how the page frames it."""
+    """Add a figure to `drawn` by the id of its element, and return its frame for the page."""
     element = f"run-{name.replace('_', '-')}"
     title, height, drawn[element] = framed(figure)
     return {"element": element, "title": title, "explanation": figure.layout.meta, "height": height}

@@ -21,7 +21,7 @@ __all__ = ["SHOWN", "RunHistory", "print_run", "term"]
 
 SPARKS = "▁▂▃▄▅▆▇█"
 SPARK_WIDTH = 16
-# What is shown, in this order, where a run has it; the first of each pair by a line over time.
+# Metrics of runs that are not scores of a report.
 TERMS = {
     "max_activation": Term(
         "largest activation", "", "largest absolute activation after the layer", "largest", at={"run": 90}
@@ -37,7 +37,7 @@ SHOWN = shown_in("run", LAYER_SCORES | TERMS)
 
 @dataclass(frozen=True)
 class RunHistory:
-    """What the callbacks measured in one run."""
+    """The measurements of the callbacks in one run."""
 
     name: str
     rows: list[dict[str, Any]]
@@ -47,7 +47,7 @@ class RunHistory:
         """Read the history of a run from its output folder or its file.
 
         Raises:
-            ReportError: there is none, or it is empty.
+            ReportError: there is no history, or it is empty.
         """
         rows = read_history(path)
         if not rows:
@@ -57,9 +57,9 @@ class RunHistory:
 
     @property
     def metrics(self) -> list[str]:
-        """The metrics by layer, those that are shown first."""
-        found = {metric for row in self.rows for metric in row.get("layers", {})}
-        return [name for name in SHOWN if name in found] + sorted(found - set(SHOWN))
+        """The per-layer metrics, starting with those of `SHOWN`."""
+        measured = {metric for row in self.rows for metric in row.get("layers", {})}
+        return [name for name in SHOWN if name in measured] + sorted(measured - set(SHOWN))
 
     def over_time(self, metric: str) -> tuple[list[int], list[list[float | None]]]:
         """The steps at which a metric was measured, and its values [steps][L]."""
@@ -84,23 +84,23 @@ class RunHistory:
 
 
 def term(metric: str) -> Term:
-    """How a metric is called; what was measured on fixed blocks says so."""
+    """The term of a metric; its label says if it was measured on fixed blocks."""
     if metric.startswith("blocks_"):
-        known = term(metric.removeprefix("blocks_"))
-        return Term(f"{known.label}, on blocks", known.unit, f"{known.phrase}, on fixed blocks")
+        base = term(metric.removeprefix("blocks_"))
+        return Term(f"{base.label}, on blocks", base.unit, f"{base.phrase}, on fixed blocks")
     return LAYER_SCORES.get(metric) or TERMS.get(metric) or Term(metric.replace("_", " "), "", "")
 
 
 def print_run(run: RunHistory, console: Console | None = None) -> None:
-    """Print the last values by layer, with the course of the variance, as many columns as there is room for."""
+    """Print the last values per layer, with the variance over time, in as many columns as fit."""
     console = console or terminal()
     steps = [row["step"] for row in run.rows]
     parts: list[RenderableType] = [
-        Text(f"{run.name}: steps {min(steps)} to {max(steps)}, {len(run.metrics)} metrics by layer", style="bold")
+        Text(f"{run.name}: steps {min(steps)} to {max(steps)}, {len(run.metrics)} metrics per layer", style="bold")
     ]
     if run.not_finite is not None:
-        where = f"first after layer {run.not_finite['layer']}, in step {run.not_finite['step']}"
-        parts.append(Text(f"Activations were not finite: {where}.", style="bold red"))
+        place = f"first after layer {run.not_finite['layer']}, in step {run.not_finite['step']}"
+        parts.append(Text(f"Activations were not finite: {place}.", style="bold red"))
     parts += [Text(), _table(run, console.width), *_legend(run)]
     console.print(Group(*parts))
 
@@ -118,14 +118,14 @@ def _table(run: RunHistory, width: int) -> Table:
         layers = range(len(values[-1]))
         last = [format_number(_float(values[-1][layer]), 3) for layer in layers]
         sparks = [_spark([_float(row[layer]) for row in values]) for layer in layers]
-        course = metric == "variance" and len(steps) > 1
-        needed = max(len(heading), *map(len, last)) + 2 + (len(sparks[0]) + 2 if course else 0)
+        has_sparks = metric == "variance" and len(steps) > 1
+        needed = max(len(heading), *map(len, last)) + 2 + (len(sparks[0]) + 2 if has_sparks else 0)
         if needed > room:
             break
         room -= needed
         table.add_column(heading, justify="right", no_wrap=True)
         columns.append(last)
-        if course:
+        if has_sparks:
             table.add_column("", no_wrap=True)
             columns.append(sparks)
     for layer, cells in enumerate(zip(*columns, strict=True)):
@@ -135,17 +135,17 @@ def _table(run: RunHistory, width: int) -> Table:
 
 def _legend(run: RunHistory) -> list[RenderableType]:
     step = max(row["step"] for row in run.rows)
-    return [Text(f"Last values (step {step}); the bars show their course from the first log to the last.", style="dim")]
+    return [Text(f"Last values (step {step}); the bars show the change from the first log to the last.", style="dim")]
 
 
 def _spark(values: Sequence[float]) -> str:
-    """A line of bars, each layer's on a scale of its own, logarithmic where it spans more than a factor of ten."""
+    """A line of bars on its own scale, which is logarithmic if it spans more than a factor of ten."""
     every = max(1, math.ceil(len(values) / SPARK_WIDTH))
     picked = list(values[::-1][::every][::-1])
-    known = [value for value in picked if math.isfinite(value)]
-    if not known:
+    finite = [value for value in picked if math.isfinite(value)]
+    if not finite:
         return ""
-    low, high = min(known), max(known)
+    low, high = min(finite), max(finite)
     wide = low > 0 and high / low > 10
 
     def height(value: float) -> str:

@@ -1,4 +1,4 @@
-"""The templates of pages and cards (Jinja2): an unknown name is an error, and blocks leave no lines behind."""
+"""The templates of pages and cards (Jinja2): an unknown name is an error, and blocks leave no empty lines."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ __all__ = ["templates"]
 
 
 def templates(**options: Any) -> Environment:
-    """The templates, with further `options` of Jinja2, such as how expressions are escaped."""
+    """The environment of the templates, with further `options` of Jinja2, such as escaping."""
     return Environment(
         loader=PackageLoader("depthscope", "templates"),
         undefined=StrictUndefined,

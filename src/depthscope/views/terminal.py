@@ -1,7 +1,7 @@
 """Reports and comparisons as tables in a terminal (rich), fitted to its width.
 
-A narrow terminal loses the least important columns rather than wrapping them. Texts out of a report come from
-strangers, so they are never read as rich markup.
+On a narrow terminal the least important columns are dropped rather than wrapped. Texts in a report come from strangers,
+so they are never interpreted as rich markup.
 """
 
 import math
@@ -31,17 +31,17 @@ NEAR_STYLE = "cyan"
 HEADLINE_STYLE = "bold"
 BAR_WIDTH = 8
 EIGHTHS = " ▏▎▍▌▋▊▉█"
-MEANING_WIDTH = 110  # below this the meanings of the global scores would wrap to a word a line
+MEANING_WIDTH = 110  # below this the meanings of the global scores would wrap to one word per line
 UNIT_WIDTH = 62
 GAP = 2  # characters between two columns
 
-# How long the columns that are no numbers stay, beside the numbers' own `keep`.
+# The ranks of columns that are not numbers, beside the `keep` of the numbers.
 KEEP = {"variance bar": 150, "kind": 160, "skip_ratio bar": 190}
 
 
 @dataclass(frozen=True)
 class _Column:
-    """A column of a table before it is known whether there is room: its key, heading and cells."""
+    """A column that may be added to a table: its key, heading and cells."""
 
     key: str
     heading: str
@@ -54,11 +54,11 @@ class _Column:
 
 
 def layer_table(report: LayerReport, width: int | None = None) -> Table:
-    """Build the table of layers, one row each: the scores that are present and for which there is room.
+    """Build the table of layers, one row per layer, with the scores that are present and fit the width.
 
     Args:
-        report: what to show.
-        width: characters across; None for all columns.
+        report: the report.
+        width: width in characters; None for all columns.
     """
     near = report.near_identity()
     near_layers = set(near.layers) if near else set()
@@ -74,11 +74,11 @@ def layer_table(report: LayerReport, width: int | None = None) -> Table:
 
 
 def scores_table(report: LayerReport, width: int | None = None) -> Table:
-    """Build the table of global scores: each with its standard error over blocks and, where there is room, one phrase.
+    """Build the table of global scores: each with its standard error over blocks and, if it fits, its meaning.
 
     Args:
-        report: what to show.
-        width: characters across; None for as many as it takes.
+        report: the report.
+        width: width in characters; None for no limit.
     """
     names = report.global_scores
     values = [format_with_error(report.scores[name], report.scores.get(f"{name}_se")) for name in names]
@@ -99,7 +99,7 @@ def scores_table(report: LayerReport, width: int | None = None) -> Table:
 
 
 def print_report(report: LayerReport, console: Console | None = None) -> None:
-    """Print a report: what it shows in words, its global scores, its layers, and what a reader must know."""
+    """Print a report: summary, global scores, layers and notes."""
     console = console or terminal()
     parts: list[RenderableType] = [
         _headline(report),
@@ -120,7 +120,7 @@ def _downstream(accuracies: Sequence[Accuracy]) -> list[RenderableType]:
 
 
 def print_comparison(comparison: Comparison, console: Console | None = None) -> None:
-    """Print reports side by side: what is not comparable, the global scores, and the layers by relative depth."""
+    """Print reports side by side: warnings, global scores, and layers by relative depth."""
     console = console or terminal()
     names = _short_labels(comparison)
     parts: list[RenderableType] = [
@@ -137,26 +137,26 @@ def print_comparison(comparison: Comparison, console: Console | None = None) -> 
 
 
 def _table() -> Table:
-    """Make a table that spends no more than `GAP` characters between two columns."""
+    """Make a table with at most `GAP` characters between two columns."""
     return Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, GAP - 1, 0, 0))
 
 
 def print_measures(measures: Iterable[Measure], console: Console | None = None) -> None:
-    """Print what every score says, its formula, unit and source."""
+    """Print the meaning, formula, unit and source of every score."""
     console = console or terminal()
     parts: list[RenderableType] = []
     for measure in measures:
         title = Text(measure.title, style=HEADLINE_STYLE).append(f"  {measure.name}", style=NEAR_STYLE)
         facts = [f"unit: {measure.unit}", f"source: {measure.source}"]
         if measure.better:
-            facts.insert(1, f"{measure.better} where layers contribute more")
+            facts.insert(1, f"{measure.better} if layers contribute more")
         details = Text(f"{measure.formula}\n{' · '.join(facts)}", style="dim")
         parts += [title, Padding(Group(Text(measure.meaning), details), (0, 0, 1, 2))]
     _print(Group(*parts), console)
 
 
 def _headline(report: LayerReport) -> RenderableType:
-    """Say what was measured and what it shows, the effective depth above all."""
+    """The summary of a report, with the effective depth emphasised."""
     first, *others = summarize(report).splitlines()
     grid = Table.grid(padding=(0, 1))
     for line in others:
@@ -165,7 +165,7 @@ def _headline(report: LayerReport) -> RenderableType:
 
 
 def _legend(report: LayerReport, with_bars: bool) -> Text:
-    """Say under the table of layers what its less obvious columns and marks are."""
+    """The legend below the table of layers, for its less obvious columns and marks."""
     near = report.near_identity()
     text = Text()
     if near and near.layers:
@@ -176,7 +176,7 @@ def _legend(report: LayerReport, with_bars: bool) -> Text:
         if report.has(name)
     ]
     if with_bars:
-        parts.append("bars: variance on a log scale; what skipping adds to the loss, full for the costliest layers")
+        parts.append("bars: variance on a log scale; the cost of skipping, full for the costliest layers")
     return text.append("\n".join(parts), style="dim")
 
 
@@ -190,7 +190,7 @@ def _notes(notes: Sequence[str], title: str) -> list[RenderableType]:
 
 
 def _origin(report: LayerReport) -> Text:
-    """Say when and with what the report was made, and on which text exactly."""
+    """When and with which versions the report was made, and the fingerprint of its text."""
     made = datetime.fromisoformat(report.created.replace("Z", "+00:00"))
     parts = [
         f"made {made:%Y-%m-%d %H:%M}",
@@ -219,7 +219,7 @@ def _layer_columns(report: LayerReport, near: set[int]) -> list[_Column]:
 
 
 def _fitting(columns: list[_Column], width: int | None) -> list[_Column]:
-    """Drop columns, the least important first, until the rest fit the width."""
+    """Drop columns, the least important first, until the others fit the width."""
     keep = KEEP | {name: term.keep for name, term in LAYER_SCORES.items() if term.keep is not None}
     dropped = sorted({column.key for column in columns} & keep.keys(), key=lambda key: (keep[key], key))
     while width is not None and sum(column.width + GAP for column in columns) - GAP > width and dropped:
@@ -229,7 +229,7 @@ def _fitting(columns: list[_Column], width: int | None) -> list[_Column]:
 
 
 def _bar(share: float) -> str:
-    """Draw a bar for a share between 0 and 1, to an eighth of a character."""
+    """Draw a bar for a share between 0 and 1, in eighths of a character."""
     eighths = round(max(0.0, min(1.0, share)) * BAR_WIDTH * 8)
     full, rest = divmod(eighths, 8)
     return "█" * full + (EIGHTHS[rest] if rest else "")
@@ -238,20 +238,20 @@ def _bar(share: float) -> str:
 def _log_bars(values: list[float | None]) -> list[str]:
     """Draw bars on a logarithmic scale from the smallest value to the largest."""
     logs = [math.log(value) if value is not None and value > 0 else None for value in values]
-    known = [value for value in logs if value is not None]
-    if not known:
+    defined = [value for value in logs if value is not None]
+    if not defined:
         return [""] * len(values)
-    low, span = min(known), max(max(known) - min(known), 1e-9)
+    low, span = min(defined), max(max(defined) - min(defined), 1e-9)
     return ["" if value is None else _bar(0.05 + 0.95 * (value - low) / span) for value in logs]
 
 
 def _cost_bars(ratios: list[float | None]) -> list[str]:
-    """Draw what a layer adds to the loss; the scale is that of the ordinary layers, so that outliers fill the bar."""
+    """Draw the cost of skipping each layer, on the scale of the ordinary layers, so that outliers fill the bar."""
     costs = [max(0.0, ratio - 1) if ratio is not None else None for ratio in ratios]
-    known = sorted(cost for cost in costs if cost is not None)
-    if not known or known[-1] == 0:
+    defined = sorted(cost for cost in costs if cost is not None)
+    if not defined or defined[-1] == 0:
         return [""] * len(ratios)
-    full = min(known[-1], max(3 * known[len(known) * 3 // 4], known[-1] / 100))
+    full = min(defined[-1], max(3 * defined[len(defined) * 3 // 4], defined[-1] / 100))
     return ["" if cost is None else _bar(cost / full) for cost in costs]
 
 
@@ -259,7 +259,7 @@ BARS: dict[str, Callable[[list[float | None]], list[str]]] = {"variance": _log_b
 
 
 def _short_labels(comparison: Comparison) -> list[str]:
-    """Name the reports A, B, C, ...: their own names are too long to head columns."""
+    """Name the reports A, B, C, ..., since their own names are too long for column headings."""
     return [chr(ord("A") + index) if index < 26 else f"#{index + 1}" for index in range(len(comparison.labels))]
 
 
@@ -285,7 +285,7 @@ def _score_comparison(comparison: Comparison, names: Sequence[str]) -> Table:
 
 
 def _layer_comparison(comparison: Comparison, names: Sequence[str], width: int) -> Table:
-    """Build the table of layers side by side, matched by relative depth where the models are of unequal depth."""
+    """Build the table of layers side by side, matched by relative depth if the depths differ."""
     matches = comparison.matches
     if comparison.same_depth:
         columns = [_Column("layer", "layer", [str(match.layers[0]) for match in matches])]
@@ -309,7 +309,7 @@ def _layer_comparison(comparison: Comparison, names: Sequence[str], width: int) 
 
 
 def _print(content: RenderableType, console: Console) -> None:
-    """Print, also to a terminal or file that cannot take every character."""
+    """Print, also to a terminal or file whose encoding lacks some characters."""
     encoding = console.encoding
     if encoding.lower().startswith("utf"):
         console.print(content)

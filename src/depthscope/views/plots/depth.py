@@ -11,15 +11,15 @@ from depthscope.report.report import LayerReport
 from depthscope.views.plots.style import BLUE, DASHES, PALETTE, TEXT_GREY, VERMILION, finish, plotly_text
 from depthscope.wording.numbers import format_with_error
 
-__all__ = ["COURSE_EXPLANATION", "EXPLANATION", "DepthPoint", "against_depth", "of_reports", "over_training"]
+__all__ = ["EXPLANATION", "TRAINING_EXPLANATION", "DepthPoint", "against_depth", "of_reports", "over_training"]
 
 EXPLANATION = (
     "Each panel shows one score against the number of layers, with error bars of one standard error where they are "
-    "known. The mean over layers falls with depth by dilution alone: more layers share about as much work. Dashed, in "
-    "a sweep: the same models before they were trained."
+    "known. The mean over layers falls with depth by dilution alone: more layers share about the same work. In a "
+    "sweep, dashed lines show the same models before training."
 )
-COURSE_EXPLANATION = (
-    "The variance of the residual stream after the last layer while the models of the sweep were trained."
+TRAINING_EXPLANATION = (
+    "The variance of the residual stream after the last layer over the training of the models of the sweep."
 )
 SCORES = shown_in("depth", GLOBAL_SCORES)
 COLUMNS = 2
@@ -36,14 +36,14 @@ class DepthPoint:
 
 
 def of_reports(reports: Sequence[LayerReport]) -> list[DepthPoint]:
-    """The points of reports."""
+    """One point per report."""
     return [DepthPoint(report.model["name"], report.model["num_layers"], report.scores) for report in reports]
 
 
 def against_depth(
     points: Sequence[DepthPoint], references: Sequence[DepthPoint] = (), *, columns: int = COLUMNS
 ) -> go.Figure | None:
-    """Draw the scores that at least two depths have, `references` dashed beside them; None if there are none."""
+    """Draw the scores that at least two depths have, with `references` dashed; None if there are none."""
     every = [*points, *references]
     names = [
         name for name in SCORES if len({point.layers for point in points if point.scores.get(name) is not None}) > 1
@@ -79,30 +79,30 @@ def against_depth(
 def _draw(
     figure: go.Figure, name: str, points: Sequence[DepthPoint], color: str, dash: str, place: dict[str, int]
 ) -> None:
-    known = sorted((point for point in points if point.scores.get(name) is not None), key=lambda point: point.layers)
-    if not known:
+    scored = sorted((point for point in points if point.scores.get(name) is not None), key=lambda point: point.layers)
+    if not scored:
         return
-    errors = [point.scores.get(f"{name}_se") for point in known]
+    errors = [point.scores.get(f"{name}_se") for point in scored]
     figure.add_scatter(
-        x=[point.layers for point in known],
-        y=[point.scores[name] for point in known],
+        x=[point.layers for point in scored],
+        y=[point.scores[name] for point in scored],
         error_y={"array": [error or 0.0 for error in errors], "color": color, "thickness": 1} if any(errors) else None,
         mode="lines+markers",
         line={"color": color, "dash": dash},
         marker={"size": 7},
         customdata=[
             [plotly_text(point.name), format_with_error(point.scores[name], error)]
-            for point, error in zip(known, errors, strict=True)
+            for point, error in zip(scored, errors, strict=True)
         ],
         hovertemplate="%{customdata[0]}, %{x} layers: %{customdata[1]}<extra></extra>",
         **place,
     )
 
 
-def over_training(courses: Sequence[tuple[str, Sequence[float], Sequence[float]]]) -> go.Figure:
+def over_training(curves: Sequence[tuple[str, Sequence[float], Sequence[float]]]) -> go.Figure:
     """Draw the variance after the last layer over training, one line per model: name, steps and values."""
     figure = go.Figure()
-    for index, (name, steps, values) in enumerate(courses):
+    for index, (name, steps, values) in enumerate(curves):
         figure.add_scatter(
             x=list(steps),
             y=list(values),
@@ -115,7 +115,7 @@ def over_training(courses: Sequence[tuple[str, Sequence[float], Sequence[float]]
     figure.update_yaxes(title_text="variance", type="log", automargin=True)
     finish(
         figure,
-        COURSE_EXPLANATION,
+        TRAINING_EXPLANATION,
         height=380,
         legend={"orientation": "h", "x": 0, "y": -0.2, "yanchor": "top"},
         margin={"l": 50, "r": 12, "t": 12, "b": 48},

@@ -1,15 +1,15 @@
 """Figures of a report (plotly), each a function `LayerReport -> Figure`.
 
     effectiveness       every score over the layers, one panel per score, with bands of one standard error
-    variance_growth     the residual stream's variance by layer, and what made it grow
-    skip_cost           the layers ranked by what leaving them out costs
+    variance_growth     the residual stream's variance per layer, and the parts of its growth
+    skip_cost           the layers ranked by the cost of leaving them out
     causal_map          how skipping a layer (row) changes the update of a later one (column)
     permutation_map     how swapping two layers changes the loss
-    compare_layers      the scores of several reports over each other
+    compare_layers      the scores of several reports in the same panels
 
-Layers count from 0. Backgrounds are transparent and texts grey, so that a figure can stand on light and dark pages. The
-colours are Okabe and Ito's, which colour-blind people tell apart, and the maps are in viridis. `layout.meta` holds the
-sentence of `EXPLANATIONS` that says how to read the figure. Names out of reports are escaped, as plotly reads HTML.
+Layers count from 0. Backgrounds are transparent and texts grey, to suit light and dark pages. The colours
+are Okabe and Ito's, which colour-blind people can distinguish, and the maps use viridis. `layout.meta` holds the
+explanation of the figure from `EXPLANATIONS`. Names from reports are escaped, since plotly interprets HTML.
 """
 
 import math
@@ -62,31 +62,31 @@ __all__ = [
 PANEL_HEIGHT = 150
 MAP_HEIGHT = 520
 MAP_SCALE = "Viridis"
-FEW_LAYERS = 12  # up to here every layer has its tick
+FEW_LAYERS = 12  # up to here every layer has a tick
 MOST_NAMED = 40  # characters of a model's name
 
 TITLES = {
     "effectiveness": "How much each layer contributes",
-    "skip_cost": "What leaving out one layer costs",
+    "skip_cost": "The cost of leaving out one layer",
     "variance_growth": "How the variance of the residual stream grows with depth",
     "causal_map": "Which later layers depend on which layer",
-    "permutation_map": "Which layers can change places",
-    "compare_layers": "Layers of the reports over each other",
+    "permutation_map": "Which layers can be swapped",
+    "compare_layers": "Layers of the reports compared",
 }
 EXPLANATIONS = {
-    "effectiveness": "Each panel shows one score over the layers, with a band of one standard error; the lower a layer "
-    "lies, the nearer it is to doing nothing. Open circles are at or below the bottom of their scale.",
-    "variance_growth": "Above, the variance of the residual stream after each layer and of what attention and MLP put "
-    "out, on a logarithmic scale; below, what each layer did to it: the variance of its own update, and twice the "
-    "update's covariance with the stream (below zero: the layer cancels part of the stream), as shares of the larger "
-    "of the variances before and after the layer.",
-    "skip_cost": "The layers from the cheapest to the costliest to leave out, one at a time, by how much the loss "
-    "rises; bars at the top edge run off the scale, and their label or hover text has the value.",
-    "causal_map": "A row is the skipped layer, a column a later layer: bright where the later layer's update changes "
-    "much without the skipped one, dark where it hardly depends on it.",
-    "permutation_map": "Each cell is the relative change of the loss when the two layers change places: dark where "
+    "effectiveness": "Each panel shows one score over the layers, with a band of one standard error; the lower the value "
+    "of a layer, the nearer it is to the identity. Open circles are at or below the bottom of their scale.",
+    "variance_growth": "The upper panel shows the variance of the residual stream after each layer, and of the "
+    "outputs of attention and MLP, on a logarithmic scale. The lower panel shows how each layer changes it: the variance of "
+    "its update, and twice the update's covariance with the residual stream (below zero: the layer cancels part of the "
+    "residual stream), as shares of the larger of the variances before and after the layer.",
+    "skip_cost": "The layers from the cheapest to the costliest to leave out, one at a time, by the rise of the loss. "
+    "Bars at the top edge exceed the scale; their label or hover text gives the value.",
+    "causal_map": "Each row is a skipped layer, each column a later layer: bright where the later layer's update "
+    "changes much without the skipped layer, dark where it hardly depends on it.",
+    "permutation_map": "Each cell is the relative change of the loss when the two layers are swapped: dark where "
     "their order hardly matters.",
-    "compare_layers": "Each panel shows one score of every report over the layers, set at equal relative depth where "
+    "compare_layers": "Each panel shows one score of every report over the layers, by relative depth if "
     "the models differ in depth.",
 }
 
@@ -99,7 +99,7 @@ def effectiveness(report: LayerReport) -> go.Figure:
     """
     panels = [panel for panel in PANELS if report.has(panel.score)]
     if not panels:
-        raise _missing("a score of each layer", "skip,usefulness,causal")
+        raise _missing("score per layer", "skip,usefulness,causal")
     figure = _panels([panel.title for panel in panels])
     for row, panel in enumerate(panels, start=1):
         series = _series(report, panel)
@@ -112,7 +112,7 @@ def effectiveness(report: LayerReport) -> go.Figure:
 
 
 def variance_growth(report: LayerReport) -> go.Figure:
-    """Draw the variance of the residual stream by layer, and the split of its growth where the report has it.
+    """Draw the variance of the residual stream per layer, and the parts of its growth if the report has them.
 
     Raises:
         ReportError: the report has no variance.
@@ -120,9 +120,9 @@ def variance_growth(report: LayerReport) -> go.Figure:
     if not report.has("variance"):
         raise _missing("variance", "variance")
     split = report.has("variance_update") and report.has("variance_covariance")
-    titles = ["Variance", "What the update did to the variance"][: 1 + split]
+    titles = ["Variance", "The effect of the update on the variance"][: 1 + split]
     figure = _panels(titles, heights=[0.55, 0.45][: 1 + split], panel_height=260)
-    names = {"variance": "stream", "attention_variance": "attention", "mlp_variance": "MLP"}
+    names = {"variance": "residual stream", "attention_variance": "attention", "mlp_variance": "MLP"}
     for (score, name), color in zip(names.items(), (BLUE, VERMILION, GREEN), strict=True):
         if report.has(score):
             series = _series(report, Panel(score, name, "variance"))
@@ -136,7 +136,7 @@ def variance_growth(report: LayerReport) -> go.Figure:
 
 
 def skip_cost(report: LayerReport) -> go.Figure:
-    """Draw the layers ranked by what leaving them out does to the loss.
+    """Draw the layers ranked by the cost of leaving them out.
 
     Raises:
         ReportError: the report has no skip ratios.
@@ -213,7 +213,7 @@ def permutation_map(report: LayerReport) -> go.Figure:
 
 
 def compare_layers(reports: Sequence[LayerReport]) -> go.Figure:
-    """Draw the scores of two or more reports over each other, by relative depth where the depths differ.
+    """Draw the scores of two or more reports in the same panels, by relative depth if the depths differ.
 
     Raises:
         SettingsError: fewer than two reports.
@@ -222,7 +222,7 @@ def compare_layers(reports: Sequence[LayerReport]) -> go.Figure:
     comparison = compare(reports)
     panels = [panel for panel in (*PANELS, VARIANCE_PANEL) if panel.score in comparison.layer_scores]
     if not panels:
-        raise ReportError("no two of the reports have a score of each layer in common; analyse the models alike.")
+        raise ReportError("no two of the reports share a score per layer; analyse the models with the same scores.")
     figure = _panels([panel.title for panel in panels])
     for row, panel in enumerate(panels, start=1):
         drawn = [_series(report, panel) for report in reports]
@@ -277,7 +277,7 @@ def figures(report: LayerReport) -> dict[str, go.Figure]:
 
 @dataclass(frozen=True)
 class _Series:
-    """What is drawn of one score: values as drawn, the ends of their bands, texts to hover, and which are clamped."""
+    """The drawing of one score: values, the ends of their error bands, hover texts, and which values are clamped."""
 
     values: list[float | None]
     low: list[float | None]
@@ -287,7 +287,7 @@ class _Series:
 
 
 def _series(report: LayerReport, panel: Panel) -> _Series:
-    """Take one score of every layer as its panel draws it: as it is, or as a percentage by which the loss rises."""
+    """One score per layer in the form of its panel: unchanged, or as the rise of the loss in percent."""
     raw, errors = report.column(panel.score), report.column(f"{panel.score}_se")
     label = LAYER_SCORES[panel.score].label
     texts = [f"{label} {format_with_error(value, error)}" for value, error in zip(raw, errors, strict=True)]
@@ -305,19 +305,19 @@ def _series(report: LayerReport, panel: Panel) -> _Series:
 
 
 def _percent(ratio: float | None, shift: float) -> float | None:
-    """Turn a loss ratio into a rise in percent, no less than what a logarithmic axis shows."""
+    """Turn a loss ratio into a rise in percent, at least the smallest value on the logarithmic axis."""
     return None if ratio is None else 100 * max(ratio + shift - 1, SMALLEST_COST)
 
 
 def _readable_top(costs: list[float]) -> float:
-    """Find where to end a linear axis so that ordinary layers can be read beside a few very costly ones."""
+    """The top of a linear axis on which ordinary layers are readable beside a few very costly ones."""
     ordered = sorted(costs)
     usual = ordered[(len(ordered) - 1) * 3 // 4]
     return ordered[-1] if usual <= 0 else min(ordered[-1], 4 * usual)
 
 
 def _error_within(cost: float, error: float | None, top: float) -> float:
-    """Give the length of an error bar in percent; none on a bar that runs off the scale."""
+    """The length of an error bar in percent; 0 on a bar that exceeds the scale."""
     return 0.0 if error is None or cost > top else 100 * error
 
 
@@ -325,7 +325,7 @@ def _error_within(cost: float, error: float | None, top: float) -> float:
 
 
 def _panels(titles: Sequence[str], heights: list[float] | None = None, panel_height: int = PANEL_HEIGHT) -> go.Figure:
-    """Make panels below each other that share the axis of layers, so that one layer lies on one vertical line."""
+    """Make panels below each other that share the axis of layers."""
     rows = len(titles)
     height = panel_height * rows + 110
     figure = make_subplots(
@@ -355,7 +355,7 @@ def _draw(
     legend: bool = False,
     group: str | None = None,
 ) -> None:
-    """Draw one line with its band of one standard error into a panel."""
+    """Draw one line with its error band of one standard error into a panel."""
     group = group or name
     band_x, band_y = _band(positions, series, log)
     figure.add_scatter(
@@ -412,7 +412,7 @@ def _band(positions: Sequence[float], series: _Series, log: bool) -> tuple[list[
 
 
 def _layer_axis(figure: go.Figure, rows: int, num_layers: int) -> None:
-    """Label the axis of layers below the last panel; there are no halves of layers."""
+    """Label the axis of layers below the last panel, without fractional ticks."""
     figure.update_xaxes(title_text="layer", row=rows, col=1)
     if num_layers <= FEW_LAYERS:
         figure.update_xaxes(dtick=1)
@@ -428,16 +428,16 @@ def _scale(figure: go.Figure, row: int, panel: Panel, values: Sequence[Sequence[
 
 
 def _log_axis(figure: go.Figure, row: int, unit: str, values: Sequence[float | None]) -> None:
-    """Make a panel's axis logarithmic, labelled at powers of ten, or at 1, 2 and 5 times them where these are few."""
-    known = [value for value in values if value is not None and value > TINY]
-    ticks = log_ticks(min(known), max(known)) if known else []
+    """Make a panel's axis logarithmic, with ticks at powers of ten, or at 1, 2 and 5 times them if these are few."""
+    defined = [value for value in values if value is not None and value > TINY]
+    ticks = log_ticks(min(defined), max(defined)) if defined else []
     figure.update_yaxes(
         title_text=unit, type="log", tickvals=ticks, ticktext=[f"{tick:,.15g}" for tick in ticks], row=row, col=1
     )
 
 
 def _draw_growth(figure: go.Figure, report: LayerReport) -> None:
-    """Draw, below the variances, the two parts of each layer's growth and their sum."""
+    """Draw the two parts of each layer's growth and their sum below the variances."""
     after = report.column("variance")
     parts = {"variance_update": ("Var(update)", SKY), "variance_covariance": ("2 Cov", ORANGE)}
     columns = {name: report.column(name) for name in parts}
@@ -487,9 +487,9 @@ def _map(report: LayerReport, name: str, *, axes: tuple[str, str], hover: str, u
     if matrix is None or not _is_drawable(matrix):
         raise _missing(f"{name} pairs", name)
     errors = report.pairs.get(f"{name}_se") or [[None] * len(row) for row in matrix]
-    known = [value for row in matrix for value in row if value is not None]
-    positive = [value for value in known if value > TINY]
-    # Three decades are as many as one tells apart by colour, and an exact zero belongs at the bottom of them.
+    defined = [value for row in matrix for value in row if value is not None]
+    positive = [value for value in defined if value > TINY]
+    # Colours can distinguish about three decades; an exact zero gets the lowest colour.
     top = max(positive, default=1.0)
     floor = min(max(min(positive, default=top), top * 1e-3), top * 0.5)
     layers = list(range(len(matrix)))
@@ -528,12 +528,12 @@ def _map(report: LayerReport, name: str, *, axes: tuple[str, str], hover: str, u
 
 
 def _is_drawable(matrix: Matrix | None) -> bool:
-    """Tell whether a matrix has at least one defined cell."""
+    """Whether a matrix has at least one defined cell."""
     return matrix is not None and any(value is not None for row in matrix for value in row)
 
 
 def _colorbar(floor: float, top: float, unit: str) -> dict[str, object]:
-    """Label a logarithmic colour bar with the values that its colours stand for."""
+    """Label a logarithmic colour bar with the values of its colours."""
     ticks = [tick for tick in log_ticks(floor, top) if floor <= tick <= top * 1.001] or [top]
     return {
         "title": {"text": unit, "side": "right"},
@@ -554,7 +554,7 @@ def _finish(figure: go.Figure, name: str, legend: bool = True) -> go.Figure:
         autosize=True,
         margin={"l": 62, "r": 12, "t": TITLE_HEIGHT + 30, "b": 95 if legend else 48},
         showlegend=legend,
-        # Below the plot, where a narrow screen has room for its lines.
+        # Below the plot, where it fits on a narrow screen.
         legend={
             "orientation": "h",
             **{"x": 0, "xref": "container", "xanchor": "left"},
@@ -577,5 +577,5 @@ def _safe_name(name: str) -> str:
     return plotly_text(short)
 
 
-def _missing(what: str, scores: str) -> ReportError:
-    return ReportError(f"the report holds no {what}, so there is nothing to draw; analyse with --scores {scores}.")
+def _missing(quantity: str, scores: str) -> ReportError:
+    return ReportError(f"the report holds no {quantity}, so there is nothing to draw; analyse with --scores {scores}.")

@@ -1,7 +1,6 @@
-"""Figures over time of a training run.
+"""Figures over time of a training run, as in the paper (arXiv 2603.15389).
 
-They are those of the paper (arXiv 2603.15389): variance by layer over training, one line per layer, and the same as a
-map of layers over steps.
+The variance per layer over training, as one line per layer and as a map of layers and steps.
 """
 
 import math
@@ -19,7 +18,7 @@ LOGARITHMIC = ("variance", "attention_variance", "mlp_variance", "max_activation
 
 
 def run_figures(run: RunHistory) -> dict[str, go.Figure]:
-    """Figures by name, each with its title, and in `layout.meta` the sentence that says how to read it."""
+    """Figures by name, each with its title, and its explanation in `layout.meta`."""
     figures = {}
     for metric in run.metrics:
         if metric not in SHOWN:
@@ -47,7 +46,7 @@ def _lines(metric: str, steps: list[int], values: list[list[float | None]]) -> g
             hovertemplate=f"layer {layer}, step %{{x}}: %{{y:.4g}}<extra></extra>",
             showlegend=False,
         )
-    # A colour bar in place of a legend of a hundred lines.
+    # A colour bar instead of a legend of a hundred lines.
     figure.add_scatter(
         x=[None],
         y=[None],
@@ -63,12 +62,12 @@ def _lines(metric: str, steps: list[int], values: list[list[float | None]]) -> g
         hoverinfo="skip",
         showlegend=False,
     )
-    known = [value for row in values for value in row if value is not None]
-    log = metric in LOGARITHMIC and known and min(known) > 0
+    defined = [value for row in values for value in row if value is not None]
+    log = metric in LOGARITHMIC and defined and min(defined) > 0
     figure.update_yaxes(title_text=term(metric).unit or term(metric).label, type="log" if log else "linear")
     figure.update_xaxes(title_text="optimiser step")
-    reading = "One line per layer, dark for the first and light for the last"
-    return _finished(figure, f"{capital(term(metric).label)} over training", f"{reading}: {term(metric).phrase}.")
+    legend = "One line per layer, dark for the first and light for the last"
+    return _finished(figure, f"{capital(term(metric).label)} over training", f"{legend}: {term(metric).phrase}.")
 
 
 def _map(steps: list[int], values: list[list[float | None]]) -> go.Figure:
@@ -77,13 +76,13 @@ def _map(steps: list[int], values: list[list[float | None]]) -> go.Figure:
         [math.log10(row[layer]) if row[layer] else None for row in values]  # type: ignore[arg-type]
         for layer in range(len(values[-1]))
     ]
-    shown = [[format_number(row[layer], 4) for row in values] for layer in range(len(values[-1]))]
+    texts = [[format_number(row[layer], 4) for row in values] for layer in range(len(values[-1]))]
     figure = go.Figure(
         go.Heatmap(
             x=steps,
             y=list(range(len(logs))),
             z=logs,
-            text=shown,
+            text=texts,
             colorscale="Viridis",
             colorbar={"title": {"text": "log₁₀"}, "thickness": 10, "outlinewidth": 0},
             hovertemplate="layer %{y}, step %{x}: variance %{text}<extra></extra>",
@@ -91,7 +90,7 @@ def _map(steps: list[int], values: list[list[float | None]]) -> go.Figure:
     )
     figure.update_xaxes(title_text="optimiser step")
     figure.update_yaxes(title_text="layer")
-    explanation = "Rows are layers, columns are logs: bright where the residual stream's variance is large."
+    explanation = "Rows are layers, columns are logs; bright cells have a large variance of the residual stream."
     return _finished(figure, "Variance of every layer over training", explanation)
 
 

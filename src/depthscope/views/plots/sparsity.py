@@ -1,4 +1,4 @@
-"""The sparsity at work in each layer, in one figure: small weights, unattended positions, experts at rest."""
+"""The sparsity of each layer in one figure: small weights, unattended positions, unused experts."""
 
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
@@ -13,9 +13,9 @@ __all__ = ["EXPLANATION", "TITLE", "sparsity"]
 
 TITLE = "Sparsity by layer: weights, attention, experts"
 EXPLANATION = (
-    "Each panel shows one kind of sparsity over the layers. Weights: the share that is small beside the others in its "
-    "matrix (8% for weights drawn at random). Attention: the share of the visible positions that get less than an even "
-    "share of a token's attention. Experts: the load of the busiest one over the fair share."
+    "Each panel shows one kind of sparsity over the layers. Weights: the share that is small relative to the others in "
+    "its matrix (8% for weights drawn at random). Attention: the share of the visible positions that get less than an even "
+    "share of a token's attention. Experts: the load of the busiest expert over the fair share."
 )
 PANELS = {
     "weights_below_10pct": "Weights below 10% of their matrix's RMS",
@@ -26,7 +26,7 @@ PANEL_HEIGHT = 150
 
 
 def sparsity(report: LayerReport) -> go.Figure | None:
-    """Draw what the report has of it; None if it has nothing."""
+    """Draw the sparsity that the report holds; None if it holds none."""
     names = [name for name in PANELS if report.has(name)]
     if not names:
         return None

@@ -1,4 +1,4 @@
-"""What all figures have in common, whatever draws them: colours, panels, scales, and the ground that they stand on."""
+"""The common style of all figures of plotly and matplotlib: colours, panels, scales and backgrounds."""
 
 import html
 import math
@@ -19,8 +19,8 @@ GRID_GREY = "rgba(128, 128, 128, 0.22)"
 TITLE_HEIGHT = 34
 FONT = "system-ui, sans-serif"
 HOVER = {"font": {"family": FONT, "size": 13}, "align": "left"}
-SMALLEST_COST = 1e-4  # loss increases below 0.01% are drawn there: a logarithmic axis has no zero
-TINY = 1e-100  # as good as zero, and its logarithm is still safe
+SMALLEST_COST = 1e-4  # smaller loss increases are drawn at 0.01%, since a logarithmic axis has no zero
+TINY = 1e-100  # treated as zero; its logarithm is still finite
 
 
 def _panels(*scores: str) -> tuple[Panel, ...]:
@@ -32,15 +32,15 @@ PANELS = _panels(*shown_in("panel"))
 
 
 def is_wide(panel: Panel, values: Sequence[float | None]) -> bool:
-    """Tell whether values are better seen on a logarithmic axis: some always, others when one dwarfs the rest."""
-    known = [value for value in values if value is not None]
+    """Whether values need a logarithmic axis: for some panels always, for others if one value is far above the rest."""
+    defined = [value for value in values if value is not None]
     if panel.cost or panel.log:
         return True
-    return bool(known) and min(known) > 0 and max(known) > 8 * median(known)
+    return bool(defined) and min(defined) > 0 and max(defined) > 8 * median(defined)
 
 
 def log_ticks(low: float, high: float) -> list[float]:
-    """Choose ticks on a logarithmic axis between two positive values, about equally far apart."""
+    """Choose about equally spaced ticks on a logarithmic axis between two positive values."""
     exponents = range(math.floor(math.log10(low)) - 1, math.ceil(math.log10(high)) + 2)
     decades = math.log10(high) - math.log10(low)
     steps = (1, 2, 5) if decades < 2.2 else (1,)
@@ -50,12 +50,12 @@ def log_ticks(low: float, high: float) -> list[float]:
 
 
 def rounded(values: Sequence[float | None], digits: int = 6) -> list[float | None]:
-    """Keep so many significant digits: more cannot be seen, and would double the size of a page."""
+    """Keep `digits` significant digits: more are not visible, and would double the size of a page."""
     return [None if value is None or not math.isfinite(value) else float(f"{value:.{digits}g}") for value in values]
 
 
 def plotly_text(text: str) -> str:
-    """Escape a text that plotly draws: it reads markup and links, in hovers %{...}, but shows `&quot;` as it stands.
+    """Escape a text for plotly, which interprets markup, links and (in hover texts) %{...}, but not `&quot;`.
 
     Source: plotly.js, src/lib/svg_text_utils.js (the entities that it knows) and src/lib/index.js (hovertemplate).
     """
@@ -63,18 +63,18 @@ def plotly_text(text: str) -> str:
 
 
 def capital(text: str) -> str:
-    """The text with a capital letter at its beginning."""
+    """The text with its first letter as a capital."""
     return text[:1].upper() + text[1:]
 
 
 def finish(figure: "go.Figure", meaning: str, title: str | None = None, **layout: Any) -> None:
-    """Give a plotly figure what all of them share: fonts, grid, transparent ground, and what it says in `meta`.
+    """Give a plotly figure the common layout: fonts, grid, transparent background, and its explanation in `meta`.
 
     Args:
-        figure: what was drawn.
-        meaning: the sentence that says how to read it.
-        title: what stands above it.
-        layout: what else this figure wants, as plotly's `update_layout` takes it.
+        figure: the figure.
+        meaning: the explanation of how to read it.
+        title: the title above it.
+        layout: further arguments of plotly's `update_layout`.
     """
     import plotly.graph_objects as go
 

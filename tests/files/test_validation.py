@@ -39,7 +39,11 @@ def test_a_file_of_others_has_null_for_what_is_not_finite_and_is_an_object(tmp_p
     assert read_object(path, 100) == {}
     path.write_text('{"loss": NaN, "best": [Infinity, 1]}')
     assert read_object(path, 100) == {"loss": None, "best": [None, 1]}
-    for content, words in (("[1]", "JSON but no object"), ('{"a": 1, "a": 2}', "given twice"), (" " * 101, "larger")):
+    for content, words in (
+        ("[1]", "JSON but not an object"),
+        ('{"a": 1, "a": 2}', "given twice"),
+        (" " * 101, "larger"),
+    ):
         path.write_text(content)
         with pytest.raises(ReportError, match=words):
             read_object(path, 100)
@@ -60,5 +64,5 @@ def test_what_is_too_deep_too_long_or_too_large_is_refused_by_name(value: object
 
 
 def test_a_card_names_the_text_that_is_too_long() -> None:
-    with pytest.raises(SettingsError, match=r"name is a text of 30,000 characters, at most 20,000"):
+    with pytest.raises(SettingsError, match=r"name is a text of 30,000 characters; at most 20,000"):
         DepthCardData.checked(repo_id="ada/model", name="x" * 30_000)

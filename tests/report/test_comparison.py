@@ -88,7 +88,7 @@ def test_matched_layers_exist_and_never_step_back(depths: tuple[int, int]) -> No
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"data": {"fingerprint": "other"}}, "text differs"),
+        ({"data": {"fingerprint": "other"}}, "The text or its tokenization differs"),
         ({"data": {"block_size": 512}}, "block_size differs"),
         ({"data": {"eval_blocks": 2}}, "eval_blocks differs"),
         ({"model": {"vocab_size": 1000}}, "vocabularies differ"),
@@ -146,5 +146,5 @@ def test_the_layers_of_all_reports_stand_below_each_other_with_their_relative_de
 
 @pytest.mark.parametrize("count", [0, 1])
 def test_a_comparison_takes_two_reports(count: int) -> None:
-    with pytest.raises(SettingsError, match=f"{count} given"):
+    with pytest.raises(SettingsError, match=f"not {count}"):
         compare([sample_report(2)] * count)

@@ -113,7 +113,7 @@ def test_a_sweep_trains_nothing_on_damaged_tokens_and_says_which_file_and_what_t
         shown = depthscope("sweep", "run", tokenized / "tiny.yaml", "--out", out, "--jobs", "1")
         assert shown.exit_code == 2, (damage, shown.output)
         assert Path(name).parts[0] in shown.output
-        assert f"Delete the folder {out / 'data'} to have the text tokenized anew" in shown.output
+        assert f"Delete the folder {out / 'data'} to tokenize the text again" in shown.output
         assert "Traceback" not in shown.output
         assert list((out / "points").glob("*")) == []
 
@@ -169,7 +169,7 @@ def test_tokenizing_does_not_go_on_from_what_is_damaged_or_of_a_text_that_has_ch
     prepare_corpus(sweep, expand(sweep), tmp_path / "whole")
     for file in ("train.bin", "held_out.bin", "data.json", "tokenizer/tokenizer.json"):
         assert (tmp_path / "out/data" / file).read_bytes() == (tmp_path / "whole/data" / file).read_bytes()
-    assert name == "state.json" or [line for line in said if "so that tokenizing begins anew" in line]
+    assert name == "state.json" or [line for line in said if "so tokenizing starts again" in line]
 
 
 def test_a_point_is_not_gone_on_with_on_other_tokens(tmp_path: Path) -> None:
@@ -261,7 +261,7 @@ def test_a_damaged_checkpoint_costs_the_steps_since_the_one_before_and_nothing_e
     out = Path(shutil.copytree(interrupted, tmp_path / "out"))
     damage(out / "points" / POINT / "checkpoint-8" / name)
     said = go_on(tokenized, out)
-    assert f"{POINT}: checkpoint-8 is damaged ({name}); the training goes on from checkpoint-4" in said
+    assert f"{POINT}: checkpoint-8 is damaged ({name}); the training resumes from checkpoint-4" in said
     assert_as_undisturbed(out, undisturbed)
 
 
@@ -280,7 +280,7 @@ def test_where_every_checkpoint_is_damaged_the_training_begins_anew(
     out = Path(shutil.copytree(interrupted, tmp_path / "out"))
     for step, name in ((4, "optimizer.pt"), (8, "trainer_state.json")):
         emptied(out / "points" / POINT / f"checkpoint-{step}" / name)
-    assert "checkpoint-4 is damaged (optimizer.pt); the training begins anew" in go_on(tokenized, out)
+    assert "checkpoint-4 is damaged (optimizer.pt); the training starts again" in go_on(tokenized, out)
     assert_as_undisturbed(out, undisturbed)
 
 
@@ -295,7 +295,7 @@ def test_checkpoints_of_an_older_version_are_gone_on_from_where_they_can_be_read
         damage(out / "points" / POINT / "checkpoint-8" / name)
     said = go_on(tokenized, out)
     assert ("checkpoint-8 is damaged" in said) == bool(damages)
-    assert "begins anew" not in said
+    assert "starts again" not in said
     assert_as_undisturbed(out, undisturbed)
 
 

@@ -95,7 +95,7 @@ def test_more_tokens_than_the_text_has_are_refused_without_epochs(tmp_path: Path
 
 
 def test_too_little_text_for_measuring_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(CorpusError, match="held-out tokens, but measuring takes 4,096"):
+    with pytest.raises(CorpusError, match="held-out tokens, but the measurements need 4,096"):
         prepared(tmp_path, scoring={"loss_tokens": 4096})
     write_text(tmp_path / "short", documents=1)
     with pytest.raises(CorpusError, match="fewer than one sequence"):
@@ -400,7 +400,7 @@ def test_the_tokens_of_other_text_or_another_tokenizer_are_refused(tmp_path: Pat
     prepared(tmp_path)
     prepared(tmp_path)
     for parts in ({"tokenizer": {"vocab_size": 300}}, {"training": {"tokens": 1024}}, {"data": {"epochs": 2}}):
-        with pytest.raises(SweepError, match="holds the tokens of other text"):
+        with pytest.raises(SweepError, match="holds tokens of another text"):
             prepared(tmp_path, **parts)
 
 

@@ -168,7 +168,7 @@ def test_totals_count_every_seed() -> None:
     assert three.flops == 3 * one.flops == 3 * sum(point.flops for point in one.points)
     assert three.tokens == 3 * one.tokens
     assert three.gpu_hours == pytest.approx(3 * one.gpu_hours)
-    assert "In all 6 models, 30B tokens" in three.to_markdown()
+    assert "Total: 6 models, 30B tokens" in three.to_markdown()
 
 
 def test_the_command_is_torchrun_for_models_that_are_shared(tmp_path: Path) -> None:
@@ -209,7 +209,7 @@ def test_counts_that_round_up_to_the_next_unit_are_written_in_it() -> None:
 def test_a_named_tokenizer_is_not_loaded_to_know_its_size(tmp_path: Path) -> None:
     file = write_sweep(tmp_path, tokenizer={"name": "nobody/nothing"})
     made = planned(file)  # write_sweep gives 280 entries beside the name
-    assert made.notes == ("nobody/nothing is taken to have 280 entries.",)
+    assert made.notes == ("nobody/nothing is assumed to have 280 entries.",)
     smaller = load_sweep(file, {"tokenizer": {"name": "nobody/nothing"}})
     smaller.file.content["tokenizer"].pop("vocab_size")
     specification = type(smaller.specification).model_validate(smaller.file.content)
@@ -253,7 +253,7 @@ def test_the_command_line_prints_the_plan_and_trains_nothing(tmp_path: Path) -> 
     table = depthscope("sweep", "plan", file, "--gpu", "a100")
     assert table.exit_code == 0, table.output
     assert "depth-L2" in table.output
-    assert "In all 2 models" in table.output
+    assert "Total: 2 models" in table.output
     markdown = depthscope("sweep", "plan", file, "--markdown")
     assert markdown.output.startswith("| point | parameters |")
     assert sorted(tmp_path.rglob("*")) == before

@@ -27,7 +27,7 @@ from depthscope.sweep.data import Sequences, open_corpus
 from depthscope.sweep.grid import expand
 from depthscope.sweep.runner import run_sweep, select
 from depthscope.sweep.specification import load_sweep
-from depthscope.sweep.workers import _give, _heard, _tell, _Worker, costliest_first
+from depthscope.sweep.workers import _receive, _send, _send_next, _Worker, costliest_first
 from sweeps import reported, run, weights, write_sweep
 
 POINTS = ["depth-L2-seed0", "depth-L3-seed0"]
@@ -294,7 +294,7 @@ def test_what_cannot_be_measured_anew_keeps_its_measurements(copy: Path, tmp_pat
     with pytest.raises(SweepError, match=r"trained with other settings.*scoring.eval_blocks was 2, is now 1"):
         run(tmp_path, copy, scoring={"eval_blocks": 1}, tracking={"effectiveness_every": 6})
     shutil.rmtree(copy / "points" / POINTS[1] / "model")
-    with pytest.raises(SweepError, match=r"L3-seed0 was measured.*its trained model, to measure anew, is not there"):
+    with pytest.raises(SweepError, match=r"L3-seed0 was measured.*its trained model is missing, so it cannot be not there"):
         run(tmp_path, copy, scoring={"eval_blocks": 1})
     assert measured(copy) == before
 
@@ -337,7 +337,7 @@ def test_a_shorter_sequence_makes_blocks_shorter_and_all_is_measured_anew(copy: 
 @pytest.mark.parametrize(
     ("name", "remedy"),
     [
-        ("points/depth-L2-seed0/result.json", "Delete it and run again, which measures the trained model anew."),
+        ("points/depth-L2-seed0/result.json", "Delete it and run again, which measures the trained model again."),
         ("points/depth-L2-seed0/point.json", "Choose another --out, or delete the folder"),
     ],
 )
@@ -389,8 +389,8 @@ def test_a_worker_whose_parent_is_gone_ends_and_calls_no_point_failed(unread: bo
         theirs.send("a message that nobody reads")
     ours.close()
     with pytest.raises(SystemExit):  # which run_point, unlike an Exception, does not record
-        _tell(theirs, ("at", "training", 1, 2, None))
-    assert _heard(theirs) is None
+        _send(theirs, ("at", "training", 1, 2, None))
+    assert _receive(theirs) is None
 
 
 @pytest.mark.parametrize("error", [BrokenPipeError, ConnectionResetError, ConnectionAbortedError])
@@ -401,7 +401,7 @@ def test_a_point_can_be_given_to_a_worker_that_has_died(error: type[OSError]) ->
 
     point: Any = object()
     worker = _Worker(0, None, cast(Any, Dead()))
-    _give(worker, deque([point]))
+    _send_next(worker, deque([point]))
     assert worker.point is point  # its loss is found out when it should answer
 
 

@@ -41,7 +41,7 @@ REFUSED = {
     "": ["holds no settings"],
     "- a": ["holds no settings"],
     "name: [": ["line 1", "this is not YAML"],
-    "name: a\nname: b": ["line 2", "'name' stands twice"],
+    "name: a\nname: b": ["line 2", "'name' occurs twice"],
     "name: 2024-01-01": ["line 1", "put it in quotes"],
     "name: !!python/object:os.system a": ["line 1", "not plain data"],
     "name: &a x\ndescription: *a": ["line 2", "*a refers to another part"],
@@ -62,12 +62,12 @@ REFUSED = {
     HEAD + "training:\n  tokens:": ["line 4", "training.tokens is empty"],
     HEAD + "model:": ["line 3", "model is empty"],
     "name: 8\ngrid: {}": ["line 1", "name is 8", "in quotes"],
-    HEAD + "training:\n  weight_decay: no": ["line 4", "training.weight_decay", "false", "is no number"],
+    HEAD + "training:\n  weight_decay: no": ["line 4", "training.weight_decay", "false", "is not a number"],
     HEAD + "training:\n  tokens: '5000'": ["line 4", "training.tokens", "'5000'", "without quotes"],
     HEAD + "training:\n  compile: 1": ["line 4", "training.compile", "neither true nor false"],
     HEAD + "training:\n  compile: 'yes'": ["line 4", "training.compile", "neither true nor false"],
-    HEAD + "scoring: {probes: yes}": ["line 3", "scoring.probes", "is no number"],
-    HEAD + "seeds: [true]": ["line 3", "true", "is no number"],
+    HEAD + "scoring: {probes: yes}": ["line 3", "scoring.probes", "is not a number"],
+    HEAD + "seeds: [true]": ["line 3", "true", "is not a number"],
     HEAD + "seeds: [4294967296]": ["line 3", "none above 4,294,967,295"],
     HEAD + "scoring: {seed: 4294967296}": ["line 3", "scoring.seed"],
     HEAD + "model: !!python/object:os.system {hidden_size: 8}": [
@@ -95,7 +95,7 @@ REFUSED = {
     HEAD + "data:\n  text: ''": ["line 4", "data.text", "give one file or folder, or a list"],
     HEAD + "data:\n  text: a.txt\n  split: train": ["line 5", "only a dataset has splits"],
     HEAD + "data:\n  held_out:\n    split: test": ["line 5", "only a dataset has splits"],
-    HEAD + "data:\n  column: text": ["line 4", "`column` is of a table"],
+    HEAD + "data:\n  column: text": ["line 4", "`column` needs a table"],
     HEAD + "scoring:\n  block_size: 129": ["line 4", "block_size is 129", "128"],
     HEAD + "tokenizer: {vocab_size: 10}": ["line 3", "tokenizer.vocab_size is 10", "257"],
     HEAD + "scoring: {scores: usefulnes}": ["line 3", "unknown score 'usefulnes'", "usefulness"],
@@ -121,7 +121,7 @@ REFUSED = {
     HEAD + "model:\n  rope_parameters: {rope_type: linear}": ["line 4", "factor"],
     HEAD + "model:\n  rope_parameters: {rope_theta: -1}": ["line 4", "not finite"],
     **{
-        HEAD + f"model:\n  {setting}": ["line 4", "is no setting of DepthLMConfig"]
+        HEAD + f"model:\n  {setting}": ["line 4", "is not a setting of DepthLMConfig"]
         for setting in (
             "dtype: bfloat16",
             "return_dict: false",
@@ -199,7 +199,7 @@ def test_a_file_that_extends_merges_settings_and_replaces_grid_and_seeds(tmp_pat
 
 def test_a_circle_of_files_is_told_with_the_line_that_closes_it(tmp_path: Path) -> None:
     (tmp_path / "b.yaml").write_text("name: b\n\nextends: a.yaml\n")
-    with pytest.raises(SpecificationError, match=r"b\.yaml, line 3: `extends` goes round in a circle.*a\.yaml"):
+    with pytest.raises(SpecificationError, match=r"b\.yaml, line 3: `extends` forms a circle.*a\.yaml"):
         load(tmp_path, HEAD + "extends: b.yaml")
 
 

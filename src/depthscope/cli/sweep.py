@@ -38,7 +38,7 @@ def run(
     out: Annotated[Path | None, typer.Option(help="The sweep's folder; sweeps/NAME by default."), FILLS] = None,
     only: Annotated[
         list[str] | None,
-        typer.Option(help="Only this point, variant or family; * stands for anything. May be given several times."),
+        typer.Option(help="Only this point, variant or family; * stands for anything. For several: --only A --only B."),
     ] = None,
     jobs: Annotated[
         int | None,
@@ -52,7 +52,7 @@ def run(
     """
     with errors_for_people("Run the same command again to continue."):
         from depthscope.processes import Processes
-        from depthscope.sweep.cost.requirements import require_what_is_needed
+        from depthscope.sweep.cost.requirements import require_text_and_packages
         from depthscope.sweep.grid import expand
         from depthscope.sweep.runner import default_folder, describe, run_sweep, select
         from depthscope.sweep.specification import load_sweep
@@ -60,7 +60,7 @@ def run(
         sweep, damaged = load_sweep(file), False
         if dry_run:
             grid = expand(sweep)
-            require_what_is_needed(sweep, grid, out or default_folder(sweep))
+            require_text_and_packages(sweep, grid, out or default_folder(sweep))
             _list_points(select(sweep, grid, only or []))
             return
         outcome = run_sweep(sweep, out, only=only or [], jobs=jobs)

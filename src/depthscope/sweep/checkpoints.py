@@ -1,8 +1,8 @@
-"""The checkpoints that a point goes on from, if it is interrupted: the last one that is whole.
+"""The checkpoints of a point: after an interruption, training resumes from the last intact one.
 
-A checkpoint counts once the file `complete` is in it, which is written when everything else is and holds the checksums
-of all that. One that is found to be damaged is removed, and the one before it is gone on from. One that cannot be read
-may be whole: it stays, and the point fails.
+A checkpoint is complete if it holds the file `complete`, which is written last and holds the checksums of all other
+files. A damaged checkpoint is removed, and the one before it is used. A checkpoint that cannot be read may be intact:
+it is kept, and the point fails.
 """
 
 import json
@@ -23,23 +23,23 @@ from depthscope.runs.layout import COMPLETE, TRAINER_STATE, checkpoints
 
 __all__ = ["mark_complete", "remove_checkpoints", "unreadable_file", "usable_checkpoint"]
 
-# What a checkpoint of an older version, which has no checksums, has to hold at least.
+# The files that a checkpoint of an older version, without checksums, must hold.
 PARTS = (TRAINER_STATE, "scheduler.pt", "rng_state*.pth", "optimizer*", "*model*")
 
 
 def mark_complete(checkpoint: Path) -> None:
-    """Say that everything in a checkpoint is written."""
+    """Mark a checkpoint as completely written."""
     (checkpoint / COMPLETE).unlink(missing_ok=True)
     write_atomically(checkpoint / COMPLETE, json.dumps(sealed({"files": checksums(checkpoint)})))
 
 
-def usable_checkpoint(folder: Path, processes: Processes, noted: Callable[[str], None]) -> Path | None:
-    """The last whole checkpoint in the folder of a point, None where there is none; all processes call it together.
+def usable_checkpoint(folder: Path, processes: Processes, note: Callable[[str], None]) -> Path | None:
+    """The last intact checkpoint in the folder of a point; None if there is none. All processes call this together.
 
     Args:
-        folder: of the point.
-        processes: that train it.
-        noted: is told what is damaged.
+        folder: the folder of the point.
+        processes: the processes that train it.
+        note: called with a message about damaged checkpoints.
 
     Raises:
         SweepError: the last one cannot be read; the message says what to do.
@@ -52,8 +52,8 @@ def usable_checkpoint(folder: Path, processes: Processes, noted: Callable[[str],
                 whole, name = _is_marked(path), _damage(path) if usable is None else None
             except OSError as error:
                 raise SweepError(
-                    f"{error.filename or path} cannot be read: {reason(error)}. Once it can be, the training goes on "
-                    f"from there; delete {path} to go on from what is before it."
+                    f"{error.filename or path} cannot be read: {reason(error)}. Make it readable to resume the "
+                    f"training from there, or delete {path} to resume from the checkpoint before it."
                 ) from error
             if not whole:  # interrupted while it was written
                 shutil.rmtree(path)
@@ -63,8 +63,8 @@ def usable_checkpoint(folder: Path, processes: Processes, noted: Callable[[str],
             elif usable is None:
                 usable = path
         if damaged:
-            then = "the training begins anew" if usable is None else f"the training goes on from {usable.name}"
-            noted(f"{', '.join(damaged)}; {then}")
+            then = "the training starts again" if usable is None else f"the training resumes from {usable.name}"
+            note(f"{', '.join(damaged)}; {then}")
     if processes.count > 1:
         torch.distributed.barrier()
     return max(checkpoints(folder).items(), default=(0, None))[1]
@@ -77,10 +77,10 @@ def remove_checkpoints(folder: Path) -> None:
 
 
 def unreadable_file(folder: Path) -> str | None:
-    """The first file in a folder that is cut or empty, as far as that can be seen without its checksum.
+    """The first file in a folder that is cut or empty, as far as this is visible without a checksum.
 
     Raises:
-        OSError: one cannot be read, which says nothing of what is in it.
+        OSError: a file cannot be read; its content may be intact.
     """
     for path in sorted(folder.rglob("*")):
         try:
@@ -117,16 +117,16 @@ def _is_marked(checkpoint: Path) -> bool:
 
 
 def _damage(checkpoint: Path) -> str | None:
-    """What in a checkpoint is damaged or missing; None where it is whole.
+    """The damaged or missing file of a checkpoint; None if the checkpoint is intact.
 
     Raises:
-        OSError: a file cannot be read, which says nothing of what is in it.
+        OSError: a file cannot be read; its content may be intact.
     """
     try:
-        said = (checkpoint / COMPLETE).read_bytes()
-        if not said:  # of an older version, or emptied
+        written = (checkpoint / COMPLETE).read_bytes()
+        if not written:  # of an older version, or emptied
             return next((part for part in PARTS if not any(checkpoint.glob(part))), None) or unreadable_file(checkpoint)
-        content = json.loads(said)
+        content = json.loads(written)
         whole = isinstance(content, dict) and isinstance(content.get("files"), dict) and is_whole(content)
     except (*MISSING, ValueError):
         return COMPLETE

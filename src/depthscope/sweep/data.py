@@ -1,18 +1,18 @@
-"""The text of a sweep as tokens on disk: tokenized once, read by every point in the same order.
+"""The text of a sweep as tokens on the disk: tokenized once, read by every point in the same order.
 
-    OUT/data/tokenizer/     the tokenizer, given or trained
+    OUT/data/tokenizer/     the tokenizer, existing or trained
     OUT/data/train.bin      the training tokens, one after the other (uint16 or uint32)
-    OUT/data/held_out.bin   those that models are measured on
-    OUT/data/data.json      what they were made from
-    OUT/data/state.json     how far tokenizing was
+    OUT/data/held_out.bin   the held-out tokens, for the measurements
+    OUT/data/data.json      the record of both, with checksums
+    OUT/data/state.json     the progress of tokenizing
 
-Documents end with the tokenizer's end-of-text token, where it has one. What is held out to measure on are whole
-documents, and whole modules of the standard library; only of a single document, pieces.
+Documents end with the tokenizer's end-of-text token, if it has one. Complete documents are held out, and complete
+modules of the standard library; only a single document is divided into pieces.
 
-Tokenizing that was interrupted goes on where it was. What came before is then read again, a streamed dataset from the
-Hub, but not tokenized again; where the text has changed meanwhile, or what was left is damaged, it begins anew.
+Interrupted tokenizing resumes. The text before the interruption is read again (a dataset is streamed again from the
+Hub) but not tokenized again. If the text has changed, or the files are damaged, tokenizing starts again.
 
-data.json keeps checksums of all that is beside it. They are looked at once a run, before any point starts.
+The checksums in data.json are checked once per run, before any point starts.
 """
 
 import json
@@ -42,7 +42,7 @@ from depthscope.runs.layout import DATA, DATA_PART, DATA_RECORD
 from depthscope.sweep.grid import Grid, digest
 from depthscope.sweep.recorded import Tokens, read_record
 from depthscope.sweep.specification import Sweep, Text
-from depthscope.sweep.token_stream import HELD_OUT, SPLIT, TRAIN, CannotGoOn, TokenStream, begin, left_behind
+from depthscope.sweep.token_stream import HELD_OUT, SPLIT, TRAIN, CannotResume, TokenStream, begin, read_state
 from depthscope.sweep.yaml_source import Path_
 from depthscope.text.blocks import Blocks
 from depthscope.text.documents import Source
@@ -51,22 +51,22 @@ from depthscope.wording.messages import one_line
 
 __all__ = ["Corpus", "Sequences", "open_corpus", "prepare_corpus", "require_text"]
 
-HELD_OUT_SHARE = 20  # one document in so many
-PIECE_CHARACTERS = 50_000  # longer documents are cut at a line, to be tokenized piece by piece
+HELD_OUT_SHARE = 20  # one document in 20
+PIECE_CHARACTERS = 50_000  # longer documents are cut at a line and tokenized in pieces
 END = "<|endoftext|>"
-OF_DATA, OF_HELD_OUT = ("data",), ("data", "held_out")  # where the sweep's file says them
+OF_DATA, OF_HELD_OUT = ("data",), ("data", "held_out")  # their paths in the sweep's file
 
 
 @dataclass(frozen=True)
 class Needs:
-    """How many tokens a sweep needs."""
+    """The numbers of tokens that a sweep needs."""
 
     train: int
     held_out: int
 
 
 class _Facts(BaseModel):
-    """What `data.json` says of the tokens beside it; what older versions did not write is None."""
+    """The content of `data.json`; fields that older versions did not write are None."""
 
     model_config = ConfigDict(extra="ignore", frozen=True)
 
@@ -74,7 +74,7 @@ class _Facts(BaseModel):
     name: str
     dtype: Literal["uint16", "uint32"]
     needed: Needs
-    fingerprint: str = Field(pattern="^[0-9a-f]{8}$")  # of the training tokens and the held-out ones after them
+    fingerprint: str = Field(pattern="^[0-9a-f]{8}$")  # of the training tokens followed by the held-out ones
     train_fingerprint: str | None = None
     vocab_size: int | None = None
     tokens: dict[str, int] | None = None
@@ -89,14 +89,14 @@ class Corpus:
     tokenizer: Any
     train: np.ndarray
     held_out: np.ndarray
-    span: int  # tokens that stay together when the order is drawn: the longest sequence
-    used: int  # training tokens that are read, the same in every epoch; a multiple of `span`
+    span: int  # tokens that stay together when the order is drawn; the longest sequence length
+    used: int  # training tokens read in each epoch; a multiple of `span`
     fingerprint: str
-    train_fingerprint: str | None  # not known of tokens from older versions
+    train_fingerprint: str | None  # None for tokens from older versions
 
     @property
     def tokens(self) -> Tokens:
-        """What the tokens are known by."""
+        """The fingerprints of the tokens."""
         return Tokens(train=self.train_fingerprint, train_and_held_out=self.fingerprint)
 
     def held_out_blocks(self, count: int, block_size: int) -> Blocks:
@@ -107,7 +107,7 @@ class Corpus:
 
 
 class Sequences(Dataset):
-    """Training sequences of one point, [T] tokens each, in the order that its seed draws.
+    """The training sequences of one point, [T] tokens each, in the order drawn with its seed.
 
     The order is drawn over spans of the longest sequence length in the sweep, so that points with shorter sequences
     read the same tokens at the same time. A further epoch is drawn anew.
@@ -137,7 +137,7 @@ class Sequences(Dataset):
 
 
 def needs(sweep: Sweep, grid: Grid) -> Needs:
-    """How many tokens the points read, were none read twice, and how many they are measured on."""
+    """The numbers of tokens that the points read, without repetition, and that they are measured on."""
     most = max(point.training.steps * point.training.batch_tokens for point in grid.points)
     spans = -(-most // grid.longest)
     scoring = sweep.specification.scoring
@@ -147,12 +147,12 @@ def needs(sweep: Sweep, grid: Grid) -> Needs:
 
 
 def require_text(sweep: Sweep, out: Path) -> None:
-    """Look whether the files of the text are there and can be read, before anything is done.
+    """Check that the files of the text exist and can be read, before any work is done.
 
-    Datasets are not asked for, and nothing is looked for where the tokens are there already.
+    Datasets are not checked, nor is anything if the tokens already exist.
 
     Raises:
-        CorpusError: naming the line of what is missing or cannot be read.
+        CorpusError: a file is missing or cannot be read; the message names the line.
     """
     data = sweep.specification.data
     if (out / DATA / DATA_RECORD).is_file():
@@ -166,17 +166,17 @@ def require_text(sweep: Sweep, out: Path) -> None:
             if first is not None:
                 first.read(1)
         except CorpusError as error:
-            raise CorpusError(sweep.told((*where, "text"), str(error))) from error
+            raise CorpusError(sweep.locate((*where, "text"), str(error))) from error
 
 
-def prepare_corpus(sweep: Sweep, grid: Grid, out: Path, said: Callable[[str], None] = lambda line: None) -> Corpus:
-    """Tokenize what a sweep needs, or find that this has been done.
+def prepare_corpus(sweep: Sweep, grid: Grid, out: Path, report: Callable[[str], None] = lambda line: None) -> Corpus:
+    """Tokenize the text of a sweep, unless this has been done.
 
     Args:
         sweep: the sweep.
         grid: its points.
-        out: the folder of the sweep; `data` in it is written.
-        said: is told what is being done.
+        out: the folder of the sweep; its subfolder `data` is written.
+        report: called with a message about the current work.
 
     Raises:
         CorpusError: the text is missing, unreadable or too short; the message says by how much.
@@ -186,20 +186,20 @@ def prepare_corpus(sweep: Sweep, grid: Grid, out: Path, said: Callable[[str], No
     made_from = _made_from(sweep, needed)
     if not os.path.lexists(folder) or (folder.is_dir() and not any(folder.iterdir())):
         part = out / DATA_PART
-        _make(sweep, grid, part, needed, made_from, said)
+        _make(sweep, grid, part, needed, made_from, report)
         os.replace(part, folder)
     facts = _facts(folder)
     if not _serves(facts, sweep, needed):
         raise SweepError(
-            f"{folder} holds the tokens of other text, another tokenizer or other amounts than the sweep asks for now. "
-            "Choose another --out, or delete the folder to begin anew."
+            f"{folder} holds tokens of another text, another tokenizer or other amounts than the sweep needs. "
+            "Choose another --out, or delete the folder to start again."
         )
     _require_whole(folder, facts)
     return open_corpus(out, grid.longest)
 
 
 def open_corpus(out: Path, longest: int) -> Corpus:
-    """The tokens that `prepare_corpus` has left in the folder of a sweep, and has found to be whole.
+    """Open the tokens that `prepare_corpus` has written and checked.
 
     Raises:
         SweepError: a file is missing, has another length or cannot be read.
@@ -209,36 +209,36 @@ def open_corpus(out: Path, longest: int) -> Corpus:
     try:
         with quiet():
             tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
-        found = None if facts.vocab_size in (None, len(tokenizer)) else f"it has {len(tokenizer):,} entries"
-    except Exception as error:  # whatever its files make the libraries raise
+        matches = facts.vocab_size in (None, len(tokenizer))
+    except Exception as error:  # damaged files can make the libraries raise anything
         if is_access_error(error):
-            raise _unread(folder / "tokenizer", error) from error
+            raise _unreadable(folder / "tokenizer", error) from error
         raise _damaged(folder / "tokenizer", f"it cannot be loaded ({one_line(error).rstrip('.')})") from error
-    if found is not None:
-        raise _damaged(folder / "tokenizer", f"{found}, expected {facts.vocab_size:,}")
+    if not matches:
+        raise _damaged(folder / "tokenizer", f"it has {len(tokenizer):,} entries, expected {facts.vocab_size:,}")
     train, held_out = (_tokens(folder, kind, facts) for kind in (TRAIN, HELD_OUT))
     used = min(facts.needed.train, len(train) // longest * longest)
     return Corpus(facts.name, tokenizer, train, held_out, longest, used, facts.fingerprint, facts.train_fingerprint)
 
 
 def _tokens(folder: Path, kind: str, facts: _Facts) -> np.ndarray:
-    """The tokens in a file, which stay on the disk."""
+    """The tokens in a file, mapped from the disk."""
     path, size = folder / f"{kind}.bin", np.dtype(facts.dtype).itemsize
     try:
-        found = path.stat().st_size
-        expected = found if facts.tokens is None else facts.tokens.get(kind, 0) * size
-        if found != expected or not found or found % size:
-            raise _damaged(path, f"it has {found:,} bytes, expected {expected or size:,}")
+        length = path.stat().st_size
+        expected = length if facts.tokens is None else facts.tokens.get(kind, 0) * size
+        if length != expected or not length or length % size:
+            raise _damaged(path, f"it has {length:,} bytes, expected {expected or size:,}")
         return np.memmap(path, dtype=facts.dtype, mode="r")
     except (OSError, ValueError) as error:
-        raise _unread(path, error) from error
+        raise _unreadable(path, error) from error
 
 
 def _require_whole(folder: Path, facts: _Facts) -> None:
-    """Compare the checksums of the tokens and of the tokenizer with those that they were written with.
+    """Compare the tokens and the tokenizer with their checksums.
 
     Raises:
-        SweepError: naming the file that is damaged or missing, and what to do.
+        SweepError: a file is damaged or missing; the message names it and says what to do.
     """
     for kind in (TRAIN, HELD_OUT):
         _tokens(folder, kind, facts)
@@ -247,7 +247,7 @@ def _require_whole(folder: Path, facts: _Facts) -> None:
         first = checksum(train)
         both = checksum(held_out, before=first)
     except OSError as error:
-        raise _unread(train, error) from error
+        raise _unreadable(train, error) from error
     if facts.train_fingerprint not in (None, first):
         raise _damaged(train, f"its checksum is {first}, expected {facts.train_fingerprint}")
     if both != facts.fingerprint:
@@ -256,13 +256,13 @@ def _require_whole(folder: Path, facts: _Facts) -> None:
     try:
         name = damaged_file(folder / "tokenizer", facts.tokenizer or {})
     except OSError as error:
-        raise _unread(folder / "tokenizer", error) from error
+        raise _unreadable(folder / "tokenizer", error) from error
     if name is not None:
-        raise _damaged(folder / "tokenizer" / name, "it is missing or another than was written")
+        raise _damaged(folder / "tokenizer" / name, "it is missing or has changed")
 
 
 def _remedy(folder: Path) -> str:
-    return f"Delete the folder {folder} to have the text tokenized anew; what is trained stays."
+    return f"Delete the folder {folder} to tokenize the text again; trained models are kept."
 
 
 def _damaged(path: Path, how: str) -> SweepError:
@@ -270,8 +270,8 @@ def _damaged(path: Path, how: str) -> SweepError:
     return SweepError(f"{path} is damaged: {how}. {_remedy(folder)}")
 
 
-def _unread(path: Path, error: Exception) -> SweepError:
-    """Where a file is missing, its folder is to be made anew; one that only cannot be read is not to be deleted."""
+def _unreadable(path: Path, error: Exception) -> SweepError:
+    """The error for a file that cannot be read; only for a missing file does it advise to delete the folder."""
     if isinstance(error, OSError) and is_access_error(error):
         return SweepError(f"{error.filename or path} cannot be read: {reason(error)}.")
     why = error.strerror or str(error) if isinstance(error, OSError) else str(error)
@@ -293,25 +293,25 @@ def _facts(folder: Path) -> _Facts:
 
 def _made_from(sweep: Sweep, needed: Needs) -> str:
     specification = sweep.specification
-    data = specification.data.model_dump(exclude={"name"})  # which changes no token
+    data = specification.data.model_dump(exclude={"name"})  # the name changes no token
     return digest([data, specification.tokenizer.model_dump(), asdict(needed)])
 
 
 def _serves(facts: _Facts, sweep: Sweep, needed: Needs) -> bool:
-    """Whether these tokens are of the same text for the same training, with as much held out or more."""
+    """Whether the tokens belong to the same text and training, with at least as many held-out tokens."""
     held_out = facts.needed.held_out
     return facts.made_from == _made_from(sweep, Needs(needed.train, held_out)) and held_out >= needed.held_out
 
 
-def _make(sweep: Sweep, grid: Grid, part: Path, needed: Needs, made_from: str, said: Callable[[str], None]) -> None:
-    if left_behind(part / DATA_RECORD).get("made_from") == made_from:
+def _make(sweep: Sweep, grid: Grid, part: Path, needed: Needs, made_from: str, report: Callable[[str], None]) -> None:
+    if read_state(part / DATA_RECORD).get("made_from") == made_from:
         return
     try:
-        stream, name = _tokenize(sweep, part, needed, made_from, said)
-    except CannotGoOn as error:
-        said(f"{error}, so that tokenizing begins anew")
+        stream, name = _tokenize(sweep, part, needed, made_from, report)
+    except CannotResume as error:
+        report(f"{error}, so tokenizing starts again")
         shutil.rmtree(part)
-        stream, name = _tokenize(sweep, part, needed, made_from, said)
+        stream, name = _tokenize(sweep, part, needed, made_from, report)
     _require_enough(sweep, grid, name, stream.counts, needed)
     facts = {
         "made_from": made_from,
@@ -329,71 +329,71 @@ def _make(sweep: Sweep, grid: Grid, part: Path, needed: Needs, made_from: str, s
 
 
 def _tokenize(
-    sweep: Sweep, part: Path, needed: Needs, made_from: str, said: Callable[[str], None]
+    sweep: Sweep, part: Path, needed: Needs, made_from: str, report: Callable[[str], None]
 ) -> tuple[TokenStream, str]:
-    """Fill the files in `part`, and return how they are filled and the name of the text."""
+    """Fill the files in `part`, and return their stream and the name of the text."""
     begin(part, made_from)
-    tokenizer = _tokenizer(sweep, part / "tokenizer", said)
+    tokenizer = _tokenizer(sweep, part / "tokenizer", report)
     data = sweep.specification.data
     stream = TokenStream(part, tokenizer)
     source = _source(sweep, data, OF_DATA)
     if data.held_out is None:
         targets = {TRAIN: needed.train, HELD_OUT: needed.held_out}
-        stream.fill(_split(source, said), targets, said)
+        stream.fill(_split(source, report), targets, report)
     else:
-        stream.fill(((TRAIN, text) for _, text in _split(source)), {TRAIN: needed.train}, said)
+        stream.fill(((TRAIN, text) for _, text in _split(source)), {TRAIN: needed.train}, report)
         held_out = _source(sweep, data.held_out, OF_HELD_OUT)
-        stream.fill(((HELD_OUT, text) for _, text in _split(held_out)), {HELD_OUT: needed.held_out}, said)
+        stream.fill(((HELD_OUT, text) for _, text in _split(held_out)), {HELD_OUT: needed.held_out}, report)
     return stream, source.name
 
 
 def _source(sweep: Sweep, text: Text, where: Path_) -> Source:
-    """The documents of a text, which stands at `where` in the sweep's file."""
-    found: list[Path] | None = None  # not strings, which are texts where there is no such file
+    """The documents of a text at the path `where` in the sweep's file."""
+    paths: list[Path] | None = None  # not strings, which `find_source` may take for texts
     if isinstance(text.text, str):
-        found = _files(sweep, text.text, (*where, "text"))
+        paths = _files(sweep, text.text, (*where, "text"))
     elif text.text is not None:
-        found = [file for index, path in enumerate(text.text) for file in _files(sweep, path, (*where, "text", index))]
+        paths = [file for index, path in enumerate(text.text) for file in _files(sweep, path, (*where, "text", index))]
     try:
-        return find_source(found, dataset=text.dataset, column=text.column, split=text.split)
+        return find_source(paths, dataset=text.dataset, column=text.column, split=text.split)
     except (CorpusError, SettingsError) as error:
         named = "dataset" if text.text is None else "text"
-        raise CorpusError(sweep.told((*where, named), str(error))) from error
+        raise CorpusError(sweep.locate((*where, named), str(error))) from error
 
 
 def _files(sweep: Sweep, path: str, where: Path_) -> list[Path]:
-    """The files or folders that a path means."""
+    """The files or folders of a path, which may contain `*`."""
     place = sweep.folder / Path(path).expanduser()
     try:
         if "*" in place.name:
-            found, what = sorted(place.parent.glob(place.name)), "No file matches"
+            matches, problem = sorted(place.parent.glob(place.name)), "No file matches"
         else:
-            found, what = [place] if place.exists() else [], "There is no file or folder"
-    except (OSError, ValueError) as error:  # too long, or with characters that no path has
-        raise CorpusError(sweep.told(where, f"{path!r} cannot be the path of a file: {one_line(error)}")) from error
-    if not found:
-        hint = "Relative paths count from the file that says them; a dataset of the Hub is given as `dataset`."
-        raise CorpusError(sweep.told(where, f"{what} {str(place)!r}. {hint}"))
-    return found
+            matches, problem = [place] if place.exists() else [], "There is no file or folder"
+    except (OSError, ValueError) as error:  # too long, or with invalid characters
+        raise CorpusError(sweep.locate(where, f"{path!r} cannot be the path of a file: {one_line(error)}")) from error
+    if not matches:
+        hint = "Relative paths start at the folder of the sweep file; use `dataset` for a dataset of the Hub."
+        raise CorpusError(sweep.locate(where, f"{problem} {str(place)!r}. {hint}"))
+    return matches
 
 
 def _pieces(source: Source) -> Iterator[tuple[str, str]]:
-    """The texts of a source, long ones in pieces, each with the name of what it is held out with.
+    """The texts of a source, long ones in pieces, each with the name of the unit that is held out together.
 
-    That is the document; a single document is all there is to divide, so that each of its pieces has a name of its own.
+    The unit is the document; if there is only one document, each of its pieces is a unit.
     """
     texts = ((index, document, document.read(None)) for index, document in enumerate(source.documents))
     written = (entry for entry in texts if entry[2].strip())
     beginning = list(islice(written, 2))
     for index, document, text in chain(beginning, written):
-        # The modules of the standard library come in many slices, which stay together.
+        # The slices of one module of the standard library stay together.
         name = document.whole or str(index)
         for start, piece in _cut(text):
             yield name if start == 0 or len(beginning) > 1 else f"{name}:{start}", piece
 
 
 def _cut(text: str) -> Iterator[tuple[int, str]]:
-    """A text in pieces that end with a line, and where each begins."""
+    """Cut a text into pieces that end with a line; each with its start."""
     start = 0
     while len(text) - start > PIECE_CHARACTERS:
         end = text.rfind("\n", start, start + PIECE_CHARACTERS) + 1 or start + PIECE_CHARACTERS
@@ -403,17 +403,19 @@ def _cut(text: str) -> Iterator[tuple[int, str]]:
         yield start, text[start:]
 
 
-def _split(source: Source, said: Callable[[str], None] = lambda line: None) -> Iterator[tuple[str, str]]:
-    """Which documents are trained on and which are held out: by their names, so that it is the same every time.
+def _split(source: Source, report: Callable[[str], None] = lambda line: None) -> Iterator[tuple[str, str]]:
+    """Assign documents to training or to the held-out text by their names, so that the split is reproducible.
 
-    Where the names hold out none, as they may in a short text, one of several is held out all the same.
+    If the names hold out no document, as in a short text, one document is held out nevertheless.
     """
     pieces = _pieces(source)
     first: list[tuple[str, str]] = []
     for name, text in pieces:
         first.append((name, text))
         if ":" in name and len(first) == 2:
-            said(f"The text is one document: of its pieces of {PIECE_CHARACTERS:,} characters, a twentieth is held out")
+            report(
+                f"The text is one document: of its pieces of {PIECE_CHARACTERS:,} characters, a twentieth is held out"
+            )
         if _kind(name) == HELD_OUT:
             break
     else:
@@ -435,21 +437,21 @@ def _one_to_hold_out(pieces: list[tuple[str, str]]) -> str | None:
     if len(sizes) < 2:
         return None
     enough = [size for size in sizes.values() if size * HELD_OUT_SHARE >= sum(sizes.values())]
-    wanted = min(enough, default=max(sizes.values()))
-    return [name for name, size in sizes.items() if size == wanted][-1]
+    chosen = min(enough, default=max(sizes.values()))
+    return [name for name, size in sizes.items() if size == chosen][-1]
 
 
-def _tokenizer(sweep: Sweep, folder: Path, said: Callable[[str], None]) -> Any:
-    """The tokenizer of a sweep, saved in `folder`."""
-    wanted = sweep.specification.tokenizer
+def _tokenizer(sweep: Sweep, folder: Path, report: Callable[[str], None]) -> Any:
+    """The tokenizer of a sweep, loaded from or saved to `folder`."""
+    chosen = sweep.specification.tokenizer
     if folder.is_dir():
         with quiet():
             return AutoTokenizer.from_pretrained(folder)
-    if wanted.name is not None:
-        tokenizer = _load_tokenizer(sweep, wanted.name)
+    if chosen.name is not None:
+        tokenizer = _load_tokenizer(sweep, chosen.name)
     else:
-        said(f"Training a tokenizer of {wanted.trained_entries:,} entries")
-        tokenizer = _trained(sweep, wanted.trained_entries, wanted.characters)
+        report(f"Training a tokenizer of {chosen.trained_entries:,} entries")
+        tokenizer = _trained(sweep, chosen.trained_entries, chosen.characters)
     unfinished = folder.with_name("tokenizer.part")
     shutil.rmtree(unfinished, ignore_errors=True)
     tokenizer.save_pretrained(unfinished)
@@ -465,7 +467,7 @@ def _load_tokenizer(sweep: Sweep, name: str) -> Any:
     except (OSError, ValueError) as error:
         raise sweep.error(
             ("tokenizer", "name"),
-            f"the tokenizer {name!r} cannot be loaded: no such folder, and no such tokenizer on "
+            f"the tokenizer {name!r} cannot be loaded: there is no such folder or tokenizer on "
             "the Hub, or the Hub cannot be reached.",
         ) from error
 
@@ -503,22 +505,22 @@ def _require_enough(sweep: Sweep, grid: Grid, name: str, counts: dict[str, int],
         times = math.ceil(10 * needed.train / counts[TRAIN]) / 10
         raise CorpusError(
             f"{name} has {counts[TRAIN]:,} training tokens, but the sweep reads {needed.train:,}. Lower "
-            f"training.tokens, give more text, or let it be read several times with data.epochs: {times:g}."
+            f"training.tokens, give more text, or read it several times with data.epochs: {times:g}."
         )
     if counts[HELD_OUT] == 0:
         raise CorpusError(
-            f"No part of {name} is held out to measure on: it is one document of at most {PIECE_CHARACTERS:,} "
-            "characters, or the held-out text is empty. Give data.held_out, a text of its own, or more text."
+            f"No part of {name} can be held out: it is one document of at most {PIECE_CHARACTERS:,} "
+            "characters, or the held-out text is empty. Give another text as data.held_out, or more text."
         )
     if counts[HELD_OUT] < needed.held_out:
         raise CorpusError(
-            f"{name} has {counts[HELD_OUT]:,} held-out tokens, but measuring takes {needed.held_out:,}. Give "
-            f"data.held_out, a text of its own, or lower {_what_to_lower(sweep, grid, counts[HELD_OUT])}."
+            f"{name} has {counts[HELD_OUT]:,} held-out tokens, but the measurements need {needed.held_out:,}. Give "
+            f"another text as data.held_out, or lower {_settings_to_lower(sweep, grid, counts[HELD_OUT])}."
         )
 
 
-def _what_to_lower(sweep: Sweep, grid: Grid, held_out: int) -> str:
-    """The settings that ask for more held-out tokens than there are."""
+def _settings_to_lower(sweep: Sweep, grid: Grid, held_out: int) -> str:
+    """The settings that need more held-out tokens than there are, with their largest values."""
     scoring = sweep.specification.scoring
     settings = scoring.settings(grid.shortest)
     blocks, fits = settings.fit_blocks + settings.eval_blocks, held_out // settings.block_size

@@ -1,8 +1,8 @@
-"""A sweep's file over the files and presets that it extends, as one: `extends:` in sweep files.
+"""Merging a sweep's file with the files and presets that it extends: `extends:` in sweep files.
 
-Mappings are merged setting by setting, `grid` and `seeds` are replaced. Two things go further than that: paths count
-from the file that says them, and what a nearer file makes void is left out, such as the text under its dataset and the
-shape under its preset.
+Mappings are merged setting by setting; `grid` and `seeds` are replaced. Paths are relative to the file that contains
+them. A setting that an extending file makes void is left out, such as the text below its dataset and the shape below
+its preset.
 """
 
 import difflib
@@ -21,7 +21,7 @@ __all__ = ["LONGEST_SWEEP_NAME", "has_relative_paths", "over", "preset_names", "
 REPLACED = frozenset({"grid", "seeds"})
 MOST_EXTENDED = 8
 LONGEST_SWEEP_NAME = 200  # `depthscope.sweep.report.results` reads no more
-# The fields of a model that a preset decides, whether it says them or leaves them to their defaults.
+# The fields of a model that a preset determines, whether it sets them or leaves their defaults.
 SHAPE = frozenset(
     {
         "hidden_size",
@@ -55,22 +55,22 @@ def preset_names() -> list[str]:
 
 
 def read_extended(source: str) -> tuple[YamlFile, Path, tuple[Path, ...]]:
-    """Read a file or a preset over what it extends.
+    """Read a file or a preset, merged with all that it extends.
 
     Args:
         source: the path of a file, or a name of `preset_names()`.
 
     Returns:
-        The content without `extends`, the folder from which its relative paths count, and the files that were read.
+        The content without `extends`, the folder of its relative paths, and the files that were read.
 
     Raises:
-        SpecificationError: naming the line.
+        SpecificationError: a file is not valid; the message names the line.
     """
     return _read_chain(*_find(source, Path.cwd(), None))
 
 
 def _find(name: str, folder: Path, from_: str | None, beside: str = "") -> tuple[Path, str]:
-    """The file of a sweep, and what messages call it; `beside` is what they call the file that extends it."""
+    """The file of a sweep and its name in messages; `beside` is the name of the file that extends it."""
     if name in preset_names():
         return _presets() / f"{name}.yaml", f"preset {name}"
     path = folder / name
@@ -81,18 +81,18 @@ def _find(name: str, folder: Path, from_: str | None, beside: str = "") -> tuple
     return path.resolve(), os.path.join(os.path.dirname(beside), name)
 
 
-def _read_chain(path: Path, shown: str) -> tuple[YamlFile, Path, tuple[Path, ...]]:
-    """A file over what it extends, and that over what it extends; the folder from which paths count; all files."""
+def _read_chain(path: Path, label: str) -> tuple[YamlFile, Path, tuple[Path, ...]]:
+    """A file merged with all that it extends; the folder of its relative paths; and all files that were read."""
     chain: list[YamlFile] = []
-    seen: list[Path] = []
-    top, where = path, shown
+    read: list[Path] = []
+    top, where = path, label
     while True:
-        if path in seen or len(chain) == MOST_EXTENDED:
+        if path in read or len(chain) == MOST_EXTENDED:
             raise SpecificationError(
-                f"{where}: `extends` goes round in a circle, or deeper than {MOST_EXTENDED} files, at {shown}."
+                f"{where}: `extends` forms a circle or is deeper than {MOST_EXTENDED} files, at {label}."
             )
-        seen.append(path)
-        file = read_yaml(path, shown)
+        read.append(path)
+        file = read_yaml(path, label)
         folder = _folder(file, path)
         chain.append(file)
         if len(chain) == 1:
@@ -102,46 +102,46 @@ def _read_chain(path: Path, shown: str) -> tuple[YamlFile, Path, tuple[Path, ...
         if "extends" not in file.content:
             break
         base = file.content.pop("extends")
-        where = str(file.where(("extends",)) or shown)
+        where = str(file.where(("extends",)) or label)
         if not isinstance(base, str):
             raise SpecificationError(f"{where}: `extends` takes the name of a preset or a file.")
         if path == top:
             file.content.setdefault("name", _name_of(path))
-        path, shown = _find(base, path.parent, where, shown)
+        path, label = _find(base, path.parent, where, label)
     merged = chain.pop()
     while chain:
         merged = over(merged, chain.pop())
-    return merged, first, tuple(seen)
+    return merged, first, tuple(read)
 
 
 def _name_of(path: Path) -> str:
-    """The name of a sweep whose file says none: that of the file, as far as a name may be."""
+    """The default name of a sweep: the name of its file, in the allowed characters."""
     return re.sub(r"[^A-Za-z0-9._-]+", "-", path.stem).lstrip("._-")[:LONGEST_SWEEP_NAME] or "sweep"
 
 
 def _folder(file: YamlFile, path: Path) -> Path:
-    """From where the paths in a file count."""
-    given = file.at(("relative_to",))
-    return (path.parent / given).resolve() if isinstance(given, str) else path.parent
+    """The folder that the paths in a file are relative to."""
+    relative_to = file.at(("relative_to",))
+    return (path.parent / relative_to).resolve() if isinstance(relative_to, str) else path.parent
 
 
 def _count_from(top: Path, file: YamlFile, folder: Path) -> None:
-    """Make the relative paths in an extended file count from the folder of the file that extends it."""
+    """Make the paths in an extended file relative to the folder of the file that extends it."""
     file.content.pop("relative_to", None)
     if folder == top:
         return
     for part in (("data",), ("data", "held_out")):
         text = file.at((*part, "text"))
         if isinstance(text, str):
-            file.at(part)["text"] = _seen_from(top, folder, text)
+            file.at(part)["text"] = _relative_path(top, folder, text)
         elif isinstance(text, list):
-            file.at(part)["text"] = [_seen_from(top, folder, each) for each in text]
+            file.at(part)["text"] = [_relative_path(top, folder, each) for each in text]
     name = file.at(("tokenizer", "name"))
     if isinstance(name, str) and (folder / name).is_dir():
-        file.at(("tokenizer",))["name"] = _seen_from(top, folder, name)
+        file.at(("tokenizer",))["name"] = _relative_path(top, folder, name)
 
 
-def _seen_from(top: Path, folder: Path, path: Any) -> Any:
+def _relative_path(top: Path, folder: Path, path: Any) -> Any:
     if not isinstance(path, str) or not _is_relative(path):
         return path
     return os.path.relpath(folder / path, top)
@@ -152,7 +152,7 @@ def _is_relative(path: Any) -> bool:
 
 
 def has_relative_paths(file: YamlFile, folder: Path) -> bool:
-    """Whether it depends on the folder what the content means."""
+    """Whether the content holds paths that are relative to a folder."""
     texts = [file.at((*part, "text")) for part in (("data",), ("data", "held_out"))]
     named = file.at(("tokenizer", "name"))
     paths = [path for text in texts for path in (text if isinstance(text, list) else [text])]
@@ -160,9 +160,9 @@ def has_relative_paths(file: YamlFile, folder: Path) -> bool:
 
 
 def over(below: YamlFile, above: YamlFile) -> YamlFile:
-    """A file over what it extends, less what it makes void there: another source of text, the shape under its preset.
+    """Merge a file over one that it extends, without the settings it makes void: another text, the shape of a preset.
 
-    A preset in its grid is for some points only; the shape below it is kept for the others.
+    A preset in its grid applies to some points only; the shape below it is kept for the others.
     """
     void = set(_void_sources(above))
     if above.at(("model", "preset")) is not None:
@@ -178,7 +178,7 @@ def over(below: YamlFile, above: YamlFile) -> YamlFile:
 
 
 def _void_sources(above: YamlFile) -> list[Path_]:
-    """Files replace a dataset, with its split and column, and the other way round."""
+    """The settings that a source of text makes void: files replace a dataset with its options, and vice versa."""
     return [
         (*part, key)
         for part in (("data",), ("data", "held_out"))
@@ -195,5 +195,5 @@ def _names_presets(grid: Any) -> bool:
 
 
 def _values(part: Any) -> list[Any]:
-    """What stands in a mapping or a list."""
+    """The values of a mapping or a list."""
     return list(part.values()) if isinstance(part, Mapping) else part if isinstance(part, list) else []

@@ -1,7 +1,7 @@
-"""Families of a grid -> points: one model each, with all its settings, a name and a seed.
+"""Expanding the families of a grid to points: one model each, with all its settings, a name and a seed.
 
-A family is the product of its lists. Points that come out with the very same settings, in whichever families, are
-trained once; each family says which points are its own.
+A family is the product of its lists. Points with equal settings, also in different families, are trained once; each
+family names its points.
 """
 
 import difflib
@@ -29,7 +29,7 @@ from depthscope.wording.messages import one_line
 
 __all__ = ["Family", "Grid", "Point", "expand"]
 
-# Short words for what is varied most; elsewhere the setting's own name.
+# Short names of settings that are varied often; other settings keep their own name.
 SHORT = {
     "num_hidden_layers": "L",
     "weight_decay": "wd",
@@ -46,10 +46,10 @@ SHORT = {
     "preset": "",
 }
 LONGEST_NAME = 100
-ANY_VOCABULARY = 512  # where a configuration is needed before there is a tokenizer
-# What the tokenizer and the sequence length decide.
+ANY_VOCABULARY = 512  # for a configuration before the tokenizer is known
+# Settings that the tokenizer and the sequence length determine.
 DECIDED = frozenset({"vocab_size", "max_position_embeddings", "bos_token_id", "eos_token_id", "pad_token_id"})
-# What changes no model: what transformers keeps for every model, and what is for generation or no longer used.
+# Settings that change no model: those of every transformers model, of generation, and unused ones.
 NO_SETTING = frozenset({*PreTrainedConfig.__dataclass_fields__, "use_cache", "pretraining_tp", "output_router_logits"})
 OF_MODEL = tuple(name for name in DepthLMConfig.__dataclass_fields__ if name not in NO_SETTING | DECIDED)
 MOST_LAYERS = 10_000
@@ -61,12 +61,12 @@ class Point:
     """One model to train.
 
     Attributes:
-        name: its folder: variant and seed.
-        variant: the same without the seed.
-        seed: of the initialisation and of the order of the data.
-        model: the fields of its `DepthLMConfig`, without `vocab_size` and the like, which the data decide.
-        training: how it is trained.
-        varied: what the grid says of it; the columns of the tables.
+        name: the name of its folder: variant and seed.
+        variant: the name without the seed.
+        seed: the seed of the initialisation and of the order of the data.
+        model: the fields of its `DepthLMConfig`, without those that the data determine, such as `vocab_size`.
+        training: the settings of its training.
+        varied: its settings in the grid; the columns of the tables.
     """
 
     variant: str
@@ -81,21 +81,21 @@ class Point:
         return f"{self.variant}-seed{self.seed}"
 
     def config(self, vocab_size: int, **tokens: Any) -> DepthLMConfig:
-        """The configuration of its model, for a tokenizer with so many entries."""
+        """The configuration of its model for a vocabulary of this size."""
         fields = {"max_position_embeddings": self.training.sequence_length, **self.model, "vocab_size": vocab_size}
         return DepthLMConfig(**fields, **tokens)
 
     def flops(self, vocab_size: int) -> int:
-        """Floating-point operations of its whole training, with a tokenizer with so many entries."""
+        """Floating-point operations of its whole training, for a vocabulary of this size."""
         training = self.training
         size = model_size(self.config(vocab_size), training.sequence_length)
         return size.training_flops_per_token * training.steps * training.batch_tokens
 
     @cached_property
     def identity(self) -> str:
-        """A digest of everything that decides what comes out, but for data and tokenizer.
+        """A digest of everything that determines the result, except data and tokenizer.
 
-        Of the configuration and not of what the file says: a default is the same whether it is written or not.
+        It covers the configuration, not the file, so a default counts the same whether it is written or not.
         """
         config = self.config(vocab_size=ANY_VOCABULARY).to_dict()
         del config["transformers_version"]
@@ -104,7 +104,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Family:
-    """One entry of the grid: its variants in order, with what varies inside it."""
+    """One entry of the grid: its variants in order, and the settings that vary in it."""
 
     name: str
     variants: tuple[str, ...]
@@ -145,7 +145,7 @@ def digest(value: Any) -> str:
 
 
 def expand(sweep: Sweep) -> Grid:
-    """Turn the grid of a sweep into points, each of them checked.
+    """Turn the grid of a sweep into points, and check each of them.
 
     Raises:
         SpecificationError: an empty grid or list, an unknown setting, two points with one name, a model that cannot be
@@ -166,27 +166,27 @@ def expand(sweep: Sweep) -> Grid:
         variants = []
         for entry in entries:
             point = _point(sweep, entry)
-            known = by_identity.get(point.identity)
-            if known is None:
+            existing = by_identity.get(point.identity)
+            if existing is None:
                 if point.variant.casefold() in names:  # some file systems take "A" and "a" for the same folder
                     raise sweep.error(
                         entry.path,
                         f"two points with other settings have the name {point.variant!r}; give each its own `name`.",
                     )
                 names.add(point.variant.casefold())
-                by_identity[point.identity] = known = point
+                by_identity[point.identity] = existing = point
                 _check_count(sweep, entry.path, len(by_identity))
-            elif entry.explicit and known.variant != point.variant:
+            elif entry.explicit and existing.variant != point.variant:
                 raise sweep.error(
                     entry.path,
-                    f"the points {known.variant!r} and {point.variant!r} have the same settings; name one of them.",
+                    f"the points {existing.variant!r} and {point.variant!r} have the same settings; name one of them.",
                 )
-            if known.variant in variants:
+            if existing.variant in variants:
                 raise sweep.error(
                     entry.path,
-                    f"two points of family {name!r} have the same settings ({known.variant!r}); leave one out.",
+                    f"two points of family {name!r} have the same settings ({existing.variant!r}); leave one out.",
                 )
-            variants.append(known.variant)
+            variants.append(existing.variant)
         axes = tuple(key for key in _keys(entries) if len({repr(entry.settings.get(key)) for entry in entries}) > 1)
         families.append(Family(name, tuple(variants), axes))
     points = tuple(
@@ -194,9 +194,9 @@ def expand(sweep: Sweep) -> Grid:
         for seed in sweep.specification.seeds
         for point in by_identity.values()
     )
-    found = Grid(points, tuple(families))
-    _check_lengths(sweep, found)
-    return found
+    grid_points = Grid(points, tuple(families))
+    _check_lengths(sweep, grid_points)
+    return grid_points
 
 
 def _check_count(sweep: Sweep, path: Path_, variants: int) -> None:
@@ -211,7 +211,7 @@ def _entries(sweep: Sweep, family: str) -> Iterator[_Entry]:
     path: Path_ = ("grid", family)
     settings = dict(sweep.specification.grid[family])
     if not _is_name(family):
-        raise sweep.error(path, f"{family!r} is no name for a family; use letters, digits, '.', '_' and '-'.")
+        raise sweep.error(path, f"{family!r} is not a valid name of a family; use letters, digits, '.', '_' and '-'.")
     if not settings:
         raise sweep.error(path, f"family {family!r} is empty; give a setting with a list of values.")
     listed = settings.pop("points", [{}])
@@ -221,17 +221,19 @@ def _entries(sweep: Sweep, family: str) -> Iterator[_Entry]:
         where = (*path, "points", index) if listed != [{}] else path
         both = set(point) & set(settings)
         if both:
-            raise sweep.error(where, f"{', '.join(sorted(both))} stands both in the point and in its family.")
+            raise sweep.error(where, f"{', '.join(sorted(both))} is set both in the point and in its family.")
         own = dict(point)
-        given = own.pop("name", None)
-        if given is not None and not (isinstance(given, str) and _is_name(given)):
-            hint = "" if isinstance(given, str) else " A number is a name in quotes."
-            raise sweep.error(where, f"{given!r} is no name for a point; use letters, digits, '.', '_' and '-'.{hint}")
+        explicit_name = own.pop("name", None)
+        if explicit_name is not None and not (isinstance(explicit_name, str) and _is_name(explicit_name)):
+            hint = "" if isinstance(explicit_name, str) else " Put a number in quotes."
+            raise sweep.error(
+                where, f"{explicit_name!r} is no valid name of a point; use letters, digits, '.', '_' and '-'.{hint}"
+            )
         for chosen in _products(sweep, where, {**settings, **own}, path):
             many = [key for key, value in {**settings, **own}.items() if isinstance(value, list) and len(value) > 1]
-            suffix = _label(chosen, many if given else [*many, *[key for key in own if key not in many]])
-            name = "-".join(filter(None, [family if given is None else given, suffix]))
-            yield _Entry(name[:LONGEST_NAME], given is not None, where, chosen)
+            suffix = _label(chosen, many if explicit_name else [*many, *[key for key in own if key not in many]])
+            name = "-".join(filter(None, [family if explicit_name is None else explicit_name, suffix]))
+            yield _Entry(name[:LONGEST_NAME], explicit_name is not None, where, chosen)
 
 
 def _products(sweep: Sweep, where: Path_, settings: dict[str, Any], family: Path_) -> Iterator[dict[str, Any]]:
@@ -243,25 +245,25 @@ def _products(sweep: Sweep, where: Path_, settings: dict[str, Any], family: Path
         if len({repr(item) for item in listed}) < len(listed):
             raise sweep.error((*where, key), f"{key} has a value twice: {listed}.")
         values.append(listed)
-        _known(sweep, (*where, key) if sweep.file.where((*where, key)) else (*family, key), key)
-    _check_count(sweep, where, math.prod(map(len, values)))  # before a product of millions is written out
+        _owner(sweep, (*where, key) if sweep.file.where((*where, key)) else (*family, key), key)
+    _check_count(sweep, where, math.prod(map(len, values)))  # before a product of millions is built
     for combination in itertools.product(*values):
         yield dict(zip(settings, combination, strict=True))
 
 
-def _known(sweep: Sweep, path: Path_, key: str) -> str:
-    """Whether a setting is the model's or the training's."""
+def _owner(sweep: Sweep, path: Path_, key: str) -> str:
+    """Whether a setting belongs to the "model" or to the "training"."""
     if key in DECIDED:
         raise sweep.error(path, f"{key} follows from the tokenizer and the sequence length; leave it out.")
     if key == "preset" or key in OF_MODEL:
         return "model"
     if key in Training.model_fields:
         return "training"
-    known = [*Training.model_fields, "preset", *OF_MODEL]
-    near = difflib.get_close_matches(key, known, n=3)
+    settings = [*Training.model_fields, "preset", *OF_MODEL]
+    near = difflib.get_close_matches(key, settings, n=3)
     guess = f" did you mean {' or '.join(map(repr, near))}?" if near else ""
     raise sweep.error(
-        path, f"{key!r} is no setting of DepthLMConfig or of `training`;{guess or ' see docs/sweeps.md.'}"
+        path, f"{key!r} is not a setting of DepthLMConfig or of `training`;{guess or ' see docs/sweeps.md.'}"
     )
 
 
@@ -292,13 +294,13 @@ def _point(sweep: Sweep, entry: _Entry) -> Point:
 
 
 def _settings(sweep: Sweep, entry: _Entry) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The fields of a point's model and those of its training: the file's, and over them those of the grid."""
+    """The fields of a point's model and of its training: those of the file, overridden by those of the grid."""
     specification = sweep.specification
     for part in ("model", "shape"):
         for key in getattr(specification, part):
-            if _known(sweep, (part, key), key) == "training":
+            if _owner(sweep, (part, key), key) == "training":
                 raise sweep.error((part, key), f"{key} is a setting of `training`, not of `{part}`; put it there.")
-    own = {key: value for key, value in entry.settings.items() if _known(sweep, entry.path, key) == "model"}
+    own = {key: value for key, value in entry.settings.items() if _owner(sweep, entry.path, key) == "model"}
     shape = {} if own.get("preset") is not None else specification.shape
     fields = {**shape, **specification.model, **own}
     preset = fields.pop("preset", None)
@@ -314,13 +316,13 @@ def _settings(sweep: Sweep, entry: _Entry) -> tuple[dict[str, Any], dict[str, An
 
 
 def _as_declared(key: str, value: Any) -> Any:
-    """A whole number is a fraction too, where the configuration, which is strict, takes fractions only."""
+    """Convert a whole number to a float where the strict configuration requires one."""
     is_whole = isinstance(value, int) and not isinstance(value, bool)
     return float(value) if is_whole and DepthLMConfig.__dataclass_fields__[key].type is float else value
 
 
 def _check_sizes(model: dict[str, Any]) -> None:
-    """What the configuration would take, and no model could be built or trained with."""
+    """Refuse sizes that the configuration accepts but that no model can be built or trained with."""
     layers = model.get("num_hidden_layers")
     if isinstance(layers, int) and layers > MOST_LAYERS:
         raise ValueError(f"num_hidden_layers is {layers:,}; give at most {MOST_LAYERS:,}.")
@@ -335,23 +337,23 @@ def _check_sizes(model: dict[str, Any]) -> None:
 
 
 def _check_rope(config: DepthLMConfig) -> None:
-    """Make the rotary embedding, since the configuration leaves much of its parameters unchecked."""
+    """Build the rotary embedding, since the configuration does not check all its parameters."""
     parameters = config.rope_parameters or {}
     kinds = ["default", *ROPE_INIT_FUNCTIONS]
     if parameters.get("rope_type", "default") not in kinds:
         raise ValueError(
-            f"rope_parameters: there is no rope_type {parameters['rope_type']!r}; give {', '.join(kinds)}."
+            f"rope_parameters: there is no rope_type {parameters['rope_type']!r}; choose from {', '.join(kinds)}."
         )
     try:
         frequencies = LlamaRotaryEmbedding(config=config).inv_freq
     except (LookupError, ArithmeticError, ValueError, TypeError) as error:
-        raise ValueError(f"rope_parameters: no rotary embedding can be made of them ({one_line(error)})") from error
+        raise ValueError(f"rope_parameters: no rotary embedding can be built from them ({one_line(error)})") from error
     if not frequencies.isfinite().all():
         raise ValueError("rope_parameters give frequencies that are not finite; is rope_theta above 0?")
 
 
 def _line_of(sweep: Sweep, entry: _Entry, reason: str, part: str) -> Path_:
-    """Where the setting stands that a message names first: in the grid, or else in `part`."""
+    """The path of the setting that a message names first: in the grid, or else in `part`."""
     parts = {key: name for name in ("shape", part) for key in sweep.file.content.get(name, {})}
     named = [word for word in re.findall(r"\w+", reason) if word in parts or word in entry.settings]
     if not named or named[0] not in entry.settings:
@@ -360,7 +362,7 @@ def _line_of(sweep: Sweep, entry: _Entry, reason: str, part: str) -> Path_:
 
 
 def _reason(error: Exception) -> str:
-    """The last line of a message is what `@strict` wraps; it may leave out the field, which the first one names."""
+    """The last line of an error of `@strict`, with the field that its first line names."""
     cause = error.__cause__ or error
     text = str(cause.args[0] if isinstance(cause, KeyError) and cause.args else cause)  # a KeyError quotes its own
     reason = text.strip().splitlines()[-1].strip()
@@ -373,8 +375,8 @@ def _check_lengths(sweep: Sweep, grid: Grid) -> None:
     if block_size is not None and block_size > grid.shortest:
         raise sweep.error(
             ("scoring", "block_size"),
-            f"scoring.block_size is {block_size:,}, but there are models that are trained for {grid.shortest:,} tokens "
-            "only, the shortest sequence_length; give at most that.",
+            f"scoring.block_size is {block_size:,}, but the shortest sequence_length is {grid.shortest:,}; "
+            "give at most that.",
         )
     for point in grid.points:
         if grid.longest % point.training.sequence_length:
@@ -390,7 +392,7 @@ def _keys(entries: Iterable[_Entry]) -> list[str]:
 
 
 def _label(settings: dict[str, Any], keys: Iterable[str]) -> str:
-    """What tells a point from the others of its family, for its name."""
+    """The part of a point's name that distinguishes it in its family."""
     return "-".join(_word(key, settings[key]) for key in dict.fromkeys(keys))
 
 

@@ -1,7 +1,7 @@
-"""One point of a sweep: train a model with transformers' Trainer, measure it, keep the result.
+"""One point of a sweep: train a model with transformers' Trainer, measure it, write the result.
 
-`depthscope.runs.layout` names the files that it leaves. Whatever exists and is whole is finished: a point that was
-interrupted goes on from its last checkpoint or measurement. What is damaged is done again, and that is said.
+`depthscope.runs.layout` names its files. A file that exists and is intact is finished: an interrupted point resumes
+from its last checkpoint or measurement. Damaged files are made again, with a note.
 """
 
 import json
@@ -69,25 +69,25 @@ from depthscope.sweep.specification import Specification
 from depthscope.sweep.trainer_fields import trainer_fields
 from depthscope.wording.messages import one_line
 
-__all__ = ["PointRun", "Told", "forget_measurements", "recorded_status", "run_point", "status_if_done"]
+__all__ = ["PointRun", "ReportProgress", "forget_measurements", "recorded_status", "run_point", "status_if_done"]
 
 PACKAGES = ("depthscope", "transformers", "torch", "accelerate", "datasets", "tokenizers", "numpy")
 
-# What is told of the progress: the stage, work done and all work (in steps), the last loss.
-Told = Callable[[str, int, int, float | None], None]
+# Receives the progress: the stage, the work done and all work (in steps), and the last loss.
+ReportProgress = Callable[[str, int, int, float | None], None]
 
 
 @dataclass
 class PointRun:
-    """Trains and measures one point; `run` does what is not done yet."""
+    """Trains and measures one point; `run` does the remaining work."""
 
     point: Point
     specification: Specification
     corpus: Corpus
     block_size: int  # of the measurements
     out: Path
-    told: Told = lambda stage, done, total, loss: None
-    noted: Callable[[str], None] = lambda line: None  # is told what was damaged
+    report: ReportProgress = lambda stage, done, total, loss: None
+    note: Callable[[str], None] = lambda line: None  # called with a message about damaged files
 
     @property
     def folder(self) -> Path:
@@ -95,7 +95,7 @@ class PointRun:
         return point_folder(self.out, self.point.name)
 
     def run(self) -> str:
-        """Do what is left to do, and return the status."""
+        """Do the remaining work, and return the status."""
         done = status_if_done(self.folder)
         if done is not None:
             return done
@@ -159,7 +159,7 @@ class PointRun:
         return trainer
 
     def model(self) -> DepthLMForCausalLM:
-        """The model before training, as its seed makes it."""
+        """The untrained model of the point's seed."""
         training = self.point.training
         config = self.config()
         precision = choose_precision(training.precision)
@@ -170,17 +170,18 @@ class PointRun:
     def config(self) -> DepthLMConfig:
         """The configuration of the model, for the sweep's tokenizer."""
         tokenizer = self.corpus.tokenizer
-        # No pad token: its embedding would be zero. Were it the end-of-text token too, one at the start of a sequence
-        # would leave the stream at zero in every layer, where a norm multiplies gradients by 1 / sqrt(eps).
+        # No pad token, since its embedding would be zero. If it were the end-of-text token too, such a token at the
+        # start of a sequence would keep the residual stream at zero in every layer, where a norm multiplies gradients
+        # by 1 / sqrt(eps).
         rows = self.specification.tokenizer.rows(len(tokenizer))
         return self.point.config(rows, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id)
 
     def arguments(self) -> TrainingArguments:
-        """The arguments of the Trainer: the settings in its words."""
+        """The settings as arguments of the Trainer."""
         training, tracking = self.point.training, self.specification.tracking
         steps = training.steps
         log_every = tracking.log_every or max(1, steps // 100)
-        # A checkpoint does not hold the losses since the last log, so there is one only where there is a log too.
+        # A checkpoint lacks the losses since the last log, so checkpoints are only saved at logs.
         save_every = _next_multiple(tracking.checkpoint_every or math.ceil(steps / 5), log_every)
         return TrainingArguments(
             output_dir=str(self.folder),
@@ -226,52 +227,54 @@ class PointRun:
             )
         return callbacks
 
-    # What an earlier run has left
+    # Files of an earlier run
 
     def _drop_damaged_model(self) -> None:
-        """Remove the trained model where it is damaged, so that it is trained again."""
+        """Remove a damaged trained model, so that it is trained again."""
         folder = self.folder / MODEL
         if not folder.is_dir():
             return
         try:
-            known = known_checksums(self.folder) or {}
+            sums = known_checksums(self.folder) or {}
         except ReportError as error:
             if is_access_error(error):
                 raise
-            known = {}
-            self._note(f"{str(error).rstrip('.')}, so that nothing can be compared with it")
-        sums = {name.removeprefix(f"{MODEL}/"): value for name, value in known.items() if "/" in name}
-        # Those that the scores depend on first.
-        found = damaged_file(folder, dict(sorted(sums.items(), key=lambda item: not _is_needed(item[0]))))
-        found = found or unreadable_file(folder)
-        if found is None:
+            sums = {}
+            self._note(f"{str(error).rstrip('.')}, so its files cannot be checked")
+        sums = {name.removeprefix(f"{MODEL}/"): value for name, value in sums.items() if "/" in name}
+        # First the files that the scores depend on.
+        damaged = damaged_file(folder, dict(sorted(sums.items(), key=lambda item: not _is_needed(item[0]))))
+        damaged = damaged or unreadable_file(folder)
+        if damaged is None:
             return
-        if not _is_needed(found):
-            self._note(f"{MODEL}/{found} is damaged, which the scores do not need; replace it before the model is used")
+        if not _is_needed(damaged):
+            self._note(
+                f"{MODEL}/{damaged} is damaged, which the scores do not need; replace it before the model is used"
+            )
             return
         shutil.rmtree(folder)
-        self._note(f"the trained model is damaged ({MODEL}/{found}), and is trained again")
+        self._note(f"the trained model is damaged ({MODEL}/{damaged}), and is trained again")
 
     def _keep_model_checksums(self, part: Path) -> None:
         keep_checksums(self.folder, {f"{MODEL}/{name}": value for name, value in checksums(part).items()})
 
     def _has_report(self, name: str) -> bool:
-        """Whether there is a report, and a whole one."""
+        """Whether there is an intact report."""
         if not (self.folder / name).is_file():
             return False
         try:
             report = LayerReport.load(self.folder / name)
-            known = (known_checksums(self.folder) or {}).get(name)
-            if known in (None, report_checksum(report)):
+            sums = (known_checksums(self.folder) or {}).get(name)
+            if sums in (None, report_checksum(report)):
                 return True
-        except ReportError as error:  # of the report, or of the checksums: then what it should be is not known
+        except ReportError as error:  # of the report or of the checksums; without these the report cannot be checked
             if is_access_error(error):
                 raise
-        self._note(f"{name} is damaged, and is measured anew")
+        self._note(f"{name} is damaged and is measured again")
         return False
 
     def _note(self, line: str) -> None:
-        self.noted(f"{self.point.name}: {line}")
+        self.note(f"{self.point.name}: {line}")
 
     # Measuring
 
@@ -281,10 +284,10 @@ class PointRun:
         result |= {"parameters": size.total, "active_parameters": size.active}
         result["flops"] = self.point.flops(self.config().vocab_size)
         if self.specification.scoring.untrained:
-            self.told("untrained", 0, 0, None)
+            self.report("untrained", 0, 0, None)
             before, _ = self._score(self._control(), UNTRAINED_REPORT, processes)
             result["untrained_loss"] = before if math.isfinite(before) else None
-        self.told("measuring", 0, 0, None)
+        self.report("measuring", 0, 0, None)
         with quiet():
             model = DepthLMForCausalLM.from_pretrained(self.folder / MODEL, dtype=torch.float32)
         try:
@@ -299,7 +302,7 @@ class PointRun:
         return model
 
     def _score(self, model: DepthLMForCausalLM, name: str, processes: Processes) -> tuple[float, float | None]:
-        """Write the report of a model if it is not there yet, and return its held-out loss in nats and its error."""
+        """Write the report of a model if it is missing, and return its held-out loss in nats and its error."""
         model.to(processes.device)  # type: ignore[arg-type]
         settings = self._settings()
         blocks = self._blocks(settings)
@@ -320,7 +323,7 @@ class PointRun:
         return self.corpus.held_out_blocks(settings.fit_blocks + settings.eval_blocks, settings.block_size)
 
     def record_failure(self, error: str) -> None:
-        """Record that the point could not be finished; it is tried again in the next run."""
+        """Record that the point failed; the next run tries it again."""
         self._write(RESULT, {**self._facts(), "status": FAILED, "error": error})
 
     # Records
@@ -365,27 +368,27 @@ def run_point(
     corpus: Corpus,
     block_size: int,
     out: Path,
-    told: Told,
-    noted: Callable[[str], None],
+    report: ReportProgress,
+    note: Callable[[str], None],
 ) -> str:
-    """Run one point, and record a failure instead of raising it, so that the others go on."""
-    run = PointRun(point, specification, corpus, block_size, out, told, noted)
+    """Run one point, and record a failure instead of raising it, so that the other points continue."""
+    run = PointRun(point, specification, corpus, block_size, out, report, note)
     try:
         return run.run()
     except Exception as error:
         if Processes.here().count > 1:
             raise  # the other processes wait for this one
-        what = f"{type(error).__name__}: {one_line(error)}"
+        cause = f"{type(error).__name__}: {one_line(error)}"
         try:
             run.folder.mkdir(parents=True, exist_ok=True)
-            run.record_failure(what)
-        except (OSError, ReportError) as unrecorded:  # the others may have places that can be written
-            noted(f"{point.name}: {what} ({one_line(unrecorded)})")
+            run.record_failure(cause)
+        except (OSError, ReportError) as unrecorded:  # the other points may still be writable
+            note(f"{point.name}: {cause} ({one_line(unrecorded)})")
         return FAILED
 
 
 def status_if_done(folder: Path) -> str | None:
-    """The status of the point in a folder, if it is not to be run again: finished, diverged or unreadable."""
+    """The status of the point in a folder if it needs no other run: finished, diverged or unreadable; else None."""
     try:
         status = recorded_status(folder)
     except SweepError:
@@ -394,7 +397,7 @@ def status_if_done(folder: Path) -> str | None:
 
 
 def recorded_status(folder: Path) -> str | None:
-    """The status of the point in a folder, as its result has it; None without one.
+    """The status in the result of the point in a folder; None without a result.
 
     Raises:
         SweepError: the result is damaged; the message names it and says what to do.
@@ -402,7 +405,7 @@ def recorded_status(folder: Path) -> str | None:
     path = folder / RESULT
     if not os.path.lexists(path):
         return None
-    remedy = "Delete it and run again, which measures the trained model anew."
+    remedy = "Delete it and run again, which measures the trained model again."
     status = read_record(path, remedy).get("status")
     if status not in (FINISHED, DIVERGED, FAILED):
         raise SweepError(f"{path} is damaged: it has no status. {remedy}")
@@ -410,8 +413,8 @@ def recorded_status(folder: Path) -> str | None:
 
 
 def forget_measurements(folder: Path) -> None:
-    """Remove what a point was measured to; its trained model stays."""
-    for name in (RESULT, TRAINED_REPORT, UNTRAINED_REPORT):  # the result first: without it, nothing is finished
+    """Remove the measurements of a point; its trained model is kept."""
+    for name in (RESULT, TRAINED_REPORT, UNTRAINED_REPORT):  # the result first: without it, the point is not finished
         (folder / name).unlink(missing_ok=True)
 
 
@@ -419,7 +422,7 @@ def forget_measurements(folder: Path) -> None:
 def held_out_loss(
     model: DepthLMForCausalLM, rows: Tensor, processes: Processes, batch: int = 8
 ) -> tuple[float, float | None]:
-    """The mean loss [nats a token] over blocks [N, T], in the model's own precision; each process takes its share.
+    """The mean loss [nats per token] over blocks [N, T], in the model's own precision; each process computes a share.
 
     Returns:
         The loss, and its standard error over the blocks (`depthscope.scores.base`); None for one block.
@@ -429,8 +432,8 @@ def held_out_loss(
         for first in processes.share(range(0, len(rows), batch)):
             ids = rows[first : first + batch].to(processes.device)
             logits = model(ids, use_cache=False).logits
-            found = block_losses(logits, ids, torch.ones_like(ids[:, 1:], dtype=torch.bool))
-            losses[first : first + batch] = torch.from_numpy(found)
+            batch_losses = block_losses(logits, ids, torch.ones_like(ids[:, 1:], dtype=torch.bool))
+            losses[first : first + batch] = torch.from_numpy(batch_losses)
     processes.add_up(losses)
     tables = {"loss": losses.numpy(), "targets": np.full(len(rows), rows.shape[1] - 1.0)}
     value, error = values_with_errors(lambda sums: Values(scores={"loss": sums["loss"] / sums["targets"]}), tables)
@@ -439,15 +442,15 @@ def held_out_loss(
 
 
 def save_model(
-    trainer: Trainer, folder: Path, processes: Processes, seen: Callable[[Path], None] = lambda part: None
+    trainer: Trainer, folder: Path, processes: Processes, before_rename: Callable[[Path], None] = lambda part: None
 ) -> None:
-    """Save a model, its tokenizer and code, whole or not at all; every process takes part.
+    """Save a model, its tokenizer and code, completely or not at all; every process takes part.
 
     Args:
-        trainer: of the model.
-        folder: where it goes.
-        processes: that train it.
-        seen: is given the folder with all files, in the main process, before it gets its name.
+        trainer: the Trainer of the model.
+        folder: the folder to write.
+        processes: the processes that train it.
+        before_rename: called in the main process with the complete temporary folder, before it is renamed.
     """
     part = folder.with_name(f".{folder.name}.part")
     if processes.is_main:
@@ -457,14 +460,14 @@ def save_model(
     with quiet():
         trainer.save_model(str(part))
     if processes.is_main:
-        (part / "training_args.bin").unlink(missing_ok=True)  # a pickle, and point.json says the same
-        seen(part)
+        (part / "training_args.bin").unlink(missing_ok=True)  # a pickle; point.json holds the same settings
+        before_rename(part)
         os.replace(part, folder)
     _wait(processes)
 
 
 class _Watch(TrainerCallback):
-    """Tells the progress, keeps published steps, marks checkpoints that are complete, and stops what diverges."""
+    """Reports the progress, saves published steps, marks complete checkpoints, and stops a training that diverges."""
 
     def __init__(self, run: PointRun, trainer: Trainer) -> None:
         self._run, self._trainer = run, trainer
@@ -476,7 +479,7 @@ class _Watch(TrainerCallback):
         self._publish(state)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._run.told("training", state.global_step, state.max_steps, self._loss)
+        self._run.report("training", state.global_step, state.max_steps, self._loss)
         self._publish(state)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
@@ -487,7 +490,7 @@ class _Watch(TrainerCallback):
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         _wait(Processes.here())  # each process writes its part
-        # From a checkpoint of weights that are not finite, nothing would be logged any more to find that out by.
+        # A run resumed from weights that are not finite would log nothing that shows it.
         if state.is_world_process_zero and self.diverged_at is None:
             checkpoint = checkpoint_folder(self._run.folder, state.global_step)
             history = self._run.folder / HISTORY
@@ -505,7 +508,7 @@ class _Watch(TrainerCallback):
 
 
 def _is_needed(name: str) -> bool:
-    """Whether the scores of a model depend on this file of it."""
+    """Whether the scores of a model depend on this file."""
     return ".safetensors" in name or name in ("config.json", "generation_config.json")
 
 
@@ -519,7 +522,7 @@ def _wait(processes: Processes) -> None:
 
 
 def _finite(row: dict[str, Any]) -> dict[str, Any]:
-    """A row of the log as JSON knows it; layers are in layer_stats.jsonl."""
+    """A row of the log for JSON, without the layers, which are in layer_stats.jsonl."""
     numbers = {name: value for name, value in row.items() if not name.startswith("layers/")}
     return {name: value if math.isfinite(value) else None for name, value in numbers.items()}
 

@@ -1,4 +1,4 @@
-"""What a person sees while a sweep runs: a bar over the points and one for each that is running; lines in a file."""
+"""The progress of a sweep on a terminal: one bar over all points and one per running point; in a file, lines."""
 
 import sys
 import time
@@ -18,15 +18,15 @@ from rich.progress import (
 from rich.text import Text
 
 from depthscope.console.terminal import terminal
-from depthscope.sweep.point import Told
+from depthscope.sweep.point import ReportProgress
 
-__all__ = ["Shown", "showing_points"]
+__all__ = ["SweepProgress", "showing_points"]
 
 BETWEEN = 0.2  # seconds between two updates of a bar
 
 
-class Shown:
-    """Bars on a terminal, or lines where there is none; nothing where `console` is None."""
+class SweepProgress:
+    """Shows bars on a terminal, lines elsewhere, and nothing if `console` is None."""
 
     def __init__(self, points: int, console: Console | None, bars: Progress | None) -> None:
         self._console, self._bars = console, bars
@@ -38,14 +38,14 @@ class Shown:
         self._overall = bars.add_task("points", total=points) if bars else None
 
     def say(self, line: str) -> None:
-        """Say what is being done before the first point."""
+        """Show the current work before the first point."""
         if self._bars is not None and self._overall is not None:
             self._bars.update(self._overall, description=line)
         elif self._console is not None:
             self._console.print(Text(line), soft_wrap=True)
 
     def note(self, line: str) -> None:
-        """Say what stays on the screen."""
+        """Print a line that stays on the screen."""
         if self._console is not None:
             self._console.print(Text(line), soft_wrap=True)
 
@@ -54,26 +54,26 @@ class Shown:
         if self._bars is not None and self._overall is not None:
             self._bars.update(self._overall, description="points")
 
-    def teller(self, point: str) -> Told:
-        """What one point tells its progress to."""
+    def reporter(self, point: str) -> ReportProgress:
+        """The function that receives the progress of one point."""
 
-        def told(stage: str, done: int, total: int, loss: float | None) -> None:
+        def report(stage: str, done: int, total: int, loss: float | None) -> None:
             self.at(point, stage, done, total, loss)
 
-        return told
+        return report
 
     def at(self, point: str, stage: str, done: int, total: int, loss: float | None) -> None:
-        """How far a point is."""
+        """Show the progress of a point."""
         now = time.monotonic()
         if self._bars is None or (done < total and now - self._updated.get(point, 0.0) < BETWEEN):
             return
         self._updated[point] = now
-        if self._stages.get(point) != stage:  # a bar of its own, since one cannot go back to an unknown total
+        if self._stages.get(point) != stage:  # a new bar, since a bar cannot return to an unknown total
             self._forget(point)
             self._stages[point] = stage
             self._tasks[point] = self._bars.add_task(point, total=total or None)
-        words = f"{point}  {stage}" + (f", loss {loss:.3f}" if loss is not None else "")
-        self._bars.update(self._tasks[point], description=words, completed=done)
+        description = f"{point}  {stage}" + (f", loss {loss:.3f}" if loss is not None else "")
+        self._bars.update(self._tasks[point], description=description, completed=done)
 
     def finished(self, point: str, status: str, before: bool = False) -> None:
         """A point is done."""
@@ -92,23 +92,23 @@ class Shown:
 
 
 @contextmanager
-def showing_points(points: int, *, visible: bool) -> Iterator[Shown]:
+def showing_points(points: int, *, visible: bool) -> Iterator[SweepProgress]:
     """Show the progress of a sweep on standard error while it runs inside."""
-    # Named, since a Console looks up sys.stderr at every line, and while the Trainer is kept quiet that is nowhere.
+    # Passed explicitly, since a Console looks up sys.stderr at every line, which is redirected during the training.
     console = terminal(stderr=True, file=sys.stderr)
     if not visible:
-        yield Shown(points, None, None)
+        yield SweepProgress(points, None, None)
     elif not console.is_terminal:
-        yield Shown(points, console, None)
+        yield SweepProgress(points, console, None)
     else:
         columns = (
             TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=20),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
-            TextColumn("gone,"),
+            TextColumn("elapsed,"),
             TimeRemainingColumn(),
             TextColumn("left"),
         )
         with Progress(*columns, console=console, transient=True) as bars:
-            yield Shown(points, bars.console, bars)
+            yield SweepProgress(points, bars.console, bars)

@@ -1,8 +1,8 @@
-"""What the points in a folder were trained and measured with, and what of that a sweep asks otherwise now.
+"""Comparing the recorded settings of the points in a folder with those of a sweep.
 
-`point.json` says it setting by setting and not as a digest, so that a folder can be refused with what differs. Two of
-the settings stand in no file, since the whole grid decides them: the size of the blocks, where `scoring.block_size` is
-not given, and the longest sequence length, over which the order of the data is drawn.
+`point.json` holds the settings themselves, not a digest, so that a refusal can name the differences. The whole grid
+determines two settings that are in no sweep file: the size of the blocks, if `scoring.block_size` is not set, and the
+longest sequence length, over which the order of the data is drawn.
 """
 
 import os
@@ -25,11 +25,11 @@ from depthscope.sweep.specification import Data, Scoring, Specification, Tokeniz
 __all__ = ["Differences", "Tokens", "differences", "read_record", "require_readable", "settings_of"]
 
 MAX_BYTES = 32 * 2**20
-DAMAGED_POINT = "Choose another --out, or delete the folder {folder} to train the point anew."
+DAMAGED_POINT = "Choose another --out, or delete the folder {folder} to train the point again."
 
 
 class Tokens(BaseModel):
-    """The fingerprints of the tokens that a point is trained and measured on; None where they are not known."""
+    """The fingerprints of the tokens that a point is trained and measured on; None if unknown."""
 
     model_config = ConfigDict(extra="ignore", frozen=True)
 
@@ -38,7 +38,7 @@ class Tokens(BaseModel):
 
 
 class _Record(BaseModel):
-    """What is read of a `point.json`; settings that a later version added have their defaults."""
+    """The content of a `point.json`; settings that a later version added have their defaults."""
 
     model_config = ConfigDict(extra="ignore", frozen=True)
 
@@ -58,41 +58,41 @@ class _Record(BaseModel):
 
 @dataclass(frozen=True)
 class Differences:
-    """What a sweep asks otherwise than a point was trained and measured with, in words."""
+    """The differences between a sweep and the settings that a point was trained and measured with, in words."""
 
     trained: tuple[str, ...] = ()
     measured: tuple[str, ...] = ()
 
 
 def read_record(path: Path, remedy: str) -> dict[str, Any]:
-    """Read a JSON file that a run has left.
+    """Read a JSON file of a run.
 
     Args:
         path: the file.
-        remedy: what to do where it is damaged, as a sentence.
+        remedy: what to do if it is damaged, as a sentence.
 
     Raises:
-        SweepError: it is missing or damaged, and the message names it and ends with the remedy; or it cannot be read.
+        SweepError: the file is missing or damaged (the message ends with the remedy), or cannot be read.
     """
     try:
         content = parse(read_text(path, MAX_BYTES), str(path))
     except ReportError as error:
-        # What only cannot be read is not to be deleted.
+        # A file that cannot be accessed may be intact, so the remedy, which may delete it, is left out.
         raise SweepError(str(error) if is_access_error(error) else f"{error} {remedy}") from error
     if not isinstance(content, dict):
-        raise SweepError(f"{path} is damaged: it holds no settings by name. {remedy}")
+        raise SweepError(f"{path} is damaged: it is not a JSON object. {remedy}")
     if not is_whole(content):
-        raise SweepError(f"{path} is damaged: it is not what was written. {remedy}")
+        raise SweepError(f"{path} is damaged: it does not match its checksum. {remedy}")
     return content
 
 
 def settings_of(specification: Specification, longest: int, block_size: int) -> dict[str, Any]:
-    """The settings that decide what a point comes to, beside its model and training, as `point.json` keeps them.
+    """The settings in `point.json` that determine the result of a point, beside its model and training.
 
     Args:
-        specification: of the sweep.
+        specification: the sweep's specification.
         longest: the longest sequence length of its grid.
-        block_size: tokens in a block where the file does not say.
+        block_size: tokens in a block if the file does not set it.
     """
     settings = specification.scoring.settings(block_size)
     names = ("scores", "fit_blocks", "block_size")
@@ -108,53 +108,53 @@ def settings_of(specification: Specification, longest: int, block_size: int) -> 
 def differences(
     out: Path, point: Point, specification: Specification, grid: Grid, tokens: Tokens | None = None
 ) -> Differences:
-    """Compare what the folder of a sweep says of a point with what the sweep asks for; nothing where it says nothing.
+    """Compare the recorded settings of a point with those of the sweep; no differences without a record.
 
     Args:
         out: the folder of the sweep.
         point: the point.
-        specification: what is asked for now.
+        specification: the sweep's specification.
         grid: its points.
-        tokens: the text as it is on the disk; not compared where it is not known yet.
+        tokens: the fingerprints of the tokens on the disk; None if they are unknown.
 
     Raises:
         SweepError: the record of the point is damaged.
     """
-    known = _known(out, point)
-    if known is None:
+    record = _load(out, point)
+    if record is None:
         return Differences()
     now = settings_of(specification, grid.longest, grid.shortest)
-    names = {**known.model, **point.model}
-    models = [_effective(each, names) for each in (known.point(), point)]
-    before = known.model_dump(mode="json", include={"data", "tokenizer", "scoring", "training"})
+    names = {**record.model, **point.model}
+    models = [_effective(each, names) for each in (record.point(), point)]
+    before = record.model_dump(mode="json", include={"data", "tokenizer", "scoring", "training"})
     after = {**now, "training": point.training.model_dump(mode="json")}
     changed = {part: _changes(f"{part}.", before[part], after[part]) for part in before}
     trained = _changes("model.", *models) + changed["training"] + changed["data"] + changed["tokenizer"]
     measured = changed["scoring"]
-    if known.longest_sequence_length != grid.longest:
-        lengths = f"{known.longest_sequence_length}, is now {grid.longest}"
+    if record.longest_sequence_length != grid.longest:
+        lengths = f"{record.longest_sequence_length}, is now {grid.longest}"
         trained.append(f"the longest sequence_length, over which the order of the data is drawn, was {lengths}")
-    if known.tokens is not None and tokens is not None and known.tokens != tokens:
-        if known.tokens.train is not None and known.tokens.train == tokens.train:
+    if record.tokens is not None and tokens is not None and record.tokens != tokens:
+        if record.tokens.train is not None and record.tokens.train == tokens.train:
             measured.append("the held-out text has changed")
         else:
             trained.append(
-                f"the text has changed, the fingerprint of its tokens was {known.tokens.train_and_held_out}, is now "
+                f"the text has changed, the fingerprint of its tokens was {record.tokens.train_and_held_out}, is now "
                 f"{tokens.train_and_held_out}"
             )
     return Differences(tuple(trained), tuple(measured))
 
 
 def require_readable(out: Path, point: Point) -> None:
-    """Refuse the record of a point that is damaged, where there is one.
+    """Refuse a damaged record of a point, if there is one.
 
     Raises:
-        SweepError: naming it, and what to do.
+        SweepError: the record is damaged; the message names it and says what to do.
     """
-    _known(out, point)
+    _load(out, point)
 
 
-def _known(out: Path, point: Point) -> _Record | None:
+def _load(out: Path, point: Point) -> _Record | None:
     path = point_folder(out, point.name) / POINT
     if os.path.lexists(path.parent) and not path.parent.is_dir():
         raise SweepError(f"{path.parent} is not the folder of a point. Choose another --out, or move it away.")
@@ -163,15 +163,15 @@ def _known(out: Path, point: Point) -> _Record | None:
     remedy = DAMAGED_POINT.format(folder=path.parent)
     content = read_record(path, remedy)
     try:
-        known = _Record.model_validate(content)
-        _effective(known.point(), known.model)
+        record = _Record.model_validate(content)
+        _effective(record.point(), record.model)
     except (StrictDataclassError, ValueError, TypeError) as error:  # ValueError: pydantic's too
         raise SweepError(f"{path} is damaged, or of another version of depthscope. {remedy}") from error
-    return known
+    return record
 
 
 def _effective(point: Point, names: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings of the model as its configuration has them: a default is the same whether it is written or not."""
+    """The settings of the model from its configuration, where a default is the same whether it is written or not."""
     config = point.config(ANY_VOCABULARY)
     return {name: getattr(config, name, None) for name in names}
 

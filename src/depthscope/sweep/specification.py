@@ -1,4 +1,4 @@
-"""What a sweep is: one YAML file that says which models are trained on what, and how they are measured.
+"""The specification of a sweep: one YAML file with its models, data, training and measurements.
 
     name: laptop
     extends: smoke                  # a preset or another file; mappings are merged, `grid` and `seeds` are replaced
@@ -13,7 +13,7 @@
         weight_decay: [0, 0.1, 1.0]
     seeds: [0, 1]
 
-`docs/sweeps.md` lists every setting. What is not allowed is refused with the line it stands in, before anything runs.
+`docs/sweeps.md` lists every setting. Settings that are not allowed are refused with their line, before anything runs.
 """
 
 import difflib
@@ -44,24 +44,24 @@ __all__ = [
 ]
 
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
-TRAINED_ENTRIES = 2048  # of a tokenizer, where the file does not say
+TRAINED_ENTRIES = 2048  # the default size of a trained tokenizer
 # What the index of a sweep may hold (`depthscope.sweep.report.results` reads no more).
 LONGEST_DESCRIPTION = 20_000
 MOST_POINTS = 10_000
 MOST_TOKENS = 2**63 - 1
-LARGEST_SEED = 2**32 - 1  # numpy takes none above
+LARGEST_SEED = 2**32 - 1  # the largest that numpy accepts
 LONGEST_QUOTE = 60
 
 
 class Part(BaseModel):
-    """Base of the parts of a sweep: immutable, and nothing unknown in it."""
+    """Base class of the parts of a sweep: immutable, without unknown settings."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     @field_validator("*", mode="before")
     @classmethod
-    def _as_it_is_meant(cls, value: Any, info: ValidationInfo) -> Any:
-        """Refuse what pydantic would turn into a number or a truth value: `no` for 0, "5" for 5, 1 for true."""
+    def _require_written_type(cls, value: Any, info: ValidationInfo) -> Any:
+        """Refuse values that pydantic would convert to a number or a boolean: `no` to 0, "5" to 5, 1 to true."""
         annotation: Any = cls.model_fields[str(info.field_name)].annotation
         kinds = _kinds(annotation)
         for item in value if isinstance(value, list) else [value]:
@@ -79,11 +79,11 @@ def _kinds(annotation: Any) -> frozenset[Any]:
 def _refuse_other_kind(value: Any, kinds: frozenset[Any]) -> None:
     takes_numbers = bool(kinds & {int, float})
     if isinstance(value, bool) and takes_numbers and bool not in kinds:
-        raise ValueError(f"{str(value).lower()} (also written yes, no, on or off) is no number; give a number")
+        raise ValueError(f"{str(value).lower()} (also written yes, no, on or off) is not a number; give a number")
     if bool in kinds and not isinstance(value, bool):
-        raise ValueError(f"{_quote(value)} is neither true nor false; give one of them, without quotes")
+        raise ValueError(f"{_quote(value)} is neither true nor false; give one of them without quotes")
     if isinstance(value, str) and takes_numbers and str not in kinds and re.match(r"[-+.]?\d", value):
-        raise ValueError(f"{_quote(value)} is a word and no number; write a number without quotes")
+        raise ValueError(f"{_quote(value)} is a word, not a number; write a number without quotes")
 
 
 def _quote(value: Any) -> str:
@@ -92,14 +92,14 @@ def _quote(value: Any) -> str:
 
 
 class Text(Part):
-    """Where text comes from: files and folders, a dataset of the Hub, or (neither) Python's own standard library.
+    """The source of a text: files and folders, a dataset of the Hub, or by default Python's standard library.
 
     Attributes:
-        text: text, .jsonl, .json, .csv or .parquet files, or folders of text files; relative to the file that says
-            them; `*` may stand for parts of names.
+        text: text, .jsonl, .json, .csv or .parquet files, or folders of text files; relative to the sweep file; `*`
+            may stand for parts of names.
         dataset: a dataset of the Hub, as `name` or `name:config`; it is streamed.
-        column: the column that holds the text; found by itself where that is clear.
-        split: the split of the dataset; "train" where there is one.
+        column: the column that holds the text; detected if it is clear.
+        split: the split of the dataset; "train" if it exists.
     """
 
     text: str | list[str] | None = None
@@ -122,13 +122,13 @@ class Text(Part):
 
 
 class Data(Text):
-    """What the models read.
+    """The data of the models.
 
     Attributes:
         held_out: the text that models are measured on; by default a twentieth of the documents of the training text,
             which are then not trained on.
-        epochs: how often the training text may be read; more tokens than that are refused.
-        name: what reports and model cards call the text; by default the name of the file, folder or dataset.
+        epochs: how often the training text may be read; a training that needs more tokens is refused.
+        name: the name of the text in reports and model cards; by default that of the file, folder or dataset.
     """
 
     held_out: Text | None = None
@@ -137,13 +137,13 @@ class Data(Text):
 
 
 class Tokenizer(Part):
-    """The tokenizer: one that exists, or a byte-level BPE that is trained on the training text and kept.
+    """The tokenizer: an existing one, or a byte-level BPE that is trained on the training text and saved.
 
     Attributes:
-        name: a Hub id or a folder; none trains one.
-        vocab_size: entries of the tokenizer to train, 2048 by default; beside a name, the rows of the embedding, where
-            that is padded beyond the tokenizer's entries.
-        characters: how much of the training text it is trained on.
+        name: a Hub id or a folder; without it, a tokenizer is trained.
+        vocab_size: entries of the tokenizer to train, 2048 by default; with a name, the rows of the embedding, if it is
+            padded beyond the tokenizer's entries.
+        characters: the number of characters of the training text that it is trained on.
     """
 
     name: str | None = None
@@ -152,28 +152,28 @@ class Tokenizer(Part):
 
     @property
     def trained_entries(self) -> int:
-        """Entries of the tokenizer to train."""
+        """The number of entries of the tokenizer to train."""
         return TRAINED_ENTRIES if self.vocab_size is None else self.vocab_size
 
     def rows(self, entries: int) -> int:
-        """Rows of the embedding of models whose tokenizer turned out to have so many entries."""
+        """The rows of the embedding for a tokenizer with `entries` entries."""
         return entries if self.name is None else max(entries, self.vocab_size or 0)
 
 
 class Training(Part):
-    """How each model is trained; Trainer does it, with AdamW.
+    """How each model is trained by transformers' Trainer with AdamW.
 
     Attributes:
-        tokens: how many tokens each model is trained on, rounded down to whole steps.
+        tokens: training tokens per model, rounded down to whole steps.
         sequence_length: tokens in a sequence, T.
-        batch_tokens: tokens in an optimiser step, over all devices: the same for every sequence length.
-        micro_batch_size: sequences in a forward pass on one device, which a step must be a multiple of; all of a step's
-            where nothing is given.
-        schedule: of the learning rate after the warm-up.
+        batch_tokens: tokens in an optimiser step over all devices, the same for every sequence length.
+        micro_batch_size: sequences in a forward pass on one device, of which a step must be a multiple; by default all
+            sequences of a step.
+        schedule: the schedule of the learning rate after the warm-up.
         warmup_steps: steps of linear warm-up.
-        min_learning_rate: where the cosine ends, as a share of the peak; the linear schedule ends at 0.
-        precision: "auto" is bfloat16 autocast where the hardware computes it faster, else float32.
-        attention: "auto" is what is faster on the hardware at this size; else transformers' name of one.
+        min_learning_rate: the end of the cosine schedule as a share of the peak; the linear schedule ends at 0.
+        precision: "auto" is bfloat16 autocast if the hardware computes it faster, else float32.
+        attention: "auto" chooses the faster one on the hardware at this size; else transformers' name of one.
         fsdp: shard weights, gradients and optimiser states over the processes of torchrun.
     """
 
@@ -226,17 +226,17 @@ class Training(Part):
 
 
 class Tracking(Part):
-    """What is kept while models train.
+    """The measurements and checkpoints during training.
 
     Attributes:
-        log_every: steps between two logs; a hundredth of the training by default.
-        variance: track the variance of every layer.
-        sparsity_every: steps between two measurements of sparsity; none by default.
-        effectiveness_every: steps between two computations of the scores; none by default.
-        checkpoint_every: steps between two checkpoints to go on from, rounded up to a multiple of `log_every`; a fifth
-            of the training by default.
-        publish_every: keep the weights at steps 0, 1, 2, 4, ..., 512 and then at every multiple of n, to be published;
-            only the last ones by default.
+        log_every: steps between logs; by default a hundredth of the training.
+        variance: whether to track the variance per layer.
+        sparsity_every: steps between measurements of sparsity; by default none.
+        effectiveness_every: steps between computations of the scores; by default none.
+        checkpoint_every: steps between checkpoints to resume from, rounded up to a multiple of `log_every`; by default
+            a fifth of the training.
+        publish_every: keep the weights at steps 0, 1, 2, 4, ..., 512 and then at every multiple of this number, for
+            publishing; by default only the last weights.
     """
 
     log_every: int | None = Field(default=None, ge=1)
@@ -248,13 +248,13 @@ class Tracking(Part):
 
 
 class Scoring(Part):
-    """How each trained model is measured, on held-out text; the fields of `depthscope.Settings`, and these.
+    """How each trained model is measured on held-out text: the fields of `depthscope.Settings`, and these.
 
     Attributes:
-        block_size: tokens in a block; the shortest sequence length of the sweep by default, so that every model has
-            been trained for it.
+        block_size: tokens in a block; by default the shortest sequence length of the sweep, for which every model is
+            trained.
         loss_tokens: tokens that the held-out loss is measured on.
-        untrained: measure each model before its training too, as a control.
+        untrained: whether to measure each model also before training, as a control.
     """
 
     scores: tuple[str, ...] | str = (
@@ -291,25 +291,26 @@ class Scoring(Part):
         return self
 
     def settings(self, block_size: int) -> Settings:
-        """The settings of the analysis, for blocks of this size where the file says nothing else."""
+        """The settings of the analysis, with blocks of `block_size` tokens if the file sets no size."""
         fields = self.model_dump(exclude={"loss_tokens", "untrained", "block_size"})
         settings = Settings(**fields, block_size=self.block_size or block_size)
         return settings if "usefulness" in settings.scores else settings.with_(fit_blocks=0)
 
 
 class Specification(Part):
-    """A whole sweep, as its file says it; see the parts for their settings.
+    """The content of a sweep's file; see the parts for their settings.
 
     Attributes:
-        name: what the sweep is called, and its folder.
-        description: what it is about; the report repeats it.
-        model: `preset`, a named shape of DepthLM, and fields of `DepthLMConfig` over it.
-        shape: fields of the model for those points of the grid that name no preset of their own; the shape that an
-            extended file gives comes here where the file that extends it has presets in its grid.
-        grid: families of models by name. In each, every setting of the model or the training may have one value or a
-            list; the family is the product of the lists. `points` is a list of such settings, for what is no product.
-        seeds: of the initialisation and of the order of the data; every point is trained with each.
-        relative_to: the folder from which relative paths count; by default that of the file.
+        name: the name of the sweep and of its folder.
+        description: its subject; the report repeats it.
+        model: `preset`, a named shape of DepthLM, and fields of `DepthLMConfig` that override it.
+        shape: fields of the model for the points of the grid without a preset; the shape of an extended file is moved
+            here if the file that extends it has presets in its grid.
+        grid: families of models by name. In each, every setting of the model or the training has one value or a list;
+            the family is the product of the lists. `points` is a list of such settings for families that are no
+            product.
+        seeds: seeds of the initialisation and of the order of the data; every point is trained with each of them.
+        relative_to: the folder of relative paths; by default the folder of the file.
     """
 
     name: str = Field(pattern=NAME_PATTERN, max_length=LONGEST_SWEEP_NAME)
@@ -335,20 +336,20 @@ class Specification(Part):
 
 @dataclass(frozen=True)
 class Sweep:
-    """A specification, the file it comes from and where in it everything stands."""
+    """A specification, its file, and the line of each part."""
 
     specification: Specification
     file: YamlFile
-    folder: Path  # what relative paths are relative to
-    source: str = ""  # what it was read from: a file or a preset
-    files: tuple[Path, ...] = ()  # that file, and those that it extends
+    folder: Path  # the folder of relative paths
+    source: str = ""  # the file or preset that it was read from
+    files: tuple[Path, ...] = ()  # that file and those that it extends
 
     def error(self, path: Path_, message: str) -> SpecificationError:
         """An error that names the line of a part."""
-        return SpecificationError(self.told(path, message))
+        return SpecificationError(self.locate(path, message))
 
-    def told(self, path: Path_, message: str) -> str:
-        """A message that names the line of a part."""
+    def locate(self, path: Path_, message: str) -> str:
+        """Add the line of a part to a message."""
         where = self.file.where(path)
         return f"{where}: {message}" if where else message
 
@@ -358,16 +359,16 @@ def load_sweep(source: str | Path, changes: Mapping[str, Any] | None = None) -> 
 
     Args:
         source: the path of a file, or a name of `preset_names()`.
-        changes: settings over those of the file, as nested mappings.
+        changes: settings that override the file's, as nested mappings.
 
     Raises:
-        SpecificationError: naming the line and what is allowed there.
+        SpecificationError: the file is not valid; the message names the line and what is allowed there.
     """
     file, folder, files = read_extended(str(source))
     if changes:
         file = over(file, YamlFile(dict(changes)))
     if has_relative_paths(file, folder):
-        file.content["relative_to"] = str(folder)  # so that the settings mean the same wherever they are written
+        file.content["relative_to"] = str(folder)  # so that the settings are valid in any folder
     try:
         specification = Specification.model_validate(file.content)
     except ValidationError as error:
@@ -386,15 +387,15 @@ def _refuse_options_without_source(sweep: Sweep) -> None:
             raise sweep.error((*path, "split"), "only a dataset has splits; give a `dataset`, or leave `split` out.")
         if text.column is not None and text.text is None:
             raise sweep.error(
-                (*path, "column"), "`column` is of a table; give its file as `text`, or a `dataset`, or leave it out."
+                (*path, "column"), "`column` needs a table; give its file as `text`, or a `dataset`, or leave it out."
             )
 
 
-# What is wrong, in words
+# Error messages
 
 
 def _explain(error: ValidationError, file: YamlFile) -> str:
-    """The first thing that is wrong, in words, with its line."""
+    """The message of the first problem, with its line."""
     problem = error.errors()[0]
     path = tuple(step for step in problem["loc"] if step not in ("str", "list[str]", "int", "float", "tuple[str, ...]"))
     where = file.where(path)
@@ -410,18 +411,18 @@ def _explain(error: ValidationError, file: YamlFile) -> str:
         case _ if problem["input"] is None:
             message = f"{name} is empty; give it a value, or leave it out."
         case "model_type" | "dict_type":
-            message = f"{name} is {_quote(problem['input'])}; it takes settings, each with its name and a colon."
+            message = f"{name} is {_quote(problem['input'])}; give settings, each with its name and a colon."
         case "value_error":
             message = f"{problem['ctx']['error']}."
             message = f"{name}: {message}" if path and len(path) > 1 else message
         case "literal_error":
             message = f"{name} is {_quote(problem['input'])}; give {problem['ctx']['expected']}."
         case "string_type":
-            message = f"{name} is {_quote(problem['input'])}; a word is expected. A number is one in quotes."
+            message = f"{name} is {_quote(problem['input'])}; a word is expected. Put a number in quotes."
         case _:
             message = f"{name} is {_quote(problem['input'])}; {problem['msg'][:1].lower()}{problem['msg'][1:]}."
     more = len(error.errors()) - 1
-    also = f" ({more} more {'is' if more == 1 else 'are'} wrong after it.)" if more else ""
+    also = f" (and {more} more {'problem' if more == 1 else 'problems'})" if more else ""
     return (f"{where}: " if where else "") + message + also
 
 

@@ -1,9 +1,9 @@
-"""Tokens that are appended to files, with a record of how far that is, so that it goes on after an interruption.
+"""Appending tokens to files, with a record of the progress, so that tokenizing resumes after an interruption.
 
     PART/state.json    the record: tokens, documents read, and checksums of both
     PART/train.bin, PART/held_out.bin
 
-What is gone on with is what was written, of the text as it was: both are compared by their checksums.
+Tokenizing resumes only if the written tokens and the text are unchanged, which checksums verify.
 """
 
 import json
@@ -21,32 +21,32 @@ from pydantic import BaseModel, ValidationError
 from depthscope.files.atomic import MISSING, write_atomically
 from depthscope.files.checksums import checksum, checksums, damaged_file, is_whole, sealed
 
-__all__ = ["HELD_OUT", "SPLIT", "TRAIN", "CannotGoOn", "TokenStream", "begin", "left_behind"]
+__all__ = ["HELD_OUT", "SPLIT", "TRAIN", "CannotResume", "TokenStream", "begin", "read_state"]
 
 TRAIN, HELD_OUT = "train", "held_out"
-SPLIT = "by document"  # how text is held out; what an interrupted run left by another rule is not gone on with
+SPLIT = "by document"  # the rule for holding out text; a run with another rule is not resumed
 BATCH_CHARACTERS = 2_000_000  # tokenized at once
 NOTHING = "0" * 8  # the checksum of nothing
 
 
-class CannotGoOn(Exception):
-    """What interrupted tokenizing left is damaged, or of a text that has changed since; the message says which."""
+class CannotResume(Exception):
+    """Interrupted tokenizing cannot resume: its files are damaged, or the text has changed; the message says which."""
 
 
 def begin(part: Path, made_from: str) -> None:
-    """Keep what an interrupted run left of the same tokens, and nothing else.
+    """Keep the files of an interrupted run for the same tokens, or start again.
 
     Raises:
-        CannotGoOn: it is damaged.
+        CannotResume: the files are damaged.
     """
     state = part / "state.json"
-    left = left_behind(state)
-    if left.get("made_from") == made_from and left.get("split") == SPLIT and "sums" in left:
+    state_found = read_state(state)
+    if state_found.get("made_from") == made_from and state_found.get("split") == SPLIT and "sums" in state_found:
         try:
-            kept = _State.model_validate(left)
+            resumed = _State.model_validate(state_found)
         except ValidationError as error:
-            raise CannotGoOn(f"{state} is damaged") from error
-        kept.require_whole(part)
+            raise CannotResume(f"{state} is damaged") from error
+        resumed.require_whole(part)
         return
     if os.path.lexists(part) and not part.is_dir():
         part.unlink()
@@ -55,21 +55,21 @@ def begin(part: Path, made_from: str) -> None:
     write_atomically(state, _State(made_from=made_from).written())
 
 
-def left_behind(file: Path) -> dict[str, Any]:
-    """What an interrupted run left in a file; nothing where it is missing or damaged.
+def read_state(file: Path) -> dict[str, Any]:
+    """The state in a file; {} if the file is missing or damaged.
 
     Raises:
-        OSError: it cannot be read, which is no reason to begin anew.
+        OSError: the file cannot be read; it may be intact.
     """
     try:
-        left = json.loads(file.read_text())
+        state_found = json.loads(file.read_text())
     except (*MISSING, ValueError):
         return {}
-    return left if isinstance(left, dict) and is_whole(left) else {}
+    return state_found if isinstance(state_found, dict) and is_whole(state_found) else {}
 
 
 class _State(BaseModel):
-    """How far tokenizing is: what the files hold that it has written, and what was read."""
+    """The progress of tokenizing: the tokens in its files, and the documents that were read."""
 
     made_from: str
     split: str = SPLIT
@@ -77,30 +77,30 @@ class _State(BaseModel):
     tokenizer: dict[str, str] | None = None  # checksums of its files, once anything is tokenized with it
     counts: dict[str, int] = {TRAIN: 0, HELD_OUT: 0}
     sums: dict[str, str] = {TRAIN: NOTHING, HELD_OUT: NOTHING}  # checksums of the tokens
-    read: dict[str, int] = {TRAIN: 0, HELD_OUT: 0}  # documents of each source, by what it is filled for
+    read: dict[str, int] = {TRAIN: 0, HELD_OUT: 0}  # documents read, by the kind that the source fills
     text: dict[str, str] = {TRAIN: NOTHING, HELD_OUT: NOTHING}  # checksums of those documents
 
     def written(self) -> str:
         return json.dumps(sealed(self.model_dump()))
 
     def require_whole(self, part: Path) -> None:
-        """See to it that the files are those of this state.
+        """Check that the files match this state.
 
         Raises:
-            CannotGoOn: one is damaged or missing.
+            CannotResume: a file is damaged or missing.
         """
-        if self.tokenizer is None:  # nothing is tokenized; what the tokenizer was made from may have changed
+        if self.tokenizer is None:  # nothing is tokenized yet, and the tokenizer may be outdated
             shutil.rmtree(part / "tokenizer", ignore_errors=True)
         elif (name := damaged_file(part / "tokenizer", self.tokenizer)) is not None:
-            raise CannotGoOn(f"{part / 'tokenizer' / name} is damaged")
+            raise CannotResume(f"{part / 'tokenizer' / name} is damaged")
         for kind, count in self.counts.items():
             path, size = part / f"{kind}.bin", count * np.dtype(self.dtype).itemsize
             if size and (not path.is_file() or checksum(path, most=size) != self.sums[kind]):
-                raise CannotGoOn(f"{path} is damaged")
+                raise CannotResume(f"{path} is damaged")
 
 
 class TokenStream:
-    """Tokens that are appended to files, with a record of how far it is, so that it can go on after a break."""
+    """Appends tokens to files, with a record of the progress, so that it can resume after an interruption."""
 
     def __init__(self, folder: Path, tokenizer: Any) -> None:
         self._folder, self._tokenizer = folder, tokenizer
@@ -130,11 +130,13 @@ class TokenStream:
         """Checksums of the tokenizer's files."""
         return self._state.tokenizer or {}
 
-    def fill(self, documents: Iterator[tuple[str, str]], targets: dict[str, int], said: Callable[[str], None]) -> None:
-        """Append documents until there are as many tokens of each kind as wanted, or no more documents.
+    def fill(
+        self, documents: Iterator[tuple[str, str]], targets: dict[str, int], report: Callable[[str], None]
+    ) -> None:
+        """Append documents until each kind has its target number of tokens, or no documents are left.
 
         Raises:
-            CannotGoOn: the documents that were read before an interruption are others now.
+            CannotResume: the documents that were read before an interruption have changed.
         """
         first = next(iter(targets))
         self._read_again(islice(documents, self._state.read[first]), first)
@@ -146,19 +148,19 @@ class TokenStream:
             batch.append((kind, text))
             size += len(text)
             if size >= BATCH_CHARACTERS:
-                self._append(batch, targets, first, said)
+                self._append(batch, targets, first, report)
                 batch, size = [], 0
-        self._append(batch, targets, first, said)
+        self._append(batch, targets, first, report)
 
     def _read_again(self, documents: Iterator[tuple[str, str]], first: str) -> None:
         total = NOTHING
         for entry in documents:
             total = _text_sum(entry, total)
         if total != self._state.text[first]:
-            raise CannotGoOn("The text has changed since a part of it was tokenized")
+            raise CannotResume("The text has changed since a part of it was tokenized")
 
     def _append(
-        self, batch: list[tuple[str, str]], targets: dict[str, int], first: str, said: Callable[[str], None]
+        self, batch: list[tuple[str, str]], targets: dict[str, int], first: str, report: Callable[[str], None]
     ) -> None:
         if not batch:
             return
@@ -167,18 +169,18 @@ class TokenStream:
         state = self._state
         for kind in targets:
             tokens = [token for (own, _), row in zip(batch, ids, strict=True) if own == kind for token in [*row, *end]]
-            wanted = np.array(tokens[: max(0, targets[kind] - self.counts[kind])], self.dtype)
+            selected = np.array(tokens[: max(0, targets[kind] - self.counts[kind])], self.dtype)
             with (self._folder / f"{kind}.bin").open("ab") as file:
-                wanted.tofile(file)
+                selected.tofile(file)
                 file.flush()
                 os.fsync(file.fileno())
-            state.counts[kind] += len(wanted)
-            state.sums[kind] = f"{zlib.crc32(wanted.tobytes(), int(state.sums[kind], 16)):08x}"
+            state.counts[kind] += len(selected)
+            state.sums[kind] = f"{zlib.crc32(selected.tobytes(), int(state.sums[kind], 16)):08x}"
         for entry in batch:
             state.text[first] = _text_sum(entry, state.text[first])
         state.read[first] += len(batch)
         write_atomically(self._folder / "state.json", state.written())
-        said(f"Tokenized {self.counts[TRAIN]:,} of {targets.get(TRAIN, 0) or self.counts[TRAIN]:,} training tokens")
+        report(f"Tokenized {self.counts[TRAIN]:,} of {targets.get(TRAIN, 0) or self.counts[TRAIN]:,} training tokens")
 
 
 def _text_sum(entry: tuple[str, str], before: str) -> str:

@@ -1,4 +1,4 @@
-"""A training in the words of transformers' Trainer, for the points of a sweep and for recipes alike."""
+"""A training as arguments of transformers' Trainer, for the points of a sweep and for recipes."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ SCHEDULES = {"cosine": "cosine_with_min_lr", "linear": "linear", "constant": "co
 
 
 def trainer_fields(training: Training, devices: int) -> dict[str, Any]:
-    """The fields of `TrainingArguments` that say how a model is trained on so many devices, but for the precision."""
+    """The fields of `TrainingArguments` for a training on `devices` devices, except the precision."""
     per_device = training.sequences // devices
     micro = min(training.micro_batch_size or per_device, per_device)
     fields: dict[str, Any] = {
@@ -29,6 +29,6 @@ def trainer_fields(training: Training, devices: int) -> dict[str, Any]:
     }
     if training.gradient_checkpointing:
         fields["gradient_checkpointing"] = True
-    if training.fsdp and devices > 1:  # Trainer refuses it in a single process, where there is nothing to share
+    if training.fsdp and devices > 1:  # Trainer refuses it in a single process
         fields |= {"fsdp": True, "fsdp_config": {"version": 2}}
     return fields

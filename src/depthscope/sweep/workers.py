@@ -1,7 +1,7 @@
-"""Several points at once, each worker in a process of its own, with its share of the cores or its own GPU.
+"""Running several points at once in worker processes, each with a share of the cores or its own GPU.
 
-A worker that dies (out of memory, say) costs the point that it was at, not the sweep. Workers end with the process that
-started them, whatever ends it.
+If a worker dies (such as for lack of memory), only its current point fails. Workers end with the process that started
+them, whatever ends it.
 """
 
 import multiprocessing
@@ -20,7 +20,7 @@ from depthscope.runs.layout import FAILED
 from depthscope.sweep.data import open_corpus
 from depthscope.sweep.grid import Grid, Point
 from depthscope.sweep.point import PointRun, run_point, status_if_done
-from depthscope.sweep.progress import Shown
+from depthscope.sweep.progress import SweepProgress
 from depthscope.sweep.specification import Specification
 
 __all__ = ["costliest_first", "run_in_workers"]
@@ -30,7 +30,7 @@ GPUS = "CUDA_VISIBLE_DEVICES"
 
 @dataclass(frozen=True)
 class _Work:
-    """What all workers are told when they start."""
+    """The arguments of all workers."""
 
     specification: Specification
     grid: Grid
@@ -40,7 +40,7 @@ class _Work:
 
 @dataclass
 class _Worker:
-    """A process, and the point that it is at."""
+    """A process, and its current point."""
 
     index: int
     process: Any
@@ -49,9 +49,9 @@ class _Worker:
 
 
 def run_in_workers(
-    points: Sequence[Point], specification: Specification, grid: Grid, out: Path, jobs: int, shown: Shown
+    points: Sequence[Point], specification: Specification, grid: Grid, out: Path, jobs: int, progress: SweepProgress
 ) -> dict[str, str]:
-    """Run points in at most `jobs` processes, each with one `jobs`-th of the cores, and return the status of each."""
+    """Run points in at most `jobs` processes, each with 1 / `jobs` of the cores, and return their statuses."""
     work = _Work(specification, grid, out, jobs)
     rows = specification.tokenizer.rows(len(open_corpus(out, grid.longest).tokenizer))
     waiting = deque(costliest_first(points, rows))
@@ -59,25 +59,25 @@ def run_in_workers(
     workers = [_start(index, work) for index in range(min(jobs, len(points)))]
     try:
         for worker in workers:
-            _give(worker, waiting)
+            _send_next(worker, waiting)
         while busy := {worker.connection: worker for worker in workers if worker.point is not None}:
             for connection in wait(list(busy)):
                 assert isinstance(connection, Connection)
                 worker = busy[connection]
                 assert worker.point is not None
                 name = worker.point.name
-                message = _heard(connection)
+                message = _receive(connection)
                 if message is not None and message[0] == "at":
-                    shown.at(name, *message[1:])
+                    progress.at(name, *message[1:])
                     continue
                 if message is not None and message[0] == "noted":
-                    shown.note(message[1])
+                    progress.note(message[1])
                     continue
                 statuses[name] = _status_after_death(worker, work) if message is None else message[1]
-                shown.finished(name, statuses[name])
+                progress.finished(name, statuses[name])
                 if message is None and waiting:
                     workers[worker.index] = worker = _start(worker.index, work)
-                _give(worker, waiting)
+                _send_next(worker, waiting)
     finally:
         for worker in workers:
             worker.process.terminate()
@@ -87,22 +87,22 @@ def run_in_workers(
 
 
 def costliest_first(points: Sequence[Point], vocab_size: int) -> list[Point]:
-    """Seed by seed the largest first, so that no worker is left with a large model when the others are done."""
+    """Sort points by seed, then the largest first, so that no large model is left for the end."""
     return sorted(points, key=lambda point: (point.seed, -point.flops(vocab_size)))
 
 
-def _give(worker: _Worker, waiting: deque[Point]) -> None:
-    """Give a worker the next point; one that has died meanwhile is found out when it should answer."""
+def _send_next(worker: _Worker, waiting: deque[Point]) -> None:
+    """Send a worker the next point; if it has died meanwhile, the missing answer shows it."""
     worker.point = waiting.popleft() if waiting else None
     if worker.point is not None:
         try:
             worker.connection.send(worker.point)
-        except ConnectionError:  # as the system says it
+        except ConnectionError:
             return
 
 
-def _heard(connection: Connection) -> Any:
-    """What the process at the other end says; None where it is no more."""
+def _receive(connection: Connection) -> Any:
+    """The next message from the process at the other end; None if it has ended."""
     try:
         return connection.recv()
     except (EOFError, ConnectionResetError):
@@ -120,7 +120,7 @@ def _start(index: int, work: _Work) -> _Worker:
 
 
 def _share(index: int, jobs: int) -> dict[str, str]:
-    """A worker's share of the machine, as variables that libraries read when they are imported."""
+    """A worker's share of the machine, as environment variables that libraries read when they are imported."""
     import torch
 
     share = {"OMP_NUM_THREADS": str(max(1, torch.get_num_threads() // jobs))}
@@ -145,25 +145,25 @@ def _environment(settings: dict[str, str]) -> Iterator[None]:
 
 
 def _serve(connection: Connection, work: _Work) -> None:
-    """What a worker does: points that come through the connection, one after the other."""
+    """Run the points that come through the connection, one after the other."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that started this one
     _end_with_parent()
 
     corpus = open_corpus(work.out, work.grid.longest)
 
-    def told(stage: str, done: int, total: int, loss: float | None) -> None:
-        _tell(connection, ("at", stage, done, total, loss))
+    def report(stage: str, done: int, total: int, loss: float | None) -> None:
+        _send(connection, ("at", stage, done, total, loss))
 
-    def noted(line: str) -> None:
-        _tell(connection, ("noted", line))
+    def note(line: str) -> None:
+        _send(connection, ("noted", line))
 
-    while (point := _heard(connection)) is not None:
-        status = run_point(point, work.specification, corpus, work.grid.shortest, work.out, told, noted)
-        _tell(connection, ("done", status))
+    while (point := _receive(connection)) is not None:
+        status = run_point(point, work.specification, corpus, work.grid.shortest, work.out, report, note)
+        _send(connection, ("done", status))
 
 
-def _tell(connection: Connection, message: tuple[Any, ...]) -> None:
-    """Tell the process that started this one; without it there is nothing to do, and no point has failed by that."""
+def _send(connection: Connection, message: tuple[Any, ...]) -> None:
+    """Send a message to the parent process; if it has ended, exit, which fails no point."""
     try:
         connection.send(message)
     except ConnectionError as error:
@@ -182,7 +182,7 @@ def _end_with_parent() -> None:
 
 
 def _status_after_death(worker: _Worker, work: _Work) -> str:
-    """What became of the point of a worker that is no more: failed, unless that happened after all was done."""
+    """The status of the point of a worker that died: failed, unless the point was already done."""
     assert worker.point is not None
     worker.process.join()
     run = PointRun(
@@ -192,8 +192,8 @@ def _status_after_death(worker: _Worker, work: _Work) -> str:
     if done is not None:
         return done
     code = worker.process.exitcode
-    how = f"by signal {-code} ({signal.Signals(-code).name})" if code and code < 0 else f"with exit code {code}"
-    often = "; that is often the system running out of memory" if code == -signal.SIGKILL else ""
+    cause = f"by signal {-code} ({signal.Signals(-code).name})" if code and code < 0 else f"with exit code {code}"
+    hint = "; that is often the system running out of memory" if code == -signal.SIGKILL else ""
     run.folder.mkdir(parents=True, exist_ok=True)
-    run.record_failure(f"its process was ended {how}{often}.")
+    run.record_failure(f"its process was ended {cause}{hint}.")
     return FAILED

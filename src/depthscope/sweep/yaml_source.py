@@ -1,8 +1,8 @@
-"""YAML with a memory of lines: plain data, and where in which file each part of it stands.
+"""YAML with line numbers: plain data, and the file and line of each part.
 
-Only plain data is read (no tags that build objects), keys are words and may stand once in a mapping. Nothing is
-referred to by `&` and `*`, which can make a small file endless; `extends:` is there for reuse. Mappings are merged with
-those of the file that is extended key by key, everything else is replaced.
+Only plain data is read (no tags that build objects). Keys are words that occur once in a mapping. `&` and `*` are
+refused, since they can make a small file endless; `extends:` serves for reuse. Mappings are merged key by key with
+those of the extended file; everything else is replaced.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -37,20 +37,20 @@ class Where:
 
 @dataclass
 class YamlFile:
-    """What a file says, and where: `places` leads from the path of a part to the line of its key."""
+    """The content of a file; `places` maps the path of a part to the line of its key."""
 
     content: dict[str, Any]
     places: dict[Path_, Where] = field(default_factory=dict)
 
     def where(self, path: Path_) -> Where | None:
-        """The line of a part, or of the nearest part around it that is written down."""
+        """The line of a part, or of the nearest part around it that is in the file."""
         for length in range(len(path), 0, -1):
             if path[:length] in self.places:
                 return self.places[path[:length]]
         return None
 
     def at(self, path: Path_) -> Any:
-        """What stands there; None where nothing does."""
+        """The value at a path; None if there is none."""
         value: Any = self.content
         for key in path:
             try:
@@ -60,48 +60,48 @@ class YamlFile:
         return value
 
     def without(self, paths: Iterable[Path_]) -> "YamlFile":
-        """The same without some settings; those that are not there are no matter."""
-        gone = set(paths)
-        return YamlFile(_without(self.content, (), gone), _outside(self.places, gone))
+        """A copy without some settings; missing ones are ignored."""
+        removed = set(paths)
+        return YamlFile(_without(self.content, (), removed), _outside(self.places, removed))
 
     def extended_by(self, other: "YamlFile", replaced: frozenset[str] = frozenset()) -> "YamlFile":
-        """This content with that of `other` over it; the top-level keys in `replaced` are not merged but replaced."""
+        """Merge the content of `other` over this content; the top-level keys in `replaced` are replaced instead."""
         places = _outside(self.places, {*_leaves(other.content), *((key,) for key in replaced & set(other.content))})
         merged = _merge({key: v for key, v in self.content.items() if key not in replaced}, other.content)
         kept = {key: v for key, v in self.content.items() if key in replaced and key not in other.content}
         return YamlFile(kept | merged, places | other.places)
 
 
-def read_yaml(path: Path, shown: str | None = None) -> YamlFile:
+def read_yaml(path: Path, label: str | None = None) -> YamlFile:
     """Read one file.
 
     Raises:
-        SpecificationError: it is missing, not readable, not YAML, or not a mapping.
+        SpecificationError: the file is missing, not readable, not YAML, or not a mapping.
     """
-    shown = shown or str(path)
+    label = label or str(path)
     try:
         if path.stat().st_size > MAX_BYTES:
-            raise SpecificationError(f"{shown} is larger than 1 MiB; a sweep file holds settings, not data.")
+            raise SpecificationError(f"{label} is larger than 1 MiB; a sweep file holds settings, not data.")
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         line = error.object.count(b"\n", 0, error.start) + 1
-        raise SpecificationError(f"{shown}, line {line}: this is not UTF-8 text; save the file as UTF-8.") from error
+        raise SpecificationError(f"{label}, line {line}: this is not UTF-8 text; save the file as UTF-8.") from error
     except OSError as error:
-        raise SpecificationError(f"cannot read the sweep file {shown}: {error.strerror}.") from error
+        raise SpecificationError(f"cannot read the sweep file {label}: {error.strerror}.") from error
     try:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
-        raise SpecificationError(f"{shown}, line {line}: this is not YAML: {error.problem}.") from error
+        raise SpecificationError(f"{label}, line {line}: this is not YAML: {error.problem}.") from error
     except yaml.YAMLError as error:
-        raise SpecificationError(f"{shown} is not YAML: {one_line(error)}") from error
+        raise SpecificationError(f"{label} is not YAML: {one_line(error)}") from error
     except RecursionError as error:
-        raise SpecificationError(f"{shown} nests too deeply; a sweep file has a few levels.") from error
+        raise SpecificationError(f"{label} nests too deeply; a sweep file has a few levels.") from error
     if not isinstance(node, yaml.MappingNode):
-        raise SpecificationError(f"{shown} holds no settings; a sweep file is a mapping, with `grid:` at least.")
+        raise SpecificationError(f"{label} holds no settings; a sweep file is a mapping, with `grid:` at least.")
     places: dict[Path_, Where] = {}
-    _refuse_aliases(text, shown)
-    content = _plain(node, (), places, shown)
+    _refuse_aliases(text, label)
+    content = _plain(node, (), places, label)
     return YamlFile(content, places)
 
 
@@ -110,7 +110,7 @@ def _refuse_aliases(text: str, file: str) -> None:
         if isinstance(event, yaml.AliasEvent):
             raise SpecificationError(
                 f"{file}, line {event.start_mark.line + 1}: *{event.anchor} refers to another part; write the part "
-                "out, or use `extends`."
+                "again, or use `extends`."
             )
 
 
@@ -124,7 +124,7 @@ def _plain(node: yaml.Node, path: Path_, places: dict[Path_, Where], file: str) 
             if key is None or key_node.tag not in KEYS:
                 raise SpecificationError(f"{where}: keys are plain words here.")
             if key in content:
-                raise SpecificationError(f"{where}: {key!r} stands twice; keep one of them.")
+                raise SpecificationError(f"{where}: {key!r} occurs twice; keep one of them.")
             places[(*path, key)] = where
             content[key] = _plain(value_node, (*path, key), places, file)
         return content
@@ -138,7 +138,7 @@ def _plain(node: yaml.Node, path: Path_, places: dict[Path_, Where], file: str) 
 
 
 def _refuse_tag(node: yaml.Node, file: str) -> None:
-    """Refuse a mapping or list that says that it is something else; scalars are refused where they cannot be read."""
+    """Refuse a mapping or list with a tag; `_scalar` refuses scalars that are not plain."""
     if not isinstance(node, yaml.ScalarNode) and node.tag not in (MAPPING, SEQUENCE):
         tag = node.tag.replace(TAGS, "!!")
         raise SpecificationError(
@@ -165,7 +165,7 @@ def _scalar(node: yaml.Node, file: str) -> Any:
 
 
 def _number(text: str) -> Any:
-    """YAML 1.1 takes 3e-3 and 2_000.5e6 for words; everybody means numbers."""
+    """Read 3e-3 and 2_000.5e6 as numbers, which YAML 1.1 reads as words."""
     try:
         return float(text) if text[:1] in "+-.0123456789" else text
     except ValueError:
@@ -181,7 +181,7 @@ def _merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]
 
 
 def _leaves(content: Mapping[str, Any], path: Path_ = ()) -> Iterator[Path_]:
-    """The paths of all that is no mapping, and so replaces what it is merged over."""
+    """The paths of all values that are not mappings."""
     for key, value in content.items():
         if isinstance(value, Mapping):
             yield from _leaves(value, (*path, key))
@@ -189,17 +189,18 @@ def _leaves(content: Mapping[str, Any], path: Path_ = ()) -> Iterator[Path_]:
             yield (*path, key)
 
 
-def _without(content: Mapping[str, Any], path: Path_, gone: set[Path_]) -> dict[str, Any]:
-    kept = {key: value for key, value in content.items() if (*path, key) not in gone}
+def _without(content: Mapping[str, Any], path: Path_, removed: set[Path_]) -> dict[str, Any]:
+    kept = {key: value for key, value in content.items() if (*path, key) not in removed}
     return {
-        key: _without(value, (*path, key), gone) if isinstance(value, Mapping) else value for key, value in kept.items()
+        key: _without(value, (*path, key), removed) if isinstance(value, Mapping) else value
+        for key, value in kept.items()
     }
 
 
-def _outside(places: Mapping[Path_, Where], gone: set[Path_]) -> dict[Path_, Where]:
-    """The places of what is neither one of these parts nor in one."""
+def _outside(places: Mapping[Path_, Where], removed: set[Path_]) -> dict[Path_, Where]:
+    """The places that are not in one of the removed parts."""
     return {
         path: where
         for path, where in places.items()
-        if not any(path[:length] in gone for length in range(1, len(path) + 1))
+        if not any(path[:length] in removed for length in range(1, len(path) + 1))
     }

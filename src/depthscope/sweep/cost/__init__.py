@@ -1,1 +1,1 @@
-"""What a sweep will take, before anything is trained."""
+"""The cost of a sweep, estimated before anything is trained."""

@@ -1,4 +1,4 @@
-"""Kinds of GPUs: how fast they multiply at the most, and how much they hold."""
+"""GPU models: their peak speed and their memory."""
 
 from dataclasses import dataclass
 
@@ -9,13 +9,13 @@ __all__ = ["GPUS", "Gpu", "find_gpu"]
 
 @dataclass(frozen=True)
 class Gpu:
-    """A kind of GPU.
+    """A GPU model.
 
     Attributes:
-        name: for people.
-        peak: dense bfloat16 operations a second, with sums in float32; data sheets often print twice that, for matrices
-            that are half zeros.
-        memory: bytes.
+        name: its name for people.
+        peak: dense bfloat16 operations per second, with sums in float32; data sheets often print twice that, for
+            matrices that are half zeros.
+        memory: memory in bytes.
     """
 
     name: str
@@ -38,10 +38,10 @@ GPUS: dict[str, Gpu] = {
 
 
 def find_gpu(name: str) -> Gpu:
-    """The GPU of a name, however it is written.
+    """The GPU of a name, which may be written in several ways.
 
     Raises:
-        SettingsError: it is not known; the message lists those that are.
+        SettingsError: the GPU is unknown; the message lists the known ones.
     """
     key = "".join(char for char in str(name).casefold() if char.isalnum())
     if key not in GPUS:

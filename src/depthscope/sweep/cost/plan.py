@@ -1,8 +1,8 @@
-"""What a sweep would cost: parameters, training FLOPs, GPU hours, memory. Nothing is trained and nothing downloaded.
+"""Estimating the cost of a sweep: parameters, training FLOPs, GPU hours, memory. It trains and downloads nothing.
 
-Sizes are counted from the models themselves, built on `meta`. GPU hours are training FLOPs over the GPU's peak times
-an assumed utilisation by the model's own FLOPs, to which what checkpointing computes again does not add. Measuring the
-trained models comes on top.
+Sizes are counted from the models, built on `meta`. GPU hours are training FLOPs divided by the GPU's peak and by an
+assumed utilisation, which does not count the recomputation of checkpointing. The measurement of the trained models is
+not included.
 """
 
 import shlex
@@ -24,25 +24,25 @@ __all__ = ["CostPlan", "PlannedPoint", "launcher", "plan", "print_plan"]
 
 PAPER_VOCABULARY = 50_304
 GPUS_A_NODE = 8
-ROOM = 0.9  # of a GPU's memory; the rest is for the library, its buffers and what the allocator cannot use
+ROOM = 0.9  # the usable share of a GPU's memory; the rest is for libraries, buffers and fragmentation
 HOUR = 3600
 
 
 @dataclass(frozen=True)
 class PlannedPoint:
-    """One variant: the numbers of each of its seeds.
+    """The cost of one variant, per seed.
 
     Attributes:
         variant: its name.
-        size: parameters, active parameters, and training FLOPs a token.
+        size: parameters, active parameters, and training FLOPs per token.
         sequence_length: T.
-        tokens: that it is trained on, whole steps of them.
+        tokens: training tokens, in whole steps.
         steps: optimiser steps.
         micro_batch: sequences in a forward pass on one GPU.
-        gpus: that train it together.
-        gpu_hours: of all of them.
-        memory: on each GPU [bytes].
-        fits: whether that leaves a tenth of the GPU free.
+        gpus: GPUs that train it together.
+        gpu_hours: hours of all these GPUs together.
+        memory: memory on each GPU [bytes].
+        fits: whether a tenth of the GPU's memory stays free.
     """
 
     variant: str
@@ -58,22 +58,22 @@ class PlannedPoint:
 
     @property
     def flops(self) -> int:
-        """Of the whole training."""
+        """FLOPs of the whole training."""
         return self.size.training_flops_per_token * self.tokens
 
 
 @dataclass(frozen=True)
 class CostPlan:
-    """What a sweep would cost.
+    """The cost of a sweep.
 
     Attributes:
-        name: of the sweep.
-        points: one row per variant.
-        seeds: with how many seeds each is trained.
-        gpu: the kind of GPU.
-        utilisation: share of its peak.
-        command: what starts the sweep.
-        notes: what was assumed, and what does not fit.
+        name: the name of the sweep.
+        points: one entry per variant.
+        seeds: the number of seeds of each variant.
+        gpu: the GPU model.
+        utilisation: the reached share of its peak.
+        command: the command that starts the sweep.
+        notes: assumptions, and variants that do not fit.
     """
 
     name: str
@@ -86,17 +86,17 @@ class CostPlan:
 
     @property
     def tokens(self) -> int:
-        """Over all points and seeds."""
+        """Training tokens of all points and seeds."""
         return self.seeds * sum(point.tokens for point in self.points)
 
     @property
     def flops(self) -> int:
-        """Over all points and seeds."""
+        """Training FLOPs of all points and seeds."""
         return self.seeds * sum(point.flops for point in self.points)
 
     @property
     def gpu_hours(self) -> float:
-        """Over all points and seeds."""
+        """GPU hours of all points and seeds."""
         return self.seeds * sum(point.gpu_hours for point in self.points)
 
     def to_markdown(self) -> str:
@@ -106,12 +106,12 @@ class CostPlan:
         return "\n\n".join(["\n".join(lines), *self.sentences()])
 
     def sentences(self) -> list[str]:
-        """What the table does not say."""
+        """The totals, the command and the notes, as sentences."""
         models = len(self.points) * self.seeds
         total = (
-            f"In all {models} models, {_short(self.tokens)} tokens, {self.flops:.3g} FLOPs, {_hours(self.gpu_hours)} "
-            f"GPU hours ({self.gpu.name} at {self.utilisation:.0%} of {self.gpu.peak / 1e12:.0f} TFLOP/s), measuring "
-            "not counted."
+            f"Total: {models} models, {_short(self.tokens)} tokens, {self.flops:.3g} FLOPs, {_hours(self.gpu_hours)} "
+            f"GPU hours ({self.gpu.name} at {self.utilisation:.0%} of {self.gpu.peak / 1e12:.0f} TFLOP/s), without "
+            "the measurements."
         )
         return [total, f"Run: `{self.command}`", *self.notes]
 
@@ -123,38 +123,38 @@ COLUMNS = [
     "T",
     "tokens",
     "steps",
-    "FLOPs a token",
+    "FLOPs per token",
     "FLOPs",
     "GPU hours",
-    "GB a GPU",
+    "GB per GPU",
     "weights",
     "gradients",
     "AdamW",
     "copies",
     "activations",
 ]
-# What a terminal of 80 columns has room for.
-NARROW = ["point", "parameters", "active", "T", "steps", "FLOPs", "GPU hours", "GB a GPU"]
-BREAKDOWN = ["point", "GB a GPU", "weights", "gradients", "AdamW", "copies", "activations"]
+# The columns that fit a terminal of 80 characters.
+NARROW = ["point", "parameters", "active", "T", "steps", "FLOPs", "GPU hours", "GB per GPU"]
+BREAKDOWN = ["point", "GB per GPU", "weights", "gradients", "AdamW", "copies", "activations"]
 
 
 def plan(sweep: Sweep, grid: Grid, *, gpu: str = "h100", gpus: int = 8, utilisation: float = 0.4) -> CostPlan:
-    """Reckon what a sweep costs.
+    """Estimate the cost of a sweep.
 
     Args:
         sweep: the sweep.
         grid: its points.
-        gpu: the kind of GPU, of `depthscope.sweep.cost.gpus.GPUS`.
-        gpus: how many share a model, where `training.fsdp` says that it is shared; other models have one each.
+        gpu: the GPU model, one of `depthscope.sweep.cost.gpus.GPUS`.
+        gpus: GPUs per model with `training.fsdp`; other models use one GPU each.
         utilisation: share of the GPU's peak that training reaches, in (0, 1].
 
     Raises:
-        SettingsError: the GPU is not known, the utilisation is no share, the GPUs cannot share a step evenly, or equal
-            nodes cannot have as many of them.
+        SettingsError: the GPU is unknown, the utilisation is out of range, the GPUs cannot share a step evenly, or
+            equal nodes cannot hold this number of GPUs.
     """
     kind = find_gpu(gpu)
     if not 0 < utilisation <= 1:
-        raise SettingsError(f"utilisation is {utilisation}; it is a share of the peak, more than 0 and at most 1.")
+        raise SettingsError(f"utilisation is {utilisation}; give a share of the peak above 0 and at most 1.")
     if gpus < 1:
         raise SettingsError(f"gpus is {gpus}; give at least 1.")
     vocabulary, assumed = _vocabulary(sweep.specification.tokenizer)
@@ -175,7 +175,7 @@ def plan(sweep: Sweep, grid: Grid, *, gpu: str = "h100", gpus: int = 8, utilisat
 
 
 def print_plan(plan: CostPlan, console: Console) -> None:
-    """Print a plan as tables for a terminal: what it costs, and what the memory is made of."""
+    """Print a plan as two tables: the costs, and the parts of the memory."""
     cells = {point.variant: dict(zip(COLUMNS, _row(point), strict=True)) for point in plan.points}
     for columns in (NARROW, BREAKDOWN):
         table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
@@ -212,27 +212,27 @@ def _planned(point: Point, vocabulary: int, gpu: Gpu, gpus: int, utilisation: fl
 
 
 def _micro_batch(variant: str, training: Training, gpus: int) -> int:
-    """Sequences in a forward pass of one GPU, as the runner shares them out."""
+    """Sequences in a forward pass of one GPU, as the runner distributes them."""
     share = training.sequences // gpus
     micro = min(training.micro_batch_size or share, share)
     if training.sequences % gpus or share % micro:
-        in_micro = "" if training.micro_batch_size is None else f" in micro-batches of {training.micro_batch_size}"
+        batches = "" if training.micro_batch_size is None else f" in micro-batches of {training.micro_batch_size}"
         raise SettingsError(
             f"{variant}: an optimiser step has {training.sequences} sequences, which {gpus} GPUs cannot share "
-            f"evenly{in_micro}; give a number of GPUs that divides it."
+            f"evenly{batches}; give a number of GPUs that divides it."
         )
     return micro
 
 
 def _vocabulary(tokenizer: Tokenizer) -> tuple[int, str]:
-    """Entries of the vocabulary, and what was assumed of it; a named tokenizer is not downloaded for that."""
+    """The size of the vocabulary, and the assumption about it; a named tokenizer is not downloaded."""
     if tokenizer.name is None:
         return tokenizer.trained_entries, ""
     if tokenizer.vocab_size is not None:
-        return tokenizer.vocab_size, f"{tokenizer.name} is taken to have {tokenizer.vocab_size:,} entries."
+        return tokenizer.vocab_size, f"{tokenizer.name} is assumed to have {tokenizer.vocab_size:,} entries."
     return PAPER_VOCABULARY, (
-        f"{tokenizer.name} is assumed to have {PAPER_VOCABULARY:,} entries, as the paper's; `vocab_size` beside its "
-        "name says it exactly."
+        f"{tokenizer.name} is assumed to have {PAPER_VOCABULARY:,} entries, like the paper's; set `vocab_size` for "
+        "the exact number."
     )
 
 
@@ -240,10 +240,10 @@ def _notes(points: tuple[PlannedPoint, ...], gpu: Gpu) -> list[str]:
     too_large = [point.variant for point in points if not point.fits]
     notes = []
     if any(point.gpus > 1 for point in points):
-        notes.append(f"FSDP shares weights, gradients and AdamW's moments among {max(p.gpus for p in points)} GPUs.")
+        notes.append(f"FSDP shards weights, gradients and AdamW's moments over {max(p.gpus for p in points)} GPUs.")
     if too_large:
         notes.append(
-            f"Too large for {ROOM:.0%} of {gpu.memory / 1e9:.0f} GB: {', '.join(too_large)}. Take more GPUs with "
+            f"Too large for {ROOM:.0%} of {gpu.memory / 1e9:.0f} GB: {', '.join(too_large)}. Use more GPUs with "
             "`fsdp: true`, a smaller `micro_batch_size`, or `gradient_checkpointing: true`."
         )
     return notes
@@ -254,10 +254,10 @@ def _command(sweep: Sweep, gpus: int) -> str:
 
 
 def launcher(gpus: int) -> str:
-    """What stands before `depthscope` in a command that so many GPUs carry out together; nothing for one.
+    """The part before `depthscope` of a command that `gpus` GPUs run together; empty for one GPU.
 
     Raises:
-        SettingsError: nodes with equal numbers of GPUs cannot have as many.
+        SettingsError: equal nodes cannot hold this number of GPUs.
     """
     if gpus == 1:
         return ""
@@ -265,10 +265,9 @@ def launcher(gpus: int) -> str:
     if a_node == gpus:
         return f"torchrun --nproc-per-node {gpus} -m "
     if a_node == 1:
-        # Its neighbours are even, so that nodes of two or more have them.
+        # The neighbouring numbers are even, so equal nodes can hold them.
         raise SettingsError(
-            f"gpus is {gpus}, to which equal nodes of 2 to {GPUS_A_NODE} GPUs do not add up: give {gpus - 1} or "
-            f"{gpus + 1}."
+            f"gpus is {gpus}, which equal nodes of 2 to {GPUS_A_NODE} GPUs cannot hold: give {gpus - 1} or {gpus + 1}."
         )
     return (
         f"torchrun --nnodes {gpus // a_node} --nproc-per-node {a_node} --rdzv-backend c10d "
@@ -277,12 +276,12 @@ def launcher(gpus: int) -> str:
 
 
 def _gpus_a_node(gpus: int) -> int:
-    """The most that equal nodes can have, at most 8."""
+    """The largest number of GPUs per node, at most 8, for equal nodes."""
     return next(n for n in range(min(gpus, GPUS_A_NODE), 0, -1) if gpus % n == 0)
 
 
 def _source(sweep: Sweep) -> str:
-    """What `load_sweep` was given, as a shell takes it."""
+    """The source of the sweep, quoted for a shell."""
     return shlex.quote(sweep.source or sweep.specification.name)
 
 
@@ -304,7 +303,7 @@ def _row(point: PlannedPoint) -> list[str]:
 
 
 def _short(number: int) -> str:
-    """Close together, as columns are narrow: 1.28B, 475M, 97k."""
+    """Write a count without a space, since columns are narrow: 1.28B, 475M, 97k."""
     return format_count(number, gap="")
 
 

@@ -1,6 +1,6 @@
-"""What a sweep needs of the machine that trains it, looked at before anything is trained: its text, and packages.
+"""The requirements of a sweep, its text and packages, checked before anything is trained.
 
-`sweep plan` asks for none of it, since it reckons with other machines.
+`sweep plan` does not check them, since it plans for other machines.
 """
 
 from importlib.util import find_spec
@@ -10,18 +10,18 @@ from depthscope.sweep.data import require_text
 from depthscope.sweep.grid import Grid
 from depthscope.sweep.specification import Sweep
 
-__all__ = ["require_what_is_needed"]
+__all__ = ["require_text_and_packages"]
 
-# By transformers' names; those from the Hub ("kernels-community/...") are downloaded by itself.
+# By transformers' names; transformers downloads those from the Hub ("kernels-community/...") itself.
 PACKAGES = {"flash_attention_2": "flash_attn", "flash_attention_3": "flash_attn_interface"}
 
 
-def require_what_is_needed(sweep: Sweep, grid: Grid, out: Path) -> None:
-    """Refuse what could only fail later.
+def require_text_and_packages(sweep: Sweep, grid: Grid, out: Path) -> None:
+    """Refuse a sweep that would fail later.
 
     Raises:
-        CorpusError: a file of the text is not there or cannot be read.
-        SpecificationError: an attention whose package is not installed.
+        CorpusError: a file of the text is missing or cannot be read.
+        SpecificationError: the package of an attention implementation is not installed.
     """
     _require_attention(sweep, grid)
     require_text(sweep, out)
@@ -32,8 +32,8 @@ def _require_attention(sweep: Sweep, grid: Grid) -> None:
         attention = point.training.attention
         package = PACKAGES.get(attention)
         if package is not None and find_spec(package) is None:
-            said = [path for path in sweep.file.places if "attention" in path and sweep.file.at(path) == attention]
+            lines = [path for path in sweep.file.places if "attention" in path and sweep.file.at(path) == attention]
             raise sweep.error(
-                said[0] if said else ("training", "attention"),
-                f"{attention} needs the package {package}, which is not installed here; install it, or give auto.",
+                lines[0] if lines else ("training", "attention"),
+                f"{attention} needs the package {package}, which is not installed; install it, or give auto.",
             )

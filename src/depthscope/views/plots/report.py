@@ -74,12 +74,12 @@ TITLES = {
     "compare_layers": "Layers of the reports compared",
 }
 EXPLANATIONS = {
-    "effectiveness": "Each panel shows one score over the layers, with a band of one standard error; the lower the value "
-    "of a layer, the nearer it is to the identity. Open circles are at or below the bottom of their scale.",
+    "effectiveness": "Each panel shows one score over the layers, with a band of one standard error; the lower the "
+    "value of a layer, the nearer it is to the identity. Open circles are at or below the bottom of their scale.",
     "variance_growth": "The upper panel shows the variance of the residual stream after each layer, and of the "
-    "outputs of attention and MLP, on a logarithmic scale. The lower panel shows how each layer changes it: the variance of "
-    "its update, and twice the update's covariance with the residual stream (below zero: the layer cancels part of the "
-    "residual stream), as shares of the larger of the variances before and after the layer.",
+    "outputs of attention and MLP, on a logarithmic scale. The lower panel shows how each layer changes it: the "
+    "variance of its update, and twice the update's covariance with the residual stream (below zero: the layer cancels "
+    "part of the residual stream), as shares of the larger of the variances before and after the layer.",
     "skip_cost": "The layers from the cheapest to the costliest to leave out, one at a time, by the rise of the loss. "
     "Bars at the top edge exceed the scale; their label or hover text gives the value.",
     "causal_map": "Each row is a skipped layer, each column a later layer: bright where the later layer's update "

@@ -14,8 +14,8 @@ __all__ = ["EXPLANATION", "TITLE", "sparsity"]
 TITLE = "Sparsity by layer: weights, attention, experts"
 EXPLANATION = (
     "Each panel shows one kind of sparsity over the layers. Weights: the share that is small relative to the others in "
-    "its matrix (8% for weights drawn at random). Attention: the share of the visible positions that get less than an even "
-    "share of a token's attention. Experts: the load of the busiest expert over the fair share."
+    "its matrix (8% for weights drawn at random). Attention: the share of the visible positions that get less than an "
+    "even share of a token's attention. Experts: the load of the busiest expert over the fair share."
 )
 PANELS = {
     "weights_below_10pct": "Weights below 10% of their matrix's RMS",

@@ -23,7 +23,7 @@ from depthscope.hub.errors import AGAIN, cause_of, hub_message, refusal, status_
 
 __all__ = ["Patience", "Stopped"]
 
-Result = TypeVar("Made")
+Result = TypeVar("Result")
 
 # Timed out, changed by somebody else meanwhile (the next attempt compares again), too early, too many requests.
 TEMPORARY = {408, 412, 425, 429}

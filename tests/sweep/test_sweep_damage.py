@@ -25,7 +25,7 @@ from depthscope.sweep.data import open_corpus, prepare_corpus
 from depthscope.sweep.grid import expand
 from depthscope.sweep.report.page import write_report
 from depthscope.sweep.report.results import load_results
-from depthscope.sweep.report.words import standing
+from depthscope.sweep.report.words import status_lines
 from depthscope.sweep.runner import run_sweep
 from depthscope.sweep.specification import load_sweep
 from depthscope.sweep.token_stream import TokenStream
@@ -458,7 +458,7 @@ def test_damage_beside_the_scores_is_noted_and_the_scores_are_shown(
         damage(out / "points" / POINT / name)
         results = load_results(out)
         assert results.is_damaged
-        assert [f"Damaged: {POINT}. {name} is " in line for line in standing(results)] == [False, False, True]
+        assert [f"Damaged: {POINT}. {name} is " in line for line in status_lines(results)] == [False, False, True]
         assert results.points[0].numbers == whole.points[0].numbers
     assert not whole.is_damaged
 
@@ -470,8 +470,8 @@ def test_what_may_not_be_read_beside_the_scores_is_no_reason_to_delete_anything(
         results = load_results(undisturbed)
     assert results.is_damaged
     assert results.points[0].numbers == whole.points[0].numbers
-    assert f"Not read: {POINT}. " in standing(results)[-1]
-    assert "elete" not in standing(results)[-1]
+    assert f"Not read: {POINT}. " in status_lines(results)[-1]
+    assert "elete" not in status_lines(results)[-1]
 
 
 @pytest.mark.parametrize("name", ["result.json", "layer_report.json", "."])
@@ -479,7 +479,7 @@ def test_a_point_that_may_not_be_read_is_named_and_not_to_be_deleted(undisturbed
     with without_permission(undisturbed / "points" / POINT / name):
         results = load_results(undisturbed)
     assert [point.status for point in results.points] == ["unreadable", "not run"]
-    line = next(line for line in standing(results) if line.startswith(f"Unreadable: {POINT}. "))
+    line = next(line for line in status_lines(results) if line.startswith(f"Unreadable: {POINT}. "))
     assert "permission denied" in line
     assert "elete" not in line
 

@@ -27,12 +27,12 @@ from depthscope.report.report import LayerReport
 from depthscope.settings import Settings
 from depthscope.sweep.report.derived import COLUMNS, SCORES
 from depthscope.sweep.report.families import cell, lay_out
-from depthscope.sweep.report.figures import course_figures, layer_figures, paper_panels, score_panels
+from depthscope.sweep.report.figures import layer_figures, paper_panels, score_panels, training_figures
 from depthscope.sweep.report.page import render_sweep_page, write_report
 from depthscope.sweep.report.paper import direction, paper_series
 from depthscope.sweep.report.results import SweepResults, load_results
 from depthscope.sweep.report.tables import control_table, main_table, print_results, result_rows, to_csv, to_markdown
-from depthscope.sweep.report.words import Change, family_words, standing
+from depthscope.sweep.report.words import Change, family_words, status_lines
 from depthscope.text.blocks import Blocks
 from html_page import EVIL, Page
 
@@ -241,7 +241,7 @@ def test_what_is_not_finished_is_named_and_the_others_are_shown(folder: Path) ->
     damaged = next(point for point in results.points if point.status == "unreadable")
     assert "is not JSON" in damaged.reason
     assert str(folder) not in damaged.reason
-    said = " ".join(standing(results))
+    said = " ".join(status_lines(results))
     assert f"{len(status) - 5} of {len(status)} points are finished" in said
     assert "Diverged (losses or activations were not finite): depth-L4-seed1." in said
     shown = Page(render_sweep_page(results))
@@ -261,7 +261,7 @@ def test_each_reason_of_a_failure_is_told_once_with_its_points(folder: Path) -> 
         ("depth-L2-seed1", "OutOfMemory: too large."),
     ):
         change_json(points / name / "result.json", status="failed", error=error)
-    assert standing(load_results(folder))[1:] == [
+    assert status_lines(load_results(folder))[1:] == [
         "Failed: depth-L2-seed0, depth-L2-seed1. OutOfMemory: too large.",
         "Failed: depth-L4-seed0. ValueError: no.",
     ]
@@ -276,7 +276,7 @@ def test_a_sweep_of_which_nothing_is_done_still_has_a_report(folder: Path) -> No
 
 
 def test_a_folder_that_is_no_sweep_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(SweepError, match=r"is no folder; expected the folder that depthscope sweep run wrote"):
+    with pytest.raises(SweepError, match=r"is not a folder; expected the folder that depthscope sweep run wrote"):
         load_results(tmp_path / "none")
     with pytest.raises(SweepError, match=r"a folder without sweep\.json"):
         load_results(tmp_path)
@@ -731,7 +731,7 @@ def test_layers_are_drawn_by_relative_depth_where_depths_differ(results: SweepRe
 
 
 def test_the_course_is_the_mean_over_seeds_and_each_of_them(results: SweepResults) -> None:
-    losses = course_figures(results, lay_out(results, family(results, "depth")))[0].figure.data
+    losses = training_figures(results, lay_out(results, family(results, "depth")))[0].figure.data
     assert len(losses) == 2 * 3
     assert list(losses[2].y) == [4.25, 4.0, 3.75, 3.5]
     assert losses[0].opacity < 1
@@ -825,7 +825,7 @@ def test_the_report_is_written_beside_the_points_or_where_it_is_told(folder: Pat
     assert write_report(folder, tmp_path / "a" / "b")[0].parent == tmp_path / "a" / "b"
     assert sorted(path.name for path in (folder / "report").iterdir()) == sorted(FILES)
     (tmp_path / "file").write_text("")
-    with pytest.raises(SweepError, match="cannot be made"):
+    with pytest.raises(SweepError, match="cannot be created"):
         write_report(folder, tmp_path / "file")
     (tmp_path / "a" / "b" / "tables.md").unlink()
     (tmp_path / "a" / "b" / "tables.md").mkdir()

@@ -1,1 +1,1 @@
-"""What a sweep came to: tables, figures, words, a page. No torch."""
+"""The results of a sweep: tables, figures, sentences, a page. No torch."""

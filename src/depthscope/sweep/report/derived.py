@@ -1,12 +1,12 @@
-"""The numbers that a sweep compares, each made from a point's report by one formula, all of them listed here.
+"""The numbers that a sweep compares, each computed from a point's report by one formula.
 
-Layers count from 0 and there are L. `no0` leaves layer 0 out: it turns embeddings into the stream, and its score dwarfs
-the others'. `mean` and `sum` are over layers: a mean falls with depth also where the layers together do as much as
-before (dilution), which their sum shows. Each number of a report (`SCORES`) has three columns: of the trained model, of
-the same model before training (`untrained_...`), and their difference (`gain_...`, trained less untrained).
+Layers count from 0 to L - 1. `no0` leaves out layer 0, which turns embeddings into the residual stream and has a far
+larger score. `mean` and `sum` are over layers: a mean also falls with depth if all layers together do the same work
+(dilution), which the sum shows. Each number of a report (`SCORES`) has three columns: for the trained model, for the
+same model before training (`untrained_...`), and their difference (`gain_...`, trained minus untrained).
 
-Standard errors are over blocks of text. Those of means and sums over layers are their errors' mean and sum, which is
-the most that they can be: all layers are measured on the same blocks.
+Standard errors are over blocks of text. Those of means and sums over layers are the mean and sum of the layers' errors,
+an upper bound, since all layers are measured on the same blocks.
 """
 
 import math
@@ -22,7 +22,7 @@ __all__ = ["COLUMNS", "CONTROL", "LOW_THRESHOLD", "MAIN", "SCORES", "Number", "N
 Numbers = dict[str, float | None]
 Compute = Callable[[LayerReport], float | None]
 
-LOW_THRESHOLD = 1.01  # of usefulness: at small scale 1.1 is passed by layer 0 only
+LOW_THRESHOLD = 1.01  # of usefulness: at small scale only layer 0 exceeds 1.1
 
 
 @dataclass(frozen=True)
@@ -30,13 +30,13 @@ class Number:
     """One derived number.
 
     Attributes:
-        name: of its column.
-        label: for people, as short as it can be.
+        name: the name of its column.
+        label: a short name for people.
         unit: "" for a pure number.
-        phrase: what it says, in one phrase.
-        formula: how it comes from a report.
-        compute: the number of a report, None where the report does not have it.
-        error: its standard error over blocks, None where it is not known.
+        phrase: its meaning in one phrase.
+        formula: its formula from a report.
+        compute: computes it from a report; None if the report lacks it.
+        error: computes its standard error over blocks; None if it is unknown.
     """
 
     name: str
@@ -48,19 +48,19 @@ class Number:
     error: Compute = lambda report: None
 
 
-def derive(known: Numbers, report: LayerReport | None, untrained: LayerReport | None) -> Numbers:
-    """All numbers of one point, by the names of `COLUMNS`, and `<name>_se` where the error is known.
+def derive(sizes: Numbers, report: LayerReport | None, untrained: LayerReport | None) -> Numbers:
+    """All numbers of one point, by the names of `COLUMNS`, and `<name>_se` if the error is known.
 
     Args:
-        known: what is in no report: sizes, and the losses over the whole held-out text with their error. The report's
-            own loss is that of fewer blocks, and so is its error.
-        report: of the trained model.
-        untrained: of the same model before training.
+        sizes: numbers that are in no report: sizes, and the losses over the whole held-out text with their error. The
+            report's own loss is over fewer blocks.
+        report: the report of the trained model.
+        untrained: the report of the same model before training.
     """
-    loss, before = known.get("loss"), known.get("untrained_loss")
-    numbers: Numbers = {name: known.get(name) for name in ("parameters", "active_parameters", "tokens", "flops")}
-    numbers |= {"loss": loss, "loss_se": known.get("loss_se")}
-    numbers |= {"untrained_loss": before, "gain_loss": _difference(loss, before)}
+    loss, untrained_loss = sizes.get("loss"), sizes.get("untrained_loss")
+    numbers: Numbers = {name: sizes.get(name) for name in ("parameters", "active_parameters", "tokens", "flops")}
+    numbers |= {"loss": loss, "loss_se": sizes.get("loss_se")}
+    numbers |= {"untrained_loss": untrained_loss, "gain_loss": _difference(loss, untrained_loss)}
     numbers["perplexity"] = math.exp(loss) if loss is not None and loss < 700 else None
     numbers["perplexity_se"] = _product(numbers["perplexity"], numbers["loss_se"])
     for score in SCORES:
@@ -84,10 +84,10 @@ def _of_layer(name: str, layer: int) -> Compute:
 
 
 def _over_layers(total: Callable[[Sequence[float]], float], name: str, first: int, less: float = 0.0) -> Compute:
-    """A mean or sum of `score - less` over the layers from `first` on that have the score."""
+    """The mean or sum of `score - less` over the layers from `first` on that have the score."""
 
     def compute(report: LayerReport) -> float | None:
-        values = _known(report.column(name)[first:])
+        values = _defined(report.column(name)[first:])
         return total([value - less for value in values]) if values else None
 
     return compute
@@ -109,18 +109,18 @@ def _later_share(report: LayerReport) -> float | None:
 
 
 def _share_above(report: LayerReport, threshold: float) -> float | None:
-    ratios = _known(report.column("usefulness_ratio"))
+    ratios = _defined(report.column("usefulness_ratio"))
     return sum(ratio > threshold for ratio in ratios) / len(ratios) if ratios else None
 
 
 def _pairs_without_first(report: LayerReport, name: str) -> float | None:
-    """The mean of a matrix over the pairs i < j of layers from 1 on."""
+    """The mean of a matrix over the pairs i < j of layers, without layer 0."""
     matrix = report.pairs.get(name, [])
-    values = _known(value for i, row in enumerate(matrix) if i > 0 for value in row[i + 1 :])
+    values = _defined(value for i, row in enumerate(matrix) if i > 0 for value in row[i + 1 :])
     return _mean(values) if values else None
 
 
-def _known(values: Iterable[float | None]) -> list[float]:
+def _defined(values: Iterable[float | None]) -> list[float]:
     return [value for value in values if value is not None]
 
 
@@ -136,35 +136,35 @@ def _product(first: float | None, second: float | None) -> float | None:
 
 
 def _global(name: str, formula: str) -> Number:
-    """A number that the report itself has."""
+    """A number that the report contains."""
     term = GLOBAL_SCORES[name]
     return Number(name, term.label, term.unit, term.phrase, formula, _single(name), _single(f"{name}_se"))
 
 
 def _over_all(prefix: str, score: str, label: str, less: float, formula: str) -> list[Number]:
     """Mean and sum over layers of one score, with and without layer 0."""
-    made = []
-    phrase = LAYER_SCORES[score].phrase + (", less 1" if less else "")
+    numbers = []
+    phrase = LAYER_SCORES[score].phrase + (", minus 1" if less else "")
     for total, word in ((_mean, "mean"), (math.fsum, "sum")):
-        for first, without, where in ((0, "", "all layers"), (1, "_no0", "layers from 1 on")):
-            made.append(
+        for first, without, layers in ((0, "", "all layers"), (1, "_no0", "layers from 1 on")):
+            numbers.append(
                 Number(
                     f"{prefix}_{word}{without}",
                     f"{word} {label}" + (", no layer 0" if first else ""),
                     LAYER_SCORES[score].unit,
-                    f"{word} over {where}: {phrase}",
-                    f"{word} of {formula} over {where}",
+                    f"{word} over {layers}: {phrase}",
+                    f"{word} of {formula} over {layers}",
                     _over_layers(total, score, first, less),
                     _over_layers(total, f"{score}_se", first),
                 )
             )
-    return made
+    return numbers
 
 
 def _scores() -> list[Number]:
     variance = LAYER_SCORES["variance"]
     share, distance = GLOBAL_SCORES["usefulness"].phrase, LAYER_SCORES["jacobian"].phrase
-    later_share = "share of the last variance that is not there after layer 0"
+    later_share = "share of the last variance that the layers after layer 0 add"
     return [
         Number(
             "variance_first",
@@ -257,9 +257,9 @@ SCORES: tuple[Number, ...] = tuple(_scores())
 
 _SIZES = (
     Number("parameters", "parameters", "", "all parameters", "counted"),
-    Number("active_parameters", "active parameters", "", "parameters that one token meets", "counted"),
+    Number("active_parameters", "active parameters", "", "parameters that process one token", "counted"),
     Number("tokens", "tokens", "", "tokens trained on", "steps x tokens per step"),
-    Number("flops", "FLOPs", "", "of forward and backward over the whole training", "FLOPs a token x tokens"),
+    Number("flops", "FLOPs", "", "of forward and backward passes over the whole training", "FLOPs per token x tokens"),
     Number(
         "loss",
         "held-out loss",
@@ -267,12 +267,12 @@ _SIZES = (
         f"{GLOBAL_SCORES['loss'].phrase} on held-out text",
         "mean over tokens of -log p",
     ),
-    Number("perplexity", "perplexity", "", "the same as a perplexity", "exp(loss)"),
+    Number("perplexity", "perplexity", "", "the held-out loss as a perplexity", "exp(loss)"),
 )
 
 # Every number by the name of its column, in the order of the tables.
 COLUMNS: dict[str, Number] = {number.name: number for number in (*_SIZES, *SCORES)}
-# Of them, what tables show, and what is compared with the models before training.
+# The columns that tables show, and those that are compared with the models before training.
 MAIN = (
     "loss",
     "perplexity",

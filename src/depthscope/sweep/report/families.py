@@ -1,7 +1,7 @@
-"""A family of a sweep laid out for reading: what runs along the axis, which lines there are, means over seeds.
+"""The layout of a family of a sweep: its axis, its lines, and means over seeds.
 
-A family with one axis is one line. With two or more it is one line for each value of the others, along depth where that
-is among them; where the variants are no such grid, they stand side by side under their names.
+A family with one axis is one line. With several axes it has one line per value of the others, along depth if depth is
+one of them. Variants that form no such grid are placed side by side with their names.
 """
 
 import math
@@ -21,9 +21,9 @@ __all__ = [
     "as_number",
     "axis_label",
     "cell",
+    "format_value",
     "lay_out",
     "pooled_deviation",
-    "shown_value",
 ]
 
 DEPTH = "num_hidden_layers"
@@ -37,7 +37,7 @@ LABELS = {
     "num_key_value_heads": "KV heads",
     "num_attention_heads": "heads",
     "num_experts": "experts",
-    "num_experts_per_tok": "experts a token",
+    "num_experts_per_tok": "experts per token",
     "moe_intermediate_size": "expert size",
     "norm_placement": "norms",
     "norm_scaling": "norm scaling",
@@ -49,7 +49,7 @@ LABELS = {
 
 @dataclass(frozen=True)
 class Cell:
-    """A number over seeds: mean, standard deviation (None from one seed), how many, and the error over blocks."""
+    """A number over seeds: mean, standard deviation (None for one seed), number of seeds, and error over blocks."""
 
     mean: float | None
     deviation: float | None
@@ -59,7 +59,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Axis:
-    """What a family varies along."""
+    """The axis of a family."""
 
     setting: str | None  # None: the variants themselves
     label: str
@@ -69,7 +69,7 @@ class Axis:
 
 @dataclass(frozen=True)
 class Place:
-    """A variant at its place on a line: its value on the axis, as a position, in words, and as it is in the file."""
+    """A variant on a line: its value on the axis as in the file, as a position, and as a label."""
 
     variant: str
     value: Any
@@ -79,7 +79,7 @@ class Place:
 
 @dataclass(frozen=True)
 class Line:
-    """Variants that differ in the axis alone; `label` says what they share, "" where there is one line."""
+    """Variants that differ only along the axis; `label` names their shared settings, "" for a single line."""
 
     label: str
     places: list[Place]
@@ -87,7 +87,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Layout:
-    """A family as it is drawn and told."""
+    """A family as figures and sentences show it."""
 
     family: IndexedFamily
     axes: list[str]  # the settings whose values differ
@@ -102,11 +102,11 @@ class Layout:
     @property
     def ticks(self) -> list[tuple[float, str]]:
         """The positions on the axis with their labels, in order."""
-        found = {place.position: place.label for place in self.places}
-        return sorted(found.items())
+        labels = {place.position: place.label for place in self.places}
+        return sorted(labels.items())
 
     def name_of(self, line: Line, place: Place) -> str:
-        """What tells one variant from the others of the family."""
+        """The name that distinguishes a variant in its family."""
         own = place.label if self.axis.setting is None else f"{self.axis.label} {place.label}"
         return f"{own}, {line.label}" if line.label else own
 
@@ -119,7 +119,7 @@ def lay_out(results: SweepResults, family: IndexedFamily) -> Layout:
         lines = _lines(points, main, [axis for axis in axes if axis != main])
         if lines is not None:
             return _along(family, axes, main, lines, points)
-    for main in axes:  # settings that go together, such as the numbers of experts and of those that are chosen
+    for main in axes:  # settings that change together, such as the numbers of experts and of chosen experts
         if len({_key(point.setting(main)) for point in points.values()}) == len(points):
             return _along(family, axes, main, {"": list(points)}, points)
     places = [
@@ -130,10 +130,10 @@ def lay_out(results: SweepResults, family: IndexedFamily) -> Layout:
 
 
 def _lines(points: dict[str, PointResult], main: str, others: list[str]) -> dict[str, list[str]] | None:
-    """Variants by what they share beside the axis; None where most of them would stand alone."""
+    """Variants grouped by their settings outside the axis; None if most would be alone."""
     lines: dict[str, list[str]] = {}
     for variant, point in points.items():
-        shared = ", ".join(f"{axis_label(axis)} {shown_value(point.setting(axis))}" for axis in others)
+        shared = ", ".join(f"{axis_label(axis)} {format_value(point.setting(axis))}" for axis in others)
         lines.setdefault(shared, []).append(variant)
     long_ones = sum(len(variants) for variants in lines.values() if len(variants) > 1)
     return lines if 2 * long_ones > len(points) or len(points) == 1 else None
@@ -152,10 +152,12 @@ def _along(
     def place(variant: str) -> Place:
         position = numbers[variant] if is_scale else float(order.index(_key(values[variant])))
         assert position is not None
-        return Place(variant, values[variant], position, shown_value(values[variant]))
+        return Place(variant, values[variant], position, format_value(values[variant]))
 
-    made = [Line(label, sorted(map(place, alike), key=lambda place: place.position)) for label, alike in lines.items()]
-    return Layout(family, axes, Axis(main, axis_label(main), is_ordered, is_scale), made)
+    line_list = [
+        Line(label, sorted(map(place, alike), key=lambda place: place.position)) for label, alike in lines.items()
+    ]
+    return Layout(family, axes, Axis(main, axis_label(main), is_ordered, is_scale), line_list)
 
 
 def cell(results: SweepResults, variant: str, name: str) -> Cell:
@@ -165,18 +167,18 @@ def cell(results: SweepResults, variant: str, name: str) -> Cell:
     if not values:
         return Cell(None, None, 0, None)
     errors = [error for each in numbers if (error := each.get(f"{name}_se")) is not None]
-    # All seeds are measured on the same blocks: their errors do not average out.
+    # All seeds are measured on the same blocks, so their errors do not average out.
     error = fmean(errors) if len(errors) == len(values) else None
     return Cell(fmean(values), stdev(values) if len(values) > 1 else None, len(values), error)
 
 
 def axis_label(setting: str) -> str:
-    """A setting in words."""
+    """The label of a setting."""
     return LABELS.get(setting, setting.replace("_", " ")[:MOST_SHOWN])
 
 
-def shown_value(value: Any) -> str:
-    """A setting's value in words, not too long."""
+def format_value(value: Any) -> str:
+    """A setting's value as a short text."""
     if value is None:
         return "none"
     if isinstance(value, bool):
@@ -190,7 +192,7 @@ def shown_value(value: Any) -> str:
 
 
 def as_number(value: Any) -> float | None:
-    """A value as a finite number, None where it is none."""
+    """A value as a finite number; None if it is not one."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return None
     try:
@@ -201,15 +203,15 @@ def as_number(value: Any) -> float | None:
 
 
 def pooled_deviation(cells: Sequence[Cell]) -> float | None:
-    """The standard deviation over seeds that several variants share, each counted by its degrees of freedom."""
-    known = [(each.deviation, each.seeds - 1) for each in cells if each.deviation is not None]
-    freedom = sum(count for _, count in known)
-    # hypot, since squares of numbers out of a file may overflow
-    return math.hypot(*(math.sqrt(count / freedom) * deviation for deviation, count in known)) if freedom else None
+    """The standard deviation over seeds pooled over variants, weighted by their degrees of freedom."""
+    deviations = [(each.deviation, each.seeds - 1) for each in cells if each.deviation is not None]
+    freedom = sum(count for _, count in deviations)
+    # hypot, since squares of numbers from a file may overflow
+    return math.hypot(*(math.sqrt(count / freedom) * deviation for deviation, count in deviations)) if freedom else None
 
 
 def _without_family(variant: str, family: IndexedFamily) -> str:
-    return shown_value(variant.removeprefix(f"{family.name}-"))
+    return format_value(variant.removeprefix(f"{family.name}-"))
 
 
 def _key(value: Any) -> str:

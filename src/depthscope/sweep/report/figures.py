@@ -1,12 +1,12 @@
-"""Figures of a family of a sweep (plotly), each small enough to stand beside others, with its key and explanation.
+"""Figures of a family of a sweep (plotly), small enough to be placed side by side, with key and explanation.
 
-    score_panels           one score against what the family varies: every seed, mean and spread, the untrained control
-    paper_panels           what the paper reports along the same axis
-    course_figures         loss and last-layer variance over training
-    layer_figures          variance, cost of linearising and of skipping by layer
+    score_panels           one score along the axis of the family: every seed, mean and spread, the untrained control
+    paper_panels           the paper's results along the same axis
+    training_figures       loss and last-layer variance over training
+    layer_figures          variance, cost of linearising and cost of skipping per layer
 
-Backgrounds are transparent and texts grey, so that they can stand on light and dark pages; colours are Okabe and Ito's,
-and lines differ in their dashes too. Names come from files: they are escaped, as plotly reads HTML.
+Backgrounds are transparent and texts grey, to suit light and dark pages; colours are Okabe and Ito's, and lines also
+differ in their dashes. Names come from files, so they are escaped: plotly interprets HTML.
 """
 
 import math
@@ -45,19 +45,19 @@ from depthscope.views.plots.style import (
 )
 from depthscope.wording.numbers import format_number, format_with_error
 
-__all__ = ["Drawn", "Key", "course_figures", "layer_figures", "panel_key", "paper_panels", "score_panels"]
+__all__ = ["Drawn", "Key", "layer_figures", "panel_key", "paper_panels", "score_panels", "training_figures"]
 
 # From cool to warm, for variants that have an order.
 ORDERED = (BLUE, SKY, GREEN, ORANGE, VERMILION, PURPLE)
-DIGITS = 5  # significant; more cannot be seen
+DIGITS = 5  # significant digits; more are not visible
 PANEL_HEIGHT = 220
 LAYER_HEIGHT = 320
-MOST_STEPS = 200  # of a curve; more cannot be told apart
+MOST_STEPS = 200  # of a curve; more would overlap
 TINY = 1e-100
 MOST_CHARACTERS = 40  # of all labels of a panel's axis together
-NARROW = 4  # times: on a logarithmic axis less than that would hardly have a tick
+NARROW = 4  # a logarithmic axis over a smaller ratio would have hardly any tick
 
-# The scores that are drawn, in order, and those that are always on a logarithmic axis.
+# The scores to draw, in order, and those that always have a logarithmic axis.
 PANELS = (
     "loss",
     "variance_last",
@@ -73,24 +73,24 @@ PANELS = (
     "jacobian_mean_no0",
 )
 LOGARITHMIC = frozenset({"variance_last", "variance_growth"})
-# Before training the loss is that of guessing, far above everything else.
+# Before training the loss is that of guessing, far above all others.
 WITHOUT_CONTROL = frozenset({"loss"})
 COST = "at most 0.01% is drawn at 0.01%"
 
 
 @dataclass(frozen=True)
 class Key:
-    """A line of a key: its name, and how it is drawn."""
+    """An entry of a key: its name, and how it is drawn."""
 
     label: str
     color: str
-    dash: str  # as plotly calls it
+    dash: str  # plotly's name
     mark: str = ""  # a character instead of a line
 
 
 @dataclass(frozen=True)
 class Drawn:
-    """A figure with what stands around it; the sentence that explains it is in `figure.layout.meta`."""
+    """A figure with its name, title and key; its explanation is in `figure.layout.meta`."""
 
     name: str
     title: str
@@ -102,7 +102,7 @@ class Drawn:
 
 
 def score_panels(results: SweepResults, layout: Layout) -> list[Drawn]:
-    """Every score that the family has, against its axis."""
+    """Every score of the family along its axis."""
     drawn = []
     for name in PANELS:
         if any(cell(results, place.variant, name).mean is not None for place in layout.places):
@@ -111,7 +111,7 @@ def score_panels(results: SweepResults, layout: Layout) -> list[Drawn]:
 
 
 def panel_key(results: SweepResults, layout: Layout) -> list[Key]:
-    """What the lines and marks of the panels are."""
+    """The key to the lines and marks of the panels."""
     several, ordered = len(results.seeds) > 1, layout.axis.is_ordered
     alone = "mean over seeds" if several else "trained"
     lines = [
@@ -144,19 +144,19 @@ def _draw_means(
     figure: go.Figure, results: SweepResults, layout: Layout, line: Line, name: str, color: str, dash: str
 ) -> list[float]:
     """The means over seeds with their standard deviations."""
-    found = [(place, cell(results, place.variant, name)) for place in line.places]
-    known = [(place, each, each.mean) for place, each in found if each.mean is not None]
+    cells = [(place, cell(results, place.variant, name)) for place in line.places]
+    present = [(place, each, each.mean) for place, each in cells if each.mean is not None]
     texts = [
         f"{plotly_text(layout.name_of(line, place))}: {format_with_error(mean, each.deviation)}"
         + (f" ({each.seeds} seeds)" if each.seeds > 1 else "")
-        for place, each, mean in known
+        for place, each, mean in present
     ]
-    spread = [each.deviation or 0.0 for _, each, _ in known]
+    spread = [each.deviation or 0.0 for _, each, _ in present]
     # On a logarithmic axis a bar may not reach zero.
-    down = [min(deviation, 0.9 * abs(mean)) for deviation, (_, _, mean) in zip(spread, known, strict=True)]
+    down = [min(deviation, 0.9 * abs(mean)) for deviation, (_, _, mean) in zip(spread, present, strict=True)]
     figure.add_scatter(
-        x=[place.position for place, _, _ in known],
-        y=rounded([mean for _, _, mean in known], DIGITS),
+        x=[place.position for place, _, _ in present],
+        y=rounded([mean for _, _, mean in present], DIGITS),
         error_y={
             "array": rounded(spread, DIGITS),
             "arrayminus": rounded(down if name in LOGARITHMIC else spread, DIGITS),
@@ -172,11 +172,11 @@ def _draw_means(
         hoverinfo="text",
         showlegend=False,
     )
-    return [mean for _, _, mean in known]
+    return [mean for _, _, mean in present]
 
 
 def _draw_seeds(figure: go.Figure, results: SweepResults, line: Line, name: str, color: str) -> list[float]:
-    """Each seed as a small open mark; none where there is one seed, whose mark is the mean's."""
+    """Draw each seed as a small open mark, if there are several seeds."""
     marks = [
         (place.position, value, point.seed)
         for place in line.places
@@ -201,28 +201,28 @@ def _draw_control(
     figure: go.Figure, results: SweepResults, layout: Layout, line: Line, name: str, color: str
 ) -> list[float]:
     """The same score before training, over seeds."""
-    found = [(place, cell(results, place.variant, f"untrained_{name}").mean) for place in line.places]
-    known = [(place, value) for place, value in found if value is not None]
+    cells = [(place, cell(results, place.variant, f"untrained_{name}").mean) for place in line.places]
+    present = [(place, value) for place, value in cells if value is not None]
     ordered = layout.axis.is_ordered
     figure.add_scatter(
-        x=[place.position for place, _ in known],
-        y=rounded([value for _, value in known], DIGITS),
-        mode="lines" if ordered and len(known) > 1 else "markers",
+        x=[place.position for place, _ in present],
+        y=rounded([value for _, value in present], DIGITS),
+        mode="lines" if ordered and len(present) > 1 else "markers",
         line={"color": color, "width": 1.5, "dash": "dot"},
         marker={"symbol": "line-ew", "size": 16, "line": {"color": color, "width": 2}},
         opacity=0.8,
-        hovertext=[f"{plotly_text(layout.name_of(line, p))}, before training: {format_number(v)}" for p, v in known],
+        hovertext=[f"{plotly_text(layout.name_of(line, p))}, before training: {format_number(v)}" for p, v in present],
         hoverinfo="text",
         showlegend=False,
     )
-    return [value for _, value in known]
+    return [value for _, value in present]
 
 
 # ------------------------------------------------------------------------------------------------------------ the paper
 
 
 def paper_panels(layout: Layout) -> list[Drawn]:
-    """What the paper reports along this axis, one panel per score."""
+    """The paper's results along this axis, one panel per score."""
     values = [place.value for place in layout.places]
     return [
         Drawn(f"paper-{index}", _paper_title(series), _paper_panel(series))
@@ -255,17 +255,17 @@ def _paper_panel(series: PaperSeries) -> go.Figure:
     _y_axis(figure, series.values, COLUMNS[series.score].unit, log, zero=series.score != "perplexity")
     figure.update_xaxes(title_text=series.axis, tickvals=positions, ticktext=list(series.positions))
     figure.update_xaxes(range=[-0.4, len(positions) - 0.6], showgrid=False)
-    read_off = " Read off a plot." if series.read_off else ""
-    return _finished(figure, f"{capital(COLUMNS[series.score].phrase)}.{read_off}", PANEL_HEIGHT)
+    source_note = " Read off a plot." if series.read_off else ""
+    return _finished(figure, f"{capital(COLUMNS[series.score].phrase)}.{source_note}", PANEL_HEIGHT)
 
 
 # -------------------------------------------------------------------------------------------------------- over training
 
 
-def course_figures(results: SweepResults, layout: Layout) -> list[Drawn]:
+def training_figures(results: SweepResults, layout: Layout) -> list[Drawn]:
     """Loss and variance over training, one line per variant."""
-    made = []
-    loss = "Training loss over tokens, a line per variant: the mean over seeds, and each seed faintly."
+    figures = []
+    loss = "Training loss over tokens, one line per variant: the mean over seeds, and each seed in a faint line."
     variance = "Variance of the residual stream after the last layer over tokens; both axes are logarithmic."
     for name, title, meaning, unit, curve_of, log in (
         ("course-loss", "Loss over training", loss, "nats/token", lambda point: point.losses, False),
@@ -280,25 +280,27 @@ def course_figures(results: SweepResults, layout: Layout) -> list[Drawn]:
         if drawn:
             _y_axis(figure, drawn, unit, log, zero=False)
             _token_axis(figure)
-            made.append(Drawn(name, title, _finished(figure, meaning, LAYER_HEIGHT), _variant_key(layout)))
-    return made
+            figures.append(Drawn(name, title, _finished(figure, meaning, LAYER_HEIGHT), _variant_key(layout)))
+    return figures
 
 
 def _last_variance(point: PointResult) -> Curve:
     rows = [
-        (at, column[-1]) for at, column in zip(point.variances.tokens, point.variances.values, strict=True) if column
+        (tokens, column[-1])
+        for tokens, column in zip(point.variances.tokens, point.variances.values, strict=True)
+        if column
     ]
-    return Curve([at for at, _ in rows], [value for _, value in rows])
+    return Curve([tokens for tokens, _ in rows], [value for _, value in rows])
 
 
 def _draw_curves(figure: go.Figure, curves: list[Curve], style: dict[str, Any], name: str) -> list[float]:
-    """Each seed's curve faintly, and their mean where all seeds that were trained so far have a value."""
+    """Draw each seed's curve in a faint line, and the mean where all trained seeds have a value."""
     curves = [curve for curve in curves if curve.tokens]
     if not curves:
         return []
-    known = [dict(zip(curve.tokens, curve.values, strict=True)) for curve in curves]
-    shared = [at for at in known[0] if all(each.get(at) is not None for each in known)]
-    means = [fmean(each[at] for each in known) for at in shared]
+    present = [dict(zip(curve.tokens, curve.values, strict=True)) for curve in curves]
+    shared = [tokens for tokens in present[0] if all(each.get(tokens) is not None for each in present)]
+    means = [fmean(each[tokens] for each in present) for tokens in shared]
     if len(curves) > 1:
         for curve in curves:
             _faint(figure, curve.tokens, curve.values, style)
@@ -307,16 +309,16 @@ def _draw_curves(figure: go.Figure, curves: list[Curve], style: dict[str, Any], 
         shared,
         means,
         style,
-        [f"{name}<br>{at:,} tokens: {format_number(v)}" for at, v in zip(shared, means, strict=True)],
+        [f"{name}<br>{tokens:,} tokens: {format_number(v)}" for tokens, v in zip(shared, means, strict=True)],
     )
-    return [value for each in known for value in each.values() if value is not None]
+    return [value for each in present for value in each.values() if value is not None]
 
 
 # ------------------------------------------------------------------------------------------------------------- by layer
 
 
 def layer_figures(results: SweepResults, layout: Layout) -> list[Drawn]:
-    """Variance and costs by layer, one line per variant, by relative depth where the depths differ."""
+    """Variance and costs per layer, one line per variant, by relative depth if the depths differ."""
     reports = {
         place.variant: [point.report for point in results.of_variant(place.variant) if point.report is not None]
         for place in layout.places
@@ -326,7 +328,7 @@ def layer_figures(results: SweepResults, layout: Layout) -> list[Drawn]:
         for place in layout.places
     }
     depths = {len(report.layers) for several in reports.values() for report in several}
-    made = []
+    figures = []
     for score, title, cost in (
         ("variance", "Variance by layer", False),
         ("usefulness_ratio", "Cost of linearising each layer", True),
@@ -339,8 +341,8 @@ def layer_figures(results: SweepResults, layout: Layout) -> list[Drawn]:
             key = _variant_key(layout)
             if any(shown.values()):
                 key.append(Key("before training", TEXT_GREY, "dot"))
-            made.append(Drawn(f"layer-{score.replace('_', '-')}", title, figure, key))
-    return made
+            figures.append(Drawn(f"layer-{score.replace('_', '-')}", title, figure, key))
+    return figures
 
 
 def _layer_figure(
@@ -362,11 +364,15 @@ def _layer_figure(
         return [None if v is None else 100 * max(v - 1, SMALLEST_COST) for v in values] if cost else values
 
     for _, place, _ in _variants(layout):
-        for report in controls.get(place.variant, [])[:1]:  # one seed: before training they are alike
+        for report in controls.get(place.variant, [])[:1]:  # one seed, since seeds hardly differ before training
             values = prepared(report)
-            at = [position(layer, len(values)) for layer in range(len(values))]
+            places = [position(layer, len(values)) for layer in range(len(values))]
             _strong(
-                figure, at, values, {"color": TEXT_GREY, "dash": "dot", "width": 1.2}, ["before training"] * len(at)
+                figure,
+                places,
+                values,
+                {"color": TEXT_GREY, "dash": "dot", "width": 1.2},
+                ["before training"] * len(places),
             )
             drawn += [value for value in values if value is not None]
     for line_index, place, line in _variants(layout):
@@ -376,10 +382,12 @@ def _layer_figure(
         )
     _y_axis(figure, drawn, "%" if cost else "", True, zero=False)
     figure.update_xaxes(title_text="relative depth, 0 embeddings to 1 head" if relative else "layer")
-    what = capital(LAYER_SCORES[score].phrase)
+    quantity = capital(LAYER_SCORES[score].phrase)
     if cost:
-        what = f"{what}, as a rise in percent on a logarithmic axis; {COST}"
-    return _finished(figure, f"{what}. A line per variant: the mean over seeds, and each seed faintly.", LAYER_HEIGHT)
+        quantity = f"{quantity}, as a rise in percent on a logarithmic axis; {COST}"
+    return _finished(
+        figure, f"{quantity}. One line per variant: the mean over seeds, and each seed in a faint line.", LAYER_HEIGHT
+    )
 
 
 def _draw_layers(
@@ -393,14 +401,14 @@ def _draw_layers(
     if not columns:
         return []
     count = len(columns[0])
-    at = [position(layer, count) for layer in range(count)]
+    places = [position(layer, count) for layer in range(count)]
     means = [_mean([column[layer] for column in columns if len(column) == count]) for layer in range(count)]
     if len(columns) > 1:
         for column in columns:
-            _faint(figure, at, column, style)
+            _faint(figure, places, column, style)
     unit = "%" if cost else ""
     texts = [f"{name}<br>layer {layer}: {format_number(value, 3)}{unit}" for layer, value in enumerate(means)]
-    _strong(figure, at, means, {**style, "marks": count <= 32}, texts)
+    _strong(figure, places, means, {**style, "marks": count <= 32}, texts)
     return [value for column in columns for value in column if value is not None]
 
 
@@ -422,11 +430,11 @@ def _variant_key(layout: Layout) -> list[Key]:
 
 
 def _style(layout: Layout, place: Place, line: int) -> dict[str, Any]:
-    """Colour by the place on the axis, dashes by the line."""
+    """The colour by the position on the axis, the dashes by the line."""
     positions = [position for position, _ in layout.ticks]
     index = positions.index(place.position)
     palette = ORDERED if layout.axis.is_ordered else PALETTE
-    if not layout.axis.is_ordered:  # names: more of them than colours differ in their dashes
+    if not layout.axis.is_ordered:  # if there are more names than colours, their dashes differ
         return {"color": palette[index % len(palette)], "dash": DASHES[(line + index // len(palette)) % len(DASHES)]}
     if len(positions) > len(palette):
         color = sample_colorscale("Viridis", [0.15 + 0.7 * index / (len(positions) - 1)])[0]
@@ -485,18 +493,18 @@ def _x_axis(figure: go.Figure, layout: Layout) -> None:
 
 
 def _is_crowded(layout: Layout) -> bool:
-    """Whether the labels of the axis have to stand upright."""
+    """Whether the labels of the axis must be vertical."""
     return sum(len(label) + 2 for _, label in layout.ticks) > MOST_CHARACTERS
 
 
 def _panel_height(layout: Layout) -> int:
-    """The height of a panel, with room for labels that stand upright."""
+    """The height of a panel, with room for vertical labels."""
     longest = max(len(label) for _, label in layout.ticks)
     return PANEL_HEIGHT + (round(5.5 * longest) if _is_crowded(layout) else 0)
 
 
 def _token_axis(figure: go.Figure) -> None:
-    tokens = [at for trace in figure.data for at in trace.x if at > 0]
+    tokens = [count for trace in figure.data for count in trace.x if count > 0]
     ticks = log_ticks(min(tokens), max(tokens)) if tokens else []
     figure.update_xaxes(
         title_text="tokens", type="log", tickvals=ticks, ticktext=[_short_count(tick) for tick in ticks]
@@ -526,12 +534,12 @@ def _y_axis(figure: go.Figure, values: Sequence[float], unit: str, log: bool, *,
 
 
 def _is_wide(values: Sequence[float]) -> bool:
-    """Whether values are better seen on a logarithmic axis: one dwarfs the others."""
+    """Whether values need a logarithmic axis, since one is far above the others."""
     return bool(values) and min(values) > 0 and max(values) > 8 * median(values)
 
 
 def _finished(figure: go.Figure, explanation: str, height: int) -> go.Figure:
-    """Give a figure what all figures share."""
+    """Give a figure the common layout."""
     zeroline = bool(figure.layout.yaxis.zeroline)
     finish(
         figure,
@@ -552,10 +560,10 @@ def _thinned(curve: Curve) -> Curve:
     every = math.ceil(len(curve.tokens) / MOST_STEPS)
     if every < 2:
         return curve
-    kept = range(len(curve.tokens) - 1, -1, -every)[::-1]  # the last one among them
-    return Curve([curve.tokens[index] for index in kept], [curve.values[index] for index in kept])
+    indices = range(len(curve.tokens) - 1, -1, -every)[::-1]  # includes the last one
+    return Curve([curve.tokens[index] for index in indices], [curve.values[index] for index in indices])
 
 
 def _mean(values: Sequence[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return fmean(known) if known and len(known) == len(values) else None
+    present = [value for value in values if value is not None]
+    return fmean(present) if present and len(present) == len(values) else None

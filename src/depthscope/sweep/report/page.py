@@ -1,11 +1,11 @@
-"""The report of a sweep: its tables, and one self-contained HTML page with figures, words and what the paper reports.
+"""The report of a sweep: its tables, and one self-contained HTML page with figures, sentences and the paper's results.
 
-    DIR/report/results.csv, results.parquet     a row per point
-    DIR/report/layers.parquet                   a row per layer of each model
-    DIR/report/tables.md                        a row per variant, and what moves
+    DIR/report/results.csv, results.parquet     one row per point
+    DIR/report/layers.parquet                   one row per layer of each model
+    DIR/report/tables.md                        one row per variant, and the changes in sentences
     DIR/report/sweep.html                       the page
 
-Like the other pages it asks nothing of the network, escapes what comes from files, and has no time in it.
+Like the other pages it makes no network requests, escapes texts from files, and contains no time.
 """
 
 import os
@@ -16,15 +16,15 @@ from typing import Any
 from depthscope.errors import SweepError
 from depthscope.files.atomic import remove_leftovers, write_atomically
 from depthscope.sweep.report.derived import COLUMNS
-from depthscope.sweep.report.families import axis_label, lay_out, shown_value
+from depthscope.sweep.report.families import axis_label, format_value, lay_out
 from depthscope.sweep.report.figures import (
     Drawn,
     Key,
-    course_figures,
     layer_figures,
     panel_key,
     paper_panels,
     score_panels,
+    training_figures,
 )
 from depthscope.sweep.report.paper import SOURCE
 from depthscope.sweep.report.results import IndexedFamily, SweepResults, load_results
@@ -38,15 +38,15 @@ from depthscope.sweep.report.tables import (
     to_markdown,
     to_parquet,
 )
-from depthscope.sweep.report.words import family_words, noise_words, standing, titled
+from depthscope.sweep.report.words import family_title, family_words, noise_words, status_lines
 from depthscope.views.page import render
 
 __all__ = ["render_sweep_page", "write_report"]
 
 REPORT = "report"
-# Of how points were run; seconds are left out, since they differ every time.
+# Facts about the runs of the points, without seconds, which differ every time.
 ENVIRONMENT = ("processor", "processes", "threads", "precision", "attention", "python")
-MOST_VALUES = 8  # of one fact, where points differ
+MOST_VALUES = 8  # of one fact, if points differ
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class _FamilyPlot:
 
 @dataclass(frozen=True)
 class _FamilySection:
-    """A family as the template shows it."""
+    """One family in the form that the template shows."""
 
     element: str
     title: str
@@ -74,17 +74,17 @@ class _FamilySection:
 
 
 def write_report(folder: str | os.PathLike[str], out: str | os.PathLike[str] | None = None) -> list[Path]:
-    """Write tables and page of a sweep, finished or not, each file whole or not at all.
+    """Write the tables and the page of a sweep, finished or not, each file completely or not at all.
 
     Args:
         folder: the folder of the sweep.
-        out: where to write; `report` in the folder by default.
+        out: the folder to write; by default `report` in the folder of the sweep.
 
     Returns:
-        What was written.
+        The files.
 
     Raises:
-        SweepError: it is no folder of a sweep, or the report's folder cannot be made.
+        SweepError: the folder is not that of a sweep, or the report's folder cannot be created.
         ReportError: a file cannot be written.
     """
     results = load_results(folder)
@@ -92,7 +92,7 @@ def write_report(folder: str | os.PathLike[str], out: str | os.PathLike[str] | N
     try:
         place.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise SweepError(f"the folder {place} cannot be made: {error.strerror}. Choose another one.") from error
+        raise SweepError(f"the folder {place} cannot be created: {error.strerror}. Choose another one.") from error
     remove_leftovers(place)
     rows = result_rows(results)
     contents: dict[str, str | bytes] = {
@@ -114,7 +114,7 @@ def render_sweep_page(results: SweepResults) -> str:
         drawn,
         results=results,
         swept=_swept(results),
-        standing=standing(results),
+        status_lines=status_lines(results),
         noise=noise_words(results),
         sections=sections,
         paper=SOURCE,
@@ -128,19 +128,19 @@ def _section(results: SweepResults, family: IndexedFamily, element: str, drawn: 
     control = control_table(results, family)
     return _FamilySection(
         element=element,
-        title=titled(layout),
+        title=family_title(layout),
         words=family_words(results, layout),
         panels=_framed(score_panels(results, layout), element, drawn),
         key=panel_key(results, layout),
         paper=_framed(paper_panels(layout), element, drawn),
-        wide=_framed([*layer_figures(results, layout), *course_figures(results, layout)], element, drawn),
+        wide=_framed([*layer_figures(results, layout), *training_figures(results, layout)], element, drawn),
         table=main_table(results, family),
         control=control if len(control.headings) > control.words + 1 else None,
     )
 
 
 def _framed(figures: list[Drawn], element: str, drawn: dict[str, Any]) -> list[_FamilyPlot]:
-    """Put figures into `drawn` by the ids of their elements, and say how the page frames them."""
+    """Add figures to `drawn` by the ids of their elements, and return their frames for the page."""
     plots = []
     for each in figures:
         content = each.figure.to_plotly_json()
@@ -152,14 +152,14 @@ def _framed(figures: list[Drawn], element: str, drawn: dict[str, Any]) -> list[_
 
 
 def _swept(results: SweepResults) -> list[tuple[str, str]]:
-    """What was swept: each family with the values of its axes."""
+    """Each family with the values of its axes."""
     rows = []
     for family in results.families:
         layout = lay_out(results, family)
         parts = []
         for axis in layout.axes:
             values = dict.fromkeys(
-                shown_value(results.of_variant(place.variant)[0].setting(axis)) for place in layout.places
+                format_value(results.of_variant(place.variant)[0].setting(axis)) for place in layout.places
             )
             parts.append(f"{axis_label(axis)} {', '.join(values)}")
         rows.append((family.name, "; ".join(parts) or ", ".join(family.variants)))
@@ -167,7 +167,7 @@ def _swept(results: SweepResults) -> list[tuple[str, str]]:
 
 
 def _facts(results: SweepResults) -> dict[str, dict[str, str]]:
-    """The text, and how the points were run, in words."""
+    """Facts about the text and the runs of the points."""
     data = {
         "text": results.data["name"],
         "fingerprint": results.data["fingerprint"],
@@ -189,11 +189,11 @@ def _facts(results: SweepResults) -> dict[str, dict[str, str]]:
 
 
 def _several(values: list[str]) -> str:
-    """The different values, few of them."""
+    """The distinct values, at most `MOST_VALUES` of them."""
     distinct = [value for value in dict.fromkeys(values) if value]
     more = f" and {len(distinct) - MOST_VALUES} more" if len(distinct) > MOST_VALUES else ""
     return ", ".join(distinct[:MOST_VALUES]) + more
 
 
 def _word(value: Any) -> str:
-    return "" if value is None or isinstance(value, (dict, list)) else shown_value(value)
+    return "" if value is None or isinstance(value, (dict, list)) else format_value(value)

@@ -1,8 +1,8 @@
-"""What the paper reports of the axes that a sweep can vary, to be shown beside what the sweep found.
+"""The paper's results along the axes that a sweep can vary, shown beside the results of the sweep.
 
-arXiv 2603.15389: models of 1 billion parameters (width 2048, 16 heads) on 5 billion tokens of FineWeb-Edu, 16 layers
-where depth does not vary. Not on one scale with a small model's numbers: it is the directions that can be compared.
-Numbers that were read off a plot say so.
+arXiv 2603.15389: models of 1 billion parameters (width 2048, 16 heads) on 5 billion tokens of FineWeb-Edu, with 16
+layers unless depth varies. Only the directions are comparable with a small model's, not the numbers. Numbers that were
+read off a plot are marked.
 """
 
 from collections.abc import Sequence
@@ -21,13 +21,13 @@ class PaperSeries:
     """One score of the paper along one axis.
 
     Attributes:
-        setting: the setting that the axis is, in this program's words.
-        axis: what the paper calls it.
-        score: the derived number that it is comparable with.
+        setting: the setting of the axis, by this program's name.
+        axis: the paper's name of the axis.
+        score: the derived number that it can be compared with.
         positions: values on the axis, as labels.
         values: the score at each.
         read_off: whether the values were read off a plot.
-        note: what else must be known.
+        note: a remark.
     """
 
     setting: str
@@ -59,8 +59,8 @@ ALL: tuple[PaperSeries, ...] = (
         "sequence_length", "sequence length", "perplexity", LENGTHS, (18.51, 15.71, 14.77, 14.51, 14.52, 16.30)
     ),
     PaperSeries("sequence_length", "sequence length", "usefulness", LENGTHS, (0.69, 0.75, 0.75, 0.81, 0.81, 0.75)),
-    PaperSeries("num_key_value_heads", "heads a KV head", "perplexity", GROUPS, (14.47, 14.50, 14.52)),
-    PaperSeries("num_key_value_heads", "heads a KV head", "usefulness", GROUPS, (0.87, 0.87, 0.81)),
+    PaperSeries("num_key_value_heads", "heads per KV head", "perplexity", GROUPS, (14.47, 14.50, 14.52)),
+    PaperSeries("num_key_value_heads", "heads per KV head", "usefulness", GROUPS, (0.87, 0.87, 0.81)),
     PaperSeries("num_experts", "model", "perplexity", SPARSE, (14.52, 13.82)),
     PaperSeries("num_experts", "model", "usefulness", SPARSE, (0.81, 0.94)),
     PaperSeries("num_experts", "model", "perplexity", SMALL_SPARSE, (17.56, 15.89), note="400M active"),
@@ -69,13 +69,13 @@ ALL: tuple[PaperSeries, ...] = (
 
 
 def paper_series(setting: str | None, values: Sequence[Any]) -> list[PaperSeries]:
-    """What the paper reports along an axis that takes these values; nothing where it is not comparable."""
+    """The paper's results along an axis with these values; [] if they are not comparable."""
     if setting == "num_experts" and not any((as_number(value) or 0) <= 1 for value in values):
-        return []  # the paper compares experts with a dense model, not more of them with fewer
+        return []  # the paper compares experts with a dense model only
     return [series for series in ALL if series.setting == setting]
 
 
 def direction(series: PaperSeries, first: Any, last: Any) -> tuple[float, float]:
-    """The paper's values at the ends of the axis, in the order in which a sweep goes from `first` to `last`."""
+    """The paper's values at the ends of the axis, in the sweep's order from `first` to `last`."""
     ends = (series.values[0], series.values[-1])
     return ends if (as_number(last) or 0) >= (as_number(first) or 0) else ends[::-1]

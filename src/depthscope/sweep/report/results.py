@@ -1,13 +1,13 @@
-"""What a sweep came to, read from its folder: one record per point, whatever state it is in.
+"""Reading the results of a sweep from its folder: one record per point, in any state.
 
     load_results(DIR) -> SweepResults: its families, and for each point
-        status      finished, diverged, failed; "unfinished" where it was begun, "not run" where it was not, and
-                    "unreadable" where one of its files is damaged, with the reason
+        status      finished, diverged, failed; "unfinished" if it was started, "not run" if it was not, and
+                    "unreadable" if one of its files is damaged, with the reason
         report      the scores of the trained model; `untrained`, those of the same model before training
-        losses      training loss over tokens; `variances`, the variance of every layer over tokens
+        losses      training loss over tokens; `variances`, the variance per layer over tokens
 
-Folders come from strangers too: names are checked before they become paths, files are read up to a bound, and one
-damaged point does not hide the others.
+Folders also come from strangers: names are checked before they become paths, files are read up to a bound, and one
+damaged point does not affect the others.
 """
 
 import os
@@ -62,7 +62,7 @@ Validated = TypeVar("Validated", bound="_Loose")
 
 
 class _Loose(BaseModel):
-    """What is read of a file: what is known is checked, what is not known is left out."""
+    """Base class of the content of files: known fields are checked, unknown ones ignored."""
 
     model_config = ConfigDict(extra="ignore", frozen=True, allow_inf_nan=False)
 
@@ -120,7 +120,7 @@ class _Result(_Loose):
 
 @dataclass(frozen=True)
 class Curve:
-    """Something over training: `values` at `tokens` tokens, one number or one per layer; None where not finite."""
+    """A quantity over training: its `values` at `tokens` tokens, one number or one per layer; None if not finite."""
 
     tokens: list[int] = field(default_factory=list)
     values: list[Any] = field(default_factory=list)
@@ -138,14 +138,14 @@ class PointResult:
     training: dict[str, Any]
     status: str
     reason: str = ""
-    is_unread: bool = False  # whether the reason says nothing of what is in its files, which may be whole
+    is_unread: bool = False  # whether a file could not be accessed, so that it may be intact
     result: _Result | None = None
     report: LayerReport | None = None
     untrained: LayerReport | None = None
     losses: Curve = Curve()
     variances: Curve = Curve()
-    notes: list[str] = field(default_factory=list)  # what of it is damaged, though it is finished
-    unread: list[str] = field(default_factory=list)  # what of it could not be read, which may be whole
+    notes: list[str] = field(default_factory=list)  # damaged files of a finished point
+    unread: list[str] = field(default_factory=list)  # files that could not be accessed and may be intact
     environment: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -155,28 +155,28 @@ class PointResult:
 
     @property
     def tokens(self) -> int:
-        """Tokens that it is trained on, in whole steps."""
+        """Training tokens, in whole steps."""
         return self.training["tokens"] // self.training["batch_tokens"] * self.training["batch_tokens"]
 
     def setting(self, name: str) -> Any:
-        """The value of a setting of the model or the training, the default where nothing was said."""
+        """The value of a setting of the model or the training, or its default."""
         if "expert" in name and name != "num_experts" and self.setting("num_experts") is None:
-            return None  # a dense model has none, whatever their size would be
-        for known in (self.settings, self.model, self.training):
-            if name in known:
-                return known[name]
+            return None  # a dense model has no experts
+        for settings in (self.settings, self.model, self.training):
+            if name in settings:
+                return settings[name]
         if name == "num_key_value_heads":
             return self.setting("num_attention_heads")  # multi-head attention
         return DEFAULTS.get(name)
 
     @cached_property
     def numbers(self) -> Numbers:
-        """Its derived numbers by name (`depthscope.sweep.report.derived`); empty where it is not finished."""
+        """Its derived numbers by name (`depthscope.sweep.report.derived`); {} if it is not finished."""
         if not self.finished or self.result is None:
             return {}
-        known = {name: getattr(self.result, name) for name in ("parameters", "active_parameters", "flops")}
+        sizes = {name: getattr(self.result, name) for name in ("parameters", "active_parameters", "flops")}
         losses = {name: getattr(self.result, name) for name in ("loss", "loss_se", "untrained_loss")}
-        return derive({**known, "tokens": self.tokens, **losses}, self.report, self.untrained)
+        return derive({**sizes, "tokens": self.tokens, **losses}, self.report, self.untrained)
 
 
 @dataclass(frozen=True)
@@ -192,19 +192,19 @@ class SweepResults:
     data: dict[str, Any]
 
     def of_variant(self, variant: str) -> list[PointResult]:
-        """The points of a variant, one a seed."""
+        """The points of a variant, one per seed."""
         return self._by_variant.get(variant, [])
 
     @cached_property
     def _by_variant(self) -> dict[str, list[PointResult]]:
-        found: dict[str, list[PointResult]] = {}
+        by_variant: dict[str, list[PointResult]] = {}
         for point in self.points:
-            found.setdefault(point.variant, []).append(point)
-        return found
+            by_variant.setdefault(point.variant, []).append(point)
+        return by_variant
 
     @property
     def is_damaged(self) -> bool:
-        """Whether something that was written of a point cannot be read or is another now."""
+        """Whether a file of a point is damaged or cannot be read."""
         return any(point.status == UNREADABLE or point.notes or point.unread for point in self.points)
 
     def with_status(self, status: str) -> list[PointResult]:
@@ -213,29 +213,29 @@ class SweepResults:
 
     @property
     def thresholds(self) -> list[float]:
-        """The thresholds of usefulness that the points were measured with: one, in a sweep of this program."""
-        found = {point.report.settings.get("threshold") for point in self.points if point.report is not None}
-        return sorted(float(value) for value in found if isinstance(value, (int, float)))
+        """The thresholds of usefulness of the points; a sweep of this program has one."""
+        values = {point.report.settings.get("threshold") for point in self.points if point.report is not None}
+        return sorted(float(value) for value in values if isinstance(value, (int, float)))
 
 
 def load_results(folder: str | os.PathLike[str]) -> SweepResults:
-    """Read what there is of a sweep.
+    """Read the results of a sweep.
 
     Args:
         folder: the folder that `depthscope sweep run` wrote, finished or not.
 
     Raises:
-        SweepError: it is no folder of a sweep, or its index is damaged.
+        SweepError: the folder is not that of a sweep, or its index is damaged.
     """
     root = Path(folder)
     index = _read_index(root)
-    known = {point.variant for point in index.points}
+    variants = {point.variant for point in index.points}
     for family in index.families:
-        unknown = [variant for variant in family.variants if variant not in known]
+        unknown = [variant for variant in family.variants if variant not in variants]
         if unknown:
             raise SweepError(
                 f"{root / 'sweep.json'} is damaged: family {family.name} has the variant {unknown[0]}, which no point "
-                "has. Run the sweep again: depthscope sweep run writes the index anew."
+                "has. Run the sweep again: depthscope sweep run writes the index again."
             )
     return SweepResults(
         name=index.name,
@@ -251,9 +251,9 @@ def load_results(folder: str | os.PathLike[str]) -> SweepResults:
 def _read_index(root: Path) -> _Index:
     path = root / SWEEP_INDEX
     if not path.is_file():
-        what = "a folder without sweep.json" if root.is_dir() else "no folder"
+        problem = "a folder without sweep.json" if root.is_dir() else "not a folder"
         raise SweepError(
-            f"{root} is {what}; expected the folder that depthscope sweep run wrote, with the list of points in "
+            f"{root} is {problem}; expected the folder that depthscope sweep run wrote, with the list of points in "
             "sweep.json. Give that folder, or run the sweep first: depthscope sweep run FILE."
         )
     try:
@@ -262,7 +262,7 @@ def _read_index(root: Path) -> _Index:
         if is_access_error(error):
             raise SweepError(str(error)) from error
         raise SweepError(
-            f"{one_line(error)} Expected the index of a sweep; run the sweep again, which writes it anew."
+            f"{one_line(error)} Expected the index of a sweep; run the sweep again, which writes it again."
         ) from error
 
 
@@ -274,7 +274,7 @@ def _validated(kind: type[Validated], content: Any, source: str) -> Validated:
 
 
 def _read_point(folder: Path, point: _Point) -> PointResult:
-    """The record of a point; what is wrong with its files becomes its status."""
+    """The record of a point; problems with its files become its status."""
     fixed: dict[str, Any] = {
         "name": point.point,
         "variant": point.variant,
@@ -299,56 +299,56 @@ def _read_point(folder: Path, point: _Point) -> PointResult:
             return PointResult(**fixed, status=status, **curves)
         result = _validated(_Result, read_sealed(folder / RESULT, MAX_INDEX_BYTES), RESULT)
         if result.point != point.point:
-            raise ReportError(f"result.json is of another point, {result.point}")
+            raise ReportError(f"result.json belongs to another point, {result.point}")
         if result.status != FINISHED:
             return PointResult(**fixed, status=result.status, reason=_short(result.error), result=result, **curves)
         return PointResult(**fixed, status=FINISHED, result=result, **_read_reports(folder, sums), **curves)
     except (ReportError, OSError) as error:
-        said = f"{folder} cannot be read: {reason(error)}." if isinstance(error, OSError) else str(error)
+        message = f"{folder} cannot be read: {reason(error)}." if isinstance(error, OSError) else str(error)
         return PointResult(
             **fixed,
             status=UNREADABLE,
-            reason=_short(said.replace(str(folder) + os.sep, "").replace(str(folder), folder.name)),
+            reason=_short(message.replace(str(folder) + os.sep, "").replace(str(folder), folder.name)),
             is_unread=is_access_error(error),
         )
 
 
 def _checksums(folder: Path, notes: list[str], unread: list[str]) -> dict[str, str]:
-    """The checksums that were kept of the files of a point."""
+    """The checksums of the files of a point."""
     try:
         return known_checksums(folder) or {}
     except ReportError as error:
-        _note(error, "Whether the other files are whole is not known", notes, unread)
+        _note(error, "The other files cannot be checked", notes, unread)
         return {}
 
 
-def _note(error: ReportError, so: str, notes: list[str], unread: list[str]) -> None:
-    """Say what could not be read and what follows, among what is damaged or what may be whole."""
-    (unread if is_access_error(error) else notes).append(f"{one_line(error)} {so}")
+def _note(error: ReportError, consequence: str, notes: list[str], unread: list[str]) -> None:
+    """Add an error and its consequence to `notes` (damaged) or `unread` (may be intact)."""
+    (unread if is_access_error(error) else notes).append(f"{one_line(error)} {consequence}")
 
 
 def _read_reports(folder: Path, sums: Mapping[str, str]) -> dict[str, Any]:
-    found: dict[str, LayerReport | None] = {}
+    loaded: dict[str, LayerReport | None] = {}
     for key, name in (("report", TRAINED_REPORT), ("untrained", UNTRAINED_REPORT)):
         if name == UNTRAINED_REPORT and name not in sums and not (folder / name).is_file():
-            found[key] = None
+            loaded[key] = None
             continue
-        found[key] = report = LayerReport.load(folder / name)
+        loaded[key] = report = LayerReport.load(folder / name)
         if sums.get(name) not in (None, report_checksum(report)):
-            raise ReportError(f"{name} is not what was measured.")
-    return found
+            raise ReportError(f"{name} does not match its checksum.")
+    return loaded
 
 
 def _read_curves(
     folder: Path, batch_tokens: int, sums: Mapping[str, str], notes: list[str], unread: list[str]
 ) -> dict[str, Any]:
-    """Losses, variances and environment, each empty where it is not there, and what of them is damaged or unread."""
+    """Losses, variances and environment, each empty if its file is missing, and notes on damaged files."""
     environment: dict[str, Any] = {}
     try:
         if os.path.lexists(folder / ENVIRONMENT):
             environment = read_sealed(folder / ENVIRONMENT, MAX_INDEX_BYTES)
     except ReportError as error:
-        _note(error, "How the point was run is not known", notes, unread)
+        _note(error, "Its hardware and versions are unknown", notes, unread)
     curves: dict[str, Any] = {}
     lost = {}
     for kind, name, read in (("losses", LOG, losses), ("variances", HISTORY, variances)):
@@ -361,9 +361,9 @@ def _read_curves(
         lost[name] = logged.unread
     for name, lines in lost.items():
         if lines:
-            notes.append(f"{name} is damaged: lines of it cannot be read, and are not drawn")
+            notes.append(f"{name} is damaged: some lines cannot be read and are not drawn")
         elif name in sums and _is_other(folder / name, sums[name]):
-            notes.append(f"{name} is damaged: what is drawn of it may be wrong")
+            notes.append(f"{name} is damaged: its curve may be wrong")
     return {
         **curves,
         "environment": environment,
@@ -377,7 +377,7 @@ def _is_other(path: Path, expected: str) -> bool:
         return checksum(path) != expected
     except MISSING:
         return True
-    except OSError:  # which is noted where it is read
+    except OSError:  # noted where the file is read
         return False
 
 

@@ -1,11 +1,10 @@
-"""The tables of a sweep: a row per point, a row per layer, a row per variant; for programs, notes and the terminal.
+"""The tables of a sweep: per point, per layer and per variant; for programs, notes and the terminal.
 
-    results.csv, results.parquet   a row per point: its settings and all numbers of `depthscope.sweep.report.derived`
-    layers.parquet                 a row per layer of each trained and untrained model: its scores, and their errors
-    tables.md                      for each family a row per variant, over seeds, and what moves in words
+    results.csv, results.parquet   one row per point: its settings and all numbers of `depthscope.sweep.report.derived`
+    layers.parquet                 one row per layer of each trained and untrained model: its scores and their errors
+    tables.md                      per family one row per variant, over seeds, and the changes in sentences
 
-None holds a time, a date or a path, and rows are in the order of the sweep: two sweeps that came to the same have the
-same bytes.
+No table contains a time, a date or a path, and rows are in the order of the sweep: equal results give equal bytes.
 """
 
 import csv
@@ -24,9 +23,9 @@ from depthscope.files.validation import UNPRINTABLE
 from depthscope.report.measures import LAYER_SCORES
 from depthscope.report.report import LayerReport
 from depthscope.sweep.report.derived import COLUMNS, CONTROL, MAIN, SCORES
-from depthscope.sweep.report.families import Cell, as_number, axis_label, cell, lay_out, shown_value
+from depthscope.sweep.report.families import Cell, as_number, axis_label, cell, format_value, lay_out
 from depthscope.sweep.report.results import IndexedFamily, PointResult, SweepResults
-from depthscope.sweep.report.words import family_words, noise_words, standing, titled
+from depthscope.sweep.report.words import family_title, family_words, noise_words, status_lines
 from depthscope.wording.markdown import inline
 from depthscope.wording.numbers import format_number, format_with_error
 
@@ -36,7 +35,7 @@ if TYPE_CHECKING:
 __all__ = ["FamilyTable", "control_table", "layer_rows", "main_table", "print_results", "result_rows", "to_csv"]
 __all__ += ["to_markdown", "to_parquet"]
 
-# What a narrow terminal keeps longest comes first.
+# In the order of importance: a narrow terminal drops the last ones first.
 TERMINAL = (
     "loss",
     "variance_last",
@@ -58,9 +57,9 @@ SHORT = {
     "variance_growth": "growth",
 }
 GAP = 2  # characters between two columns of the terminal
-MOST_TOLD = 5  # changes of a family in a terminal
+MOST_CHANGES = 5  # of a family in a terminal
 MOST_INTEGER = 2**63
-MOST_SAFE = 20_000  # characters of a line of ours, which names of others are in
+MOST_SAFE = 20_000  # characters of a line, which may contain names from files
 
 
 # ---------------------------------------------------------------------------------------------------- rows of a sweep
@@ -131,29 +130,29 @@ def _number_columns() -> list[str]:
 
 
 def _whole(name: str, value: float | None) -> float | int | None:
-    """Counts as whole numbers; FLOPs are beyond the integers of a table."""
+    """Convert counts to whole numbers; FLOPs are beyond the integers of a table."""
     return int(value) if name in ("parameters", "active_parameters", "tokens") and value is not None else value
 
 
 def _columns_of(axes: Sequence[str], columns: Sequence[list[Any]]) -> dict[str, list[Any]]:
-    """Settings as columns of one kind each: numbers where all are numbers, else words."""
-    found: dict[str, list[Any]] = {}
+    """Settings as columns of one type each: numbers if all are numbers, else texts."""
+    typed: dict[str, list[Any]] = {}
     for axis, values in zip(axes, columns, strict=True):
-        known = [value for value in values if value is not None]
-        if all(isinstance(v, int) and not isinstance(v, bool) and abs(v) < MOST_INTEGER for v in known):
-            found[axis] = values
-        elif all(as_number(value) is not None for value in known):
-            found[axis] = [as_number(value) for value in values]
+        present = [value for value in values if value is not None]
+        if all(isinstance(v, int) and not isinstance(v, bool) and abs(v) < MOST_INTEGER for v in present):
+            typed[axis] = values
+        elif all(as_number(value) is not None for value in present):
+            typed[axis] = [as_number(value) for value in values]
         else:
-            found[axis] = [None if value is None else shown_value(value) for value in values]
-    return found
+            typed[axis] = [None if value is None else format_value(value) for value in values]
+    return typed
 
 
 # ------------------------------------------------------------------------------------------------------ for programs
 
 
 def to_csv(rows: Sequence[dict[str, Any]]) -> str:
-    """Rows as CSV; floats as the shortest digits that read back as the same number, and no text is a formula."""
+    """Rows as CSV; floats have the shortest exact digits, and no text is a formula."""
     stream = io.StringIO()
     writer = csv.writer(stream, lineterminator="\n")
     writer.writerow(map(csv_cell, rows[0]))
@@ -176,10 +175,10 @@ def to_parquet(rows: Sequence[dict[str, Any]]) -> bytes:
 def _type(name: str, values: Sequence[Any]) -> "pa.DataType":
     import pyarrow as pa
 
-    known = [value for value in values if value is not None]
-    if any(isinstance(value, str) for value in known):
+    present = [value for value in values if value is not None]
+    if any(isinstance(value, str) for value in present):
         return pa.string()
-    whole = known and all(isinstance(value, int) for value in known)
+    whole = present and all(isinstance(value, int) for value in present)
     return pa.int64() if whole or name in ("parameters", "active_parameters", "tokens", "layers") else pa.float64()
 
 
@@ -188,7 +187,7 @@ def _type(name: str, values: Sequence[Any]) -> "pa.DataType":
 
 @dataclass(frozen=True)
 class FamilyTable:
-    """A family as a table: the names of its columns, and rows of texts; `numbers` columns follow the first `words`."""
+    """A family as a table of texts: column headings, their meanings, and rows; the first `words` columns are texts."""
 
     headings: list[str]
     meanings: list[str]
@@ -202,7 +201,7 @@ def main_table(results: SweepResults, family: IndexedFamily, names: Sequence[str
 
 
 def control_table(results: SweepResults, family: IndexedFamily) -> FamilyTable:
-    """The same scores of the models before training; without columns where no control was measured."""
+    """The same scores of the models before training; without columns if no control was measured."""
     names = [name for name in CONTROL if _has(results, family, f"untrained_{name}")]
     return _family_table(results, family, names, "untrained_")
 
@@ -214,18 +213,18 @@ def _has(results: SweepResults, family: IndexedFamily, name: str) -> bool:
 def _family_table(results: SweepResults, family: IndexedFamily, names: Sequence[str], prefix: str) -> FamilyTable:
     layout = lay_out(results, family)
     axes = layout.axes
-    named = layout.axis.setting is None  # no axis tells the variants apart: their names do
+    named = layout.axis.setting is None  # without an axis, names distinguish the variants
     headings = [*(["variant"] if named else []), *map(axis_label, axes), "seeds"]
     meanings = [*(["its name"] if named else []), *axes, "finished seeds"]
     rows = []
     for variant in (place.variant for place in layout.places):
         points = results.of_variant(variant)
         values = [variant] if named else []
-        values += [shown_value(points[0].setting(axis)) for axis in axes]
+        values += [format_value(points[0].setting(axis)) for axis in axes]
         done = sum(point.finished for point in points)
         seeds = str(done) if done == len(points) else f"{done} of {len(points)}"
         cells = [cell(results, variant, f"{prefix}{name}") for name in names]
-        rows.append([*values, seeds, *map(shown_cell, cells)])
+        rows.append([*values, seeds, *map(format_cell, cells)])
     for name in names:
         number = COLUMNS[name]
         headings.append(f"{number.label} [{number.unit}]" if number.unit else number.label)
@@ -233,15 +232,15 @@ def _family_table(results: SweepResults, family: IndexedFamily, names: Sequence[
     return FamilyTable(headings, meanings, len(axes) + named, rows)
 
 
-def shown_cell(value: Cell) -> str:
-    """A mean with its standard deviation over seeds, where there is one."""
+def format_cell(value: Cell) -> str:
+    """A mean with its standard deviation over seeds, if it has one."""
     if value.deviation:
         return format_with_error(value.mean, value.deviation)
     return format_number(value.mean, 4)
 
 
 def to_markdown(results: SweepResults) -> str:
-    """The families as Markdown: a table, what moves, and the control of each."""
+    """The families as Markdown, each with its table, its changes and its control."""
     lines = [f"# {_safe(results.name)}", ""]
     if results.description:
         lines += [_safe(results.description), ""]
@@ -253,25 +252,25 @@ def to_markdown(results: SweepResults) -> str:
         "",
         _safe(noise_words(results)),
         "",
-        *(_safe(line) for line in standing(results)),
+        *(_safe(line) for line in status_lines(results)),
     ]
     for family in results.families:
         layout = lay_out(results, family)
-        lines += ["", f"## {_safe(titled(layout))}", ""]
+        lines += ["", f"## {_safe(family_title(layout))}", ""]
         lines += _markdown_table(main_table(results, family))
         lines += ["", *(f"- {_safe(line)}" for line in family_words(results, layout))]
         control = control_table(results, family)
         if len(control.headings) > control.words + 1:
             lines += ["", "Before training (the control):", "", *_markdown_table(control)]
-    lines += ["", "## What the columns are", ""]
+    lines += ["", "## The columns", ""]
     used = [number for name, number in COLUMNS.items() if name in MAIN]
     lines += [f"- {_safe(number.label)}: {_safe(number.formula)}" for number in used]
     return "\n".join(lines) + "\n"
 
 
 def _threshold(results: SweepResults) -> str:
-    shown = " or ".join(f"{threshold:g}" for threshold in results.thresholds[:3])
-    return f"Usefulness is the share of layers above {shown}. " if shown else ""
+    thresholds = " or ".join(f"{threshold:g}" for threshold in results.thresholds[:3])
+    return f"Usefulness is the share of layers above {thresholds}. " if thresholds else ""
 
 
 def _markdown_table(table: FamilyTable) -> list[str]:
@@ -288,7 +287,7 @@ def _safe(text: str) -> str:
 
 
 def print_results(results: SweepResults, console: Console | None = None) -> None:
-    """Print each family as a table with as many columns as there is room for, and what moves in it."""
+    """Print each family as a table with as many columns as fit, and its changes."""
     console = console or terminal()
     parts: list[RenderableType] = []
     for family in results.families:
@@ -297,25 +296,28 @@ def print_results(results: SweepResults, console: Console | None = None) -> None
         names = [name for name in TERMINAL if _has(results, family, name)]
         if layout.axis.setting is None:
             table = _without_axes(table)
-        parts += [Text(titled(layout), style="bold"), _fitted(table, [SHORT[name] for name in names], console.width)]
-        parts += [Text(line, style="dim") for line in family_words(results, layout, MOST_TOLD, paper=False)]
+        parts += [
+            Text(family_title(layout), style="bold"),
+            _fitted(table, [SHORT[name] for name in names], console.width),
+        ]
+        parts += [Text(line, style="dim") for line in family_words(results, layout, MOST_CHANGES, paper=False)]
         parts.append(Text())
     parts += [Text(noise_words(results), style="dim")]
-    parts += [Text(line, style="" if index == 0 else "yellow") for index, line in enumerate(standing(results))]
+    parts += [Text(line, style="" if index == 0 else "yellow") for index, line in enumerate(status_lines(results))]
     console.print(Group(*parts))
 
 
 def _without_axes(table: FamilyTable) -> FamilyTable:
-    """A table of named variants without the settings that make them."""
+    """A table of named variants without the columns of their settings."""
     rows = [[row[0], *row[table.words :]] for row in table.rows]
     return FamilyTable([table.headings[0], *table.headings[table.words :]], table.meanings, 1, rows)
 
 
 def _fitted(table: FamilyTable, short: Sequence[str], width: int) -> Table:
-    """The words of a table, and of its numbers as many columns as fit."""
+    """The text columns of a table, and as many number columns as fit."""
     words = table.words + 1
     headings = [*table.headings[:words], *short]
-    made = Table(box=None, padding=(0, GAP, 0, 0), header_style="bold")
+    fitted = Table(box=None, padding=(0, GAP, 0, 0), header_style="bold")
     room = width
     for index, heading in enumerate(headings):
         cells = [row[index] for row in table.rows]
@@ -323,7 +325,7 @@ def _fitted(table: FamilyTable, short: Sequence[str], width: int) -> Table:
         if index > words and needed > room:
             break
         room -= needed
-        made.add_column(Text(heading), justify="left" if index < table.words else "right", no_wrap=True)
+        fitted.add_column(Text(heading), justify="left" if index < table.words else "right", no_wrap=True)
     for row in table.rows:
-        made.add_row(*(Text(text) for text in row[: len(made.columns)]))
-    return made
+        fitted.add_row(*(Text(text) for text in row[: len(fitted.columns)]))
+    return fitted

@@ -1,9 +1,9 @@
-"""What moves in a family of a sweep, in words: in which direction, and whether by more than the noise.
+"""The changes in a family of a sweep, in words: their direction, and whether they exceed the noise.
 
-A change is called clear where it exceeds twice the noise. The noise of a change between two variants is the standard
-error of the difference of their means over seeds, s sqrt(1/n + 1/m) with s the standard deviation that all variants of
-the line share (pooled); with one seed, the standard errors over blocks of the two, as independent ones add up. Neither
-says anything of other data, other sizes or longer training.
+A change is clear if it exceeds twice the noise. The noise of a change between two variants is the standard error of the
+difference of their means over seeds, s sqrt(1/n + 1/m), where s is the standard deviation pooled over all variants of
+the line. With one seed, it combines the two standard errors over blocks as independent ones. Neither covers other data,
+other sizes or longer training.
 """
 
 import math
@@ -17,46 +17,45 @@ from depthscope.sweep.report.paper import direction, paper_series
 from depthscope.sweep.report.results import SweepResults
 from depthscope.wording.numbers import format_number
 
-__all__ = ["Change", "changes", "family_words", "noise_words", "standing", "titled"]
+__all__ = ["Change", "changes", "family_title", "family_words", "noise_words", "status_lines"]
 
 CLEAR = 2.0  # times the noise
 
-# What the sentences are about, in this order; the tables have more.
-# Told only beside the paper's, which has them.
+# Scores that only the comparison with the paper mentions.
 PAPER_ONLY = ("usefulness", "perplexity", "jacobian_first", "jacobian_last")
 
 PROBLEMS = {
     DIVERGED: "Diverged (losses or activations were not finite)",
     FAILED: "Failed",
     UNREADABLE: "Unreadable",
-    UNFINISHED: "Begun and not finished",
+    UNFINISHED: "Started but not finished",
     NOT_RUN: "Not run yet",
 }
 REMEDIES = {
-    UNREADABLE: "To have it measured anew, delete its result.json and run again; to have it trained anew, its folder."
+    UNREADABLE: "To measure it again, delete its result.json and run again; to train it again, delete its folder."
 }
 ANEW, AGAIN = (
-    "Delete the folder of the point to have it anew.",
-    "It may be whole: see that it can be read, and try again.",
+    "To run the point again, delete its folder.",
+    "It may be intact: make it readable, and try again.",
 )
 
 
 @dataclass(frozen=True)
 class Change:
-    """One score from one variant of a line to another."""
+    """The change of one score from one variant of a line to another."""
 
     name: str
     first: float
     last: float
     noise: float | None
-    turn: tuple[str, float] | None = None  # a variant in between that lies clearly beyond both
+    turn: tuple[str, float] | None = None  # a variant in between whose score lies clearly beyond both
 
     @property
     def clear(self) -> bool | None:
-        """Whether the change exceeds twice the noise; None where the noise is not known."""
+        """Whether the change exceeds twice the noise; None if the noise is unknown."""
         return None if self.noise is None else abs(self.last - self.first) > CLEAR * self.noise
 
-    def words(self) -> str:
+    def text(self) -> str:
         """The change in words."""
         verb = "rises" if self.last > self.first else "falls" if self.last < self.first else "stays"
         ends = f"{format_number(self.first, 3)} to {format_number(self.last, 3)}"
@@ -65,15 +64,15 @@ class Change:
 
 
 def changes(results: SweepResults, places: Sequence[Place], first: Place, last: Place) -> list[Change]:
-    """The changes of the scores between two variants, those that are known.
+    """The known changes of the scores between two variants.
 
     Args:
         results: the sweep.
-        places: the variants whose spread over seeds makes the noise; in the order of the axis, if it has one.
-        first: one of them.
-        last: another.
+        places: the variants whose spread over seeds gives the noise, in the order of the axis, if it has one.
+        first: the variant before the change.
+        last: the variant after the change.
     """
-    found = []
+    items = []
     for name in (*CONTROL, *PAPER_ONLY):
         cells = {place.variant: cell(results, place.variant, name) for place in places}
         ends = [cells[place.variant] for place in (first, last)]
@@ -84,47 +83,49 @@ def changes(results: SweepResults, places: Sequence[Place], first: Place, last: 
                 (place.label, each.mean, CLEAR * max(noises))
                 for place in places
                 if (each := cells[place.variant]).mean is not None
-                and (noises := [some for end in ends if (some := _noise(each, end, pooled)) is not None])
+                and (noises := [noise_value for end in ends if (noise_value := _noise(each, end, pooled)) is not None])
             ]
             turn = _turn(between, ends[0].mean, ends[1].mean) if noise is not None else None
-            found.append(Change(name, ends[0].mean, ends[1].mean, noise, turn))
-    return found
+            items.append(Change(name, ends[0].mean, ends[1].mean, noise, turn))
+    return items
 
 
 def family_words(results: SweepResults, layout: Layout, most: int = len(CONTROL), paper: bool = True) -> list[str]:
-    """What changes along the axis, and how that stands to the paper.
+    """The changes along the axis, and their agreement with the paper.
 
     Args:
         results: the sweep.
         layout: the family.
-        most: how many of the clear changes to tell with their numbers.
-        paper: whether to tell what the paper reports.
+        most: the largest number of changes to list.
+        paper: whether to compare with the paper.
     """
-    said = []
+    sentences = []
     for index, line in enumerate(layout.lines):
         for first, last in _compared(layout, line, results):
             places = line.places if layout.axis.is_ordered else [first, last]
-            told = changes(results, places, first, last)
-            where = f" ({line.label})" if line.label else ""
+            compared = changes(results, places, first, last)
+            place_note = f" ({line.label})" if line.label else ""
             axis = f"{layout.axis.label} " if layout.axis.setting is not None else ""
-            said.append(_sentences(f"From {axis}{first.label} to {last.label}{where}.", told, most))
+            sentences.append(_sentences(f"From {axis}{first.label} to {last.label}{place_note}.", compared, most))
             if paper and index == 0:
-                said.append(_paper(layout, first, last, told))
-    said += [_sentences(head, told, most) for head, told in _across(results, layout)]
-    return [sentence for sentence in said if sentence] or ["Too little of this family is finished to compare anything."]
+                sentences.append(_paper(layout, first, last, compared))
+    sentences += [_sentences(head, compared, most) for head, compared in _across(results, layout)]
+    return [sentence for sentence in sentences if sentence] or [
+        "Too few variants of this family are finished for a comparison."
+    ]
 
 
 def _across(results: SweepResults, layout: Layout) -> Iterator[tuple[str, list[Change]]]:
-    """The first line with each other one, at the last place that both have finished."""
+    """The first line compared with each other line, at the last place that both have finished."""
     first = layout.lines[0]
     for other in layout.lines[1:]:
-        here = {place.position: place for place in first.places if _done(results, place)}
-        both = [(here[place.position], place) for place in other.places if place.position in here]
-        both = [(one, two) for one, two in both if _done(results, two)]
+        finished_places = {place.position: place for place in first.places if _done(results, place)}
+        both = [(finished_places[place.position], place) for place in other.places if place.position in finished_places]
+        both = [(first_place, second_place) for first_place, second_place in both if _done(results, second_place)]
         if both:
-            one, two = both[-1]
-            head = f"At {layout.axis.label} {one.label}, from {first.label} to {other.label}."
-            yield head, changes(results, [one, two], one, two)
+            first_place, second_place = both[-1]
+            head = f"At {layout.axis.label} {first_place.label}, from {first.label} to {other.label}."
+            yield head, changes(results, [first_place, second_place], first_place, second_place)
 
 
 def _done(results: SweepResults, place: Place) -> bool:
@@ -132,7 +133,7 @@ def _done(results: SweepResults, place: Place) -> bool:
 
 
 def _compared(layout: Layout, line: Line, results: SweepResults) -> Iterator[tuple[Place, Place]]:
-    """The first variant with the last of a scale, with each other one of a list of names; finished ones only."""
+    """The pairs of finished variants to compare: first and last on a scale, first and every other in a list."""
     done = [place for place in line.places if _done(results, place)]
     if len(done) < 2:
         return
@@ -140,24 +141,24 @@ def _compared(layout: Layout, line: Line, results: SweepResults) -> Iterator[tup
         yield done[0], other
 
 
-def _sentences(head: str, told: list[Change], most: int) -> str:
-    main = [change for change in told if change.name in CONTROL]
-    kept = {
-        "Clear": [change.words() for change in main if change.clear],
+def _sentences(head: str, compared: list[Change], most: int) -> str:
+    main = [change for change in compared if change.name in CONTROL]
+    groups = {
+        "Clear": [change.text() for change in main if change.clear],
         "Within the noise": [COLUMNS[change.name].label for change in main if change.clear is False],
-        "Of unknown noise": [change.words() for change in main if change.clear is None],
+        "Noise unknown": [change.text() for change in main if change.clear is None],
     }
-    parts = [f"{kind}: {_some(found, most)}." for kind, found in kept.items() if found]
+    parts = [f"{kind}: {_some(items, most)}." for kind, items in groups.items() if items]
     return " ".join([head, *parts]) if parts else ""
 
 
-def _some(found: list[str], most: int) -> str:
-    more = [f"and {len(found) - most} more"] if len(found) > most else []
-    return "; ".join(found[:most] + more)
+def _some(items: list[str], most: int) -> str:
+    more = [f"and {len(items) - most} more"] if len(items) > most else []
+    return "; ".join(items[:most] + more)
 
 
 def _turn(between: Sequence[tuple[str, float, float]], first: float, last: float) -> tuple[str, float] | None:
-    """The place that lies furthest beyond both ends, of those that do by more than the third entry."""
+    """The place that lies furthest beyond both ends, if it does so by more than its third entry."""
 
     def beyond(value: float) -> float:
         return max(value - max(first, last), min(first, last) - value)
@@ -166,22 +167,28 @@ def _turn(between: Sequence[tuple[str, float, float]], first: float, last: float
     return max(far, key=lambda each: beyond(each[1]), default=None)
 
 
-def _paper(layout: Layout, first: Place, last: Place, told: list[Change]) -> str:
-    """How the directions stand to the paper's."""
+def _paper(layout: Layout, first: Place, last: Place, compared: list[Change]) -> str:
+    """The agreement of the directions with the paper's."""
     values = [place.value for place in layout.places]
-    known = {change.name: change for change in told}
-    kept: dict[str, list[str]] = {"As here": [], "Other than here": [], "Not clear here": []}
+    by_name = {change.name: change for change in compared}
+    groups: dict[str, list[str]] = {"Same direction here": [], "Opposite direction here": [], "Not clear here": []}
     for series in paper_series(layout.axis.setting, values):
-        change = known.get(series.score)
+        change = by_name.get(series.score)
         if change is None or series.note:
             continue
-        theirs = direction(series, first.value, last.value)
-        agrees = (theirs[1] - theirs[0]) * (change.last - change.first) > 0
-        kind = "Not clear here" if change.clear is not True else "As here" if agrees else "Other than here"
-        turn = _turn([(at, value, 0.0) for at, value in zip(series.positions, series.values, strict=True)], *theirs)
+        paper_ends = direction(series, first.value, last.value)
+        agrees = (paper_ends[1] - paper_ends[0]) * (change.last - change.first) > 0
+        kind = (
+            "Not clear here"
+            if change.clear is not True
+            else "Same direction here"
+            if agrees
+            else "Opposite direction here"
+        )
+        turn = _turn([(at, value, 0.0) for at, value in zip(series.positions, series.values, strict=True)], *paper_ends)
         between = f" ({turn[1]:g} at {turn[0]})" if turn else ""
-        kept[kind].append(f"{COLUMNS[series.score].label} {theirs[0]:g} to {theirs[1]:g}{between}")
-    parts = [f"{kind}: {'; '.join(found)}." for kind, found in kept.items() if found]
+        groups[kind].append(f"{COLUMNS[series.score].label} {paper_ends[0]:g} to {paper_ends[1]:g}{between}")
+    parts = [f"{kind}: {'; '.join(items)}." for kind, items in groups.items() if items]
     return " ".join([f"The paper, from {_range(layout, first, last)}.", *parts]) if parts else ""
 
 
@@ -192,38 +199,38 @@ def _range(layout: Layout, first: Place, last: Place) -> str:
     return f"{series.axis} {labels[0]} to {labels[1]}"
 
 
-def _noise(one: Cell, other: Cell, pooled: float | None) -> float | None:
+def _noise(first: Cell, other: Cell, pooled: float | None) -> float | None:
     """The standard error of the difference of two means: over seeds where their spread is known, else over blocks."""
     if pooled is not None:
-        return pooled * math.sqrt(1 / one.seeds + 1 / other.seeds)
-    return None if one.error is None or other.error is None else math.hypot(one.error, other.error)
+        return pooled * math.sqrt(1 / first.seeds + 1 / other.seeds)
+    return None if first.error is None or other.error is None else math.hypot(first.error, other.error)
 
 
 def noise_words(results: SweepResults) -> str:
-    """What ± and noise mean in this sweep."""
+    """The meaning of ± and of the noise in this sweep."""
     counts = {
         len({point.seed for point in results.of_variant(v)}) for family in results.families for v in family.variants
     }
     if max(counts) > 1:
         return (
-            f"± is the standard deviation over {max(counts)} seeds. A change is called clear where it exceeds twice "
-            "the standard error of the difference of two means, from the deviation that the variants of its line share."
+            f"± is the standard deviation over {max(counts)} seeds. A change is clear if it exceeds twice "
+            "the standard error of the difference of two means, from the deviation pooled over the variants of its line."
         )
     return (
-        "There is one seed, so no spread over seeds is known. A change is called clear where it exceeds twice the "
-        "standard error over blocks of text, which is less than what another seed would change."
+        "There is one seed, so the spread over seeds is unknown. A change is clear if it exceeds twice the "
+        "standard error over blocks of text, which is smaller than the effect of another seed."
     )
 
 
-def standing(results: SweepResults) -> list[str]:
-    """How many points are finished, which are not and why not, and what is damaged: a line for each reason."""
+def status_lines(results: SweepResults) -> list[str]:
+    """The number of finished points, then one line per reason for unfinished or damaged points."""
     lines = [f"{len(results.with_status(FINISHED))} of {len(results.points)} points are finished."]
-    for status, words in PROBLEMS.items():
+    for status, text in PROBLEMS.items():
         points = results.with_status(status)
         for reason, is_unread in dict.fromkeys((point.reason, point.is_unread) for point in points):
             names = [point.name for point in points if point.reason == reason]
             remedy = AGAIN if is_unread else REMEDIES.get(status, "")
-            lines.append(f"{words}: {', '.join(names)}. {reason} {remedy}".rstrip())
+            lines.append(f"{text}: {', '.join(names)}. {reason} {remedy}".rstrip())
     for word, notes, remedy in (("Damaged", "notes", ANEW), ("Not read", "unread", AGAIN)):
         for note in dict.fromkeys(note for point in results.points for note in getattr(point, notes)):
             names = [point.name for point in results.points if note in getattr(point, notes)]
@@ -231,8 +238,8 @@ def standing(results: SweepResults) -> list[str]:
     return lines
 
 
-def titled(layout: Layout) -> str:
-    """A family's name with what varies in it."""
+def family_title(layout: Layout) -> str:
+    """A family's name with the settings that vary in it."""
     if layout.axis.setting is None:
         return layout.family.name
     return f"{layout.family.name}: {', '.join(axis_label(axis) for axis in layout.axes)}"

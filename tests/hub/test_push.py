@@ -186,7 +186,7 @@ def test_a_model_that_is_not_what_was_trained_is_not_pushed(published: Published
         weights.write_bytes(content)
     done = command("push", point, "--to", "ada/other", "--dry-run", "--out", tmp_path / "out")
     assert done.exit_code == 2
-    assert ("tokenizer.json is missing" if fault == "gone" else "model.safetensors is not what was") in done.output
+    assert ("tokenizer.json is missing" if fault == "gone" else "model.safetensors has changed since") in done.output
     (point / "checksums.json").unlink()  # changed on purpose
     done = command("push", point, "--to", "ada/other", "--dry-run", "--out", tmp_path / "out")
     assert done.exit_code == 0, done.output
@@ -310,7 +310,7 @@ def test_what_others_made_is_not_touched(published: Published, tmp_path: Path) -
     assert files["NOTES.md"].content == files["README.md"].content == b"of somebody else"
     assert "extra.model" not in files
     assert done.revisions[0].kept == ("README.md",)
-    with pytest.raises(HubError, match=r"changed there: README\.md.*--overwrite"):
+    with pytest.raises(HubError, match=r"changed on the Hub: README\.md.*--overwrite"):
         push(folder, "ada", license="mit", progress=False)
     push(folder, "ada", license="mit", overwrite=True, progress=False)
     files = published.hub.repository("ada/mine").files()
@@ -324,7 +324,7 @@ def test_a_repository_of_somebody_else_is_refused_as_a_whole(published: Publishe
     api.upload_file(path_or_fileobj=b"{}", path_in_repo="config.json", repo_id="ada/theirs")
     before = published.hub.repository("ada/theirs").head
     tiny_depthlm("dense").save_pretrained(tmp_path / "theirs")
-    with pytest.raises(HubError, match=r"did not make.*config\.json"):
+    with pytest.raises(HubError, match=r"no push made.*config\.json"):
         push(tmp_path / "theirs", "ada", progress=False)
     assert published.hub.repository("ada/theirs").head is before
 
@@ -372,7 +372,7 @@ def test_bad_input_is_one_message(
 def test_two_points_of_one_name_are_refused(tmp_path: Path) -> None:
     names = ["a/b", "a"]
     (tmp_path / "sweep.json").write_text(json.dumps({"name": "s", "points": [{"point": name} for name in names]}))
-    with pytest.raises(HubError, match="no name of a folder"):
+    with pytest.raises(HubError, match="not the name of a folder"):
         push(tmp_path, "ada", dry_run=tmp_path / "out", progress=False)
     with pytest.raises(SettingsError, match="--space"):
         push(tmp_path, "ada", space="no name", dry_run=tmp_path / "out", progress=False)

@@ -243,7 +243,7 @@ def test_a_commit_of_somebody_else_in_between_is_not_written_over(
         (lambda hub: hub.set_role("ada", "lab", "read"), "may only read"),
         (lambda hub: os.environ.update(HF_TOKEN=hub.add_token("ada", role="read")), "may only read"),
         (lambda hub: os.environ.pop("HF_TOKEN"), "no token"),
-        (lambda hub: os.environ.update(HF_TOKEN=f"{hub.token} {hub.token}"), "characters that no token has"),
+        (lambda hub: os.environ.update(HF_TOKEN=f"{hub.token} {hub.token}"), "has invalid characters"),
     ],
 )
 def test_a_token_that_may_not_push_is_one_message_at_once(

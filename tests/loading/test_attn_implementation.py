@@ -40,8 +40,8 @@ def name_attention(folder: Path, name: Any, key: str = "attn_implementation") ->
         ("flash_attention_3", "does not run on a CPU"),
         ({"": "flash_attention_2"}, "does not run on a CPU"),
         ("flex_attention", "has no derivatives on a CPU"),
-        ("paged|eager", "is for serving many requests"),
-        ("someone/kernel", "is code from a repository of its own"),
+        ("paged|eager", "serves many requests"),
+        ("someone/kernel", "is code from another repository"),
     ],
 )
 def test_another_attention_is_taken_and_said(name: Any, why: str, key: str, folder: Path) -> None:
@@ -78,9 +78,11 @@ def test_an_attention_that_the_user_has_registered_can_be_asked_for(folder: Path
 
 
 def test_what_is_no_attention_is_refused_with_what_there_is(folder: Path) -> None:
-    with pytest.raises(SettingsError, match=r"'nonsense' is no attention implementation; choose from eager, .*sdpa"):
+    with pytest.raises(
+        SettingsError, match=r"'nonsense' is not an attention implementation; choose from eager, .*sdpa"
+    ):
         load_model(str(folder), attn_implementation="nonsense")
-    with pytest.raises(ModelLoadError, match=r"'flash_attention_2' does not run on a CPU. Take one of eager, sdpa"):
+    with pytest.raises(ModelLoadError, match=r"'flash_attention_2' does not run on a CPU. Choose from eager, sdpa"):
         load_model(str(folder), device="cpu", attn_implementation="flash_attention_2")
     name_attention(folder, "nonsense")
     with pytest.raises(ModelLoadError, match="--attn-implementation"):
@@ -97,7 +99,7 @@ def test_what_is_no_attention_ends_a_command(command: str, folder: Path) -> None
     out = [str(folder.parent / "out")] if command == "convert" else []
     told = CliRunner().invoke(app, [command, str(folder), *out, "--attn-implementation", "nonsense"])
     assert told.exit_code == 2
-    assert "is no attention implementation" in " ".join(told.output.split())
+    assert "is not an attention implementation" in " ".join(told.output.split())
 
 
 def test_every_command_that_loads_a_model_has_the_option() -> None:

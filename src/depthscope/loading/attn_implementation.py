@@ -27,7 +27,9 @@ def require_attn_implementation(name: str | None, device: torch.device | None, d
     if name is None:
         return
     if name not in _implementations():
-        raise SettingsError(f"{name!r} is no attention implementation; choose from {', '.join(_implementations())}.")
+        raise SettingsError(
+            f"{name!r} is not an attention implementation; choose from {', '.join(_implementations())}."
+        )
     if reason := _obstacle(name, device, dtype):
         raise ModelLoadError(
             f"The attention implementation {name!r} {reason}. Choose from {', '.join(_available(device, dtype))}."
@@ -61,12 +63,12 @@ def choose_attn_implementation(
         if not isinstance(name, str) or ("/" in name and trust_remote_code):
             continue
         if "/" in name:
-            reasons[name] = "is code from another repository, which is not run unless you trust it"
+            reasons[name] = "is code from another repository and is not run unless you trust it"
         elif reason := _obstacle(name, device, dtype):
             reasons[name] = reason
         elif name not in _implementations():
             raise ModelLoadError(
-                f"config.json names {name!r}, which is no attention implementation. Choose one with "
+                f"config.json names {name!r}, which is not an attention implementation. Choose one with "
                 f"--attn-implementation (in Python: attn_implementation=): {', '.join(_available(device, dtype))}."
             )
         if name in reasons:
@@ -90,7 +92,7 @@ def _obstacle(name: str, device: torch.device | None, dtype: Any) -> str | None:
     """Why an implementation does not run here; None if it runs."""
     on_cpu = device.type == "cpu" if device is not None else not torch.cuda.is_available()
     if name.startswith(PAGED):
-        return "serves many requests at a time and does no plain forward pass"
+        return "serves many requests at a time and cannot do a plain forward pass"
     if name.startswith(FLASH):
         installed = getattr(transformers.utils, f"is_flash_attn_{name.removeprefix(FLASH)}_available", None)
         if on_cpu:

@@ -214,7 +214,8 @@ def noise_words(results: SweepResults) -> str:
     if max(counts) > 1:
         return (
             f"± is the standard deviation over {max(counts)} seeds. A change is clear if it exceeds twice "
-            "the standard error of the difference of two means, from the deviation pooled over the variants of its line."
+            "the standard error of the difference of two means, from the deviation pooled over the variants "
+            "of its line."
         )
     return (
         "There is one seed, so the spread over seeds is unknown. A change is clear if it exceeds twice the "

@@ -18,7 +18,7 @@ from depthscope.errors import SettingsError
 from depthscope.models import model_size
 from depthscope.recipes import Recipe
 from depthscope.recipes.evidence import PAPER, SMALL_MODELS
-from depthscope.recipes.shown import recipe_markdown
+from depthscope.recipes.tables import recipe_markdown
 from depthscope.recipes.write import write_recipe
 from depthscope.sweep.cost.plan import plan
 from depthscope.sweep.grid import Grid, expand
@@ -269,7 +269,7 @@ def test_layernorm_scaling_is_a_step_of_its_own_and_warns_beside_an_initialisati
     [
         ({}, "needs one budget"),
         ({"tokens": 1e6, "flops": 1e15}, "needs one budget"),
-        ({"tokens": 1000}, "a training needs 128,000 at least"),
+        ({"tokens": 1000}, "a training needs at least 128,000"),
         ({"tokens": float("nan")}, "tokens is nan; give a finite number"),
         ({"flops": float("inf")}, "flops is inf; give a finite number"),
         ({"gpu_hours": -float("inf")}, "gpu_hours is -inf; give a finite number"),
@@ -277,7 +277,7 @@ def test_layernorm_scaling_is_a_step_of_its_own_and_warns_beside_an_initialisati
         ({"tokens": 1e6, "layers": 0}, "layers is 0"),
         ({"tokens": 1e6, "width": 1009}, "cannot be split into heads"),
         ({"tokens": 1e6, "heads": 15}, "heads is 15, which does not divide the width"),
-        ({"tokens": 1e6, "heads": 32, "head_multiple": 3}, "no multiple of head_multiple"),
+        ({"tokens": 1e6, "heads": 32, "head_multiple": 3}, "not a multiple of head_multiple"),
         ({"tokens": 1e6, "heads": 64}, "an even number"),
         ({"tokens": 1e6, "memory": 1e-5}, "give more gpus or memory"),
         ({"tokens": 1e6, "gpus": 1000}, "a step has"),
@@ -310,7 +310,7 @@ def test_absurd_amounts_are_refused_by_name(name: str, value: object) -> None:
 def test_a_budget_as_large_as_is_allowed_and_no_size_at_all_are_told_apart() -> None:
     assert recipe(**SMALL, tokens=9e18).training.steps > 1e13
     for too_much in ({"tokens": 1e19}, {"flops": 1e40}, {"gpu_hours": 1e30}):
-        with pytest.raises(SettingsError, match=f"^{next(iter(too_much))} is .* pays for .* tokens"):
+        with pytest.raises(SettingsError, match=f"^{next(iter(too_much))} is .* allows .* tokens"):
             recipe(**SMALL, **too_much)
     for missing in ({"layers": None}, {"width": None}, {"vocab_size": None}, {"gpus": None}, {"gpu": None}):
         with pytest.raises(SettingsError, match=f"^{next(iter(missing))} is "):
@@ -441,7 +441,7 @@ def test_the_command_refuses_what_cannot_be_with_one_message_and_code_2(tmp_path
         (["--width", "64"], "needs one budget"),
         (["--width", "1120", *budget, "--heads", "15"], "does not divide the width"),
         (["--width", "64", *budget, "--memory", "0.00001"], "give more gpus or memory"),
-        (["--width", "64", *budget, "--out", str(tmp_path / "file")], "cannot make the folder"),
+        (["--width", "64", *budget, "--out", str(tmp_path / "file")], "cannot create the folder"),
     ):
         run = CliRunner().invoke(app, ["recipe", "--layers", "4", *arguments])
         assert run.exit_code == 2

@@ -58,7 +58,7 @@ def recipe(
     """
     with errors_for_people():
         from depthscope.recipes import recipe as make_recipe
-        from depthscope.recipes.shown import print_recipe, recipe_markdown
+        from depthscope.recipes.tables import print_recipe, recipe_markdown
         from depthscope.recipes.write import write_recipe
 
         chosen = make_recipe(

@@ -94,7 +94,7 @@ def write_together(folder: Path, contents: Mapping[str, str | bytes]) -> list[Pa
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ReportError(f"cannot make the folder {str(folder)!r}: {reason(error)}.") from error
+        raise ReportError(f"cannot create the folder {str(folder)!r}: {reason(error)}.") from error
     try:
         with contextlib.ExitStack() as stack:
             places = {}

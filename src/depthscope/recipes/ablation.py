@@ -1,4 +1,4 @@
-"""The sweep that goes from the plain model to the recipe, one step at a time, as the paper's ablation does."""
+"""The sweep from the plain model to the recipe, one change at a time, as in the paper's ablation."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -15,25 +15,25 @@ from depthscope.wording.messages import counted
 
 __all__ = ["Step", "ablation_steps", "sweep_yaml"]
 
-STANDARD_LIBRARY_TOKENS = 5_000_000  # up to here Python's own source is text enough
+STANDARD_LIBRARY_TOKENS = 5_000_000  # up to this number Python's own source has enough text
 FINEWEB = "HuggingFaceFW/fineweb-edu"
 SAMPLES = ((9e9, "sample-10BT"), (9e10, "sample-100BT"), (3e11, "sample-350BT"))
 CHARACTERS_PER_ENTRY = 2000
 FIT_BLOCKS = 64
 FIT_TOKENS_PER_FEATURE = 4
-# What is the model's in every point, and so is not repeated in `model:`.
+# The settings that vary between steps; those that do not are in `model:` or `training:`.
 VARIED = ("sequence_length", "weight_decay", "num_key_value_heads", "num_experts", "intermediate_size", "norm_scaling")
 LINE = 120
 
 
 @dataclass(frozen=True)
 class Step:
-    """One model of the ablation: the one before it with something more.
+    """One model of the ablation: the previous model with one more change.
 
     Attributes:
-        name: of the point in the sweep.
-        settings: of all that the steps change.
-        note: what is new, with the paper's accuracy where it has it.
+        name: the name of the point in the sweep.
+        settings: the values of all settings that vary between steps.
+        note: what is new, with the paper's accuracy if the paper has this step.
     """
 
     name: str
@@ -42,10 +42,10 @@ class Step:
 
 
 def ablation_steps(request: Request, shape: Shape, training: Training) -> list[Step]:
-    """From the plain model of the same depth to the recipe; steps that would change nothing are left out.
+    """The steps from the plain model of the same depth to the recipe; steps that would change nothing are left out.
 
-    With experts in the recipe, the dense models before them have MLPs as wide as the experts that a token sees are
-    together, so that all have the same active parameters.
+    If the recipe has experts, the MLPs of the dense models before them are as wide as all experts of a token together,
+    so all models have the same number of active parameters.
     """
     experts = shape.experts
     settings: dict[str, Any] = {
@@ -78,7 +78,7 @@ def ablation_steps(request: Request, shape: Shape, training: Training) -> list[S
 
 
 def _without_constants(steps: list[Step]) -> list[Step]:
-    """Every step with those settings alone that differ between steps."""
+    """Every step with only the settings that differ between steps."""
     varied = [key for key in VARIED if any(step.settings[key] != steps[0].settings[key] for step in steps)]
     return [Step(step.name, {key: step.settings[key] for key in varied}, step.note) for step in steps]
 
@@ -105,19 +105,19 @@ def sweep_yaml(request: Request, shape: Shape, training: Training) -> str:
     }
     notes = "".join(f"#   {step.name:<11}{step.note}\n" for step in steps)
     head = (
-        "# The recipe's ablation: each model is the one before it with one thing more. In parentheses the accuracy\n"
-        "# that arXiv 2603.15389 reports for its own step. Three seeds tell differences from chance.\n"
+        "# The recipe's ablation: each model is the previous one with one more change. In parentheses: the accuracy\n"
+        "# that arXiv 2603.15389 reports for its own step. Use three seeds to separate differences from chance.\n"
         f"#\n{notes}#\n{_commands(request)}"
     )
     return head + "".join("\n" + _dump(key, value) for key, value in content.items() if value)
 
 
 def _commands(request: Request) -> str:
-    """What to do with the file, as comments; on the GPUs of the recipe, among which the steps can be shared."""
+    """The commands to run with the file, as comments, for the GPUs of the recipe."""
     kind = next(name for name, gpu in GPUS.items() if gpu == request.kind)
     options = f"--gpu {kind} --gpus {request.gpus} --utilisation {request.utilisation}"
     return (
-        "# What it costs:\n"
+        "# Estimate the cost:\n"
         f"#   depthscope sweep plan sweep.yaml {options}\n"
         "# Train and measure:\n"
         f"#   {launcher(request.gpus)}depthscope sweep run sweep.yaml\n"
@@ -125,13 +125,13 @@ def _commands(request: Request) -> str:
 
 
 def _dump(key: str, value: Any) -> str:
-    """One section; points and seeds stand on one line each."""
+    """One section as YAML; points and seeds are on one line each."""
     flow = None if key in ("grid", "seeds") else False
     return yaml.safe_dump({key: value}, sort_keys=False, default_flow_style=flow, width=2 * LINE, allow_unicode=True)
 
 
 def _plain(request: Request, shape: Shape, training: Training) -> dict[str, dict[str, Any]]:
-    """The settings that all steps share, if nothing varies."""
+    """All settings of the model and the training, as if none varied."""
     model = {key: value for key, value in model_fields(request, shape).items() if key != "moe_intermediate_size"}
     defaults = Training().model_dump()
     always = ("tokens", "sequence_length", "batch_tokens", "weight_decay", "learning_rate", "warmup_steps")
@@ -150,6 +150,6 @@ def _data(tokens: int) -> dict[str, str]:
 
 
 def _fit_blocks(request: Request, training: Training) -> int:
-    """Blocks to fit affine maps on: several tokens for each of their inputs."""
+    """The number of blocks to fit affine maps on: several tokens per input feature."""
     block = min(PLAIN_LENGTH, training.sequence_length)
     return max(FIT_BLOCKS, -(-FIT_TOKENS_PER_FEATURE * request.width // block))

@@ -1,4 +1,4 @@
-"""One attempt at a recipe: everything decided for a number of experts, with the evidence, and what it needs."""
+"""One attempt at a recipe: all choices for one number of experts, with the evidence and the memory that it needs."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -39,12 +39,12 @@ from depthscope.wording.numbers import format_count
 __all__ = ["Draft", "draft"]
 
 MOST_TOKENS = 2**63 - 1  # as a sweep file holds them
-COMPUTE_OPTIMAL = 20  # tokens a parameter, for dense models (Hoffmann et al. 2022, arXiv 2203.15556)
+COMPUTE_OPTIMAL = 20  # tokens per parameter, for dense models (Hoffmann et al. 2022, arXiv 2203.15556)
 
 
 @dataclass(frozen=True)
 class Draft:
-    """What was decided for one number of experts; `Recipe`, which adds cost and files, explains the fields."""
+    """All choices for one number of experts. `Recipe`, which adds cost and files, explains the fields."""
 
     request: Request
     shape: Shape
@@ -56,12 +56,12 @@ class Draft:
 
     @property
     def fits(self) -> bool:
-        """Whether a GPU has room for it."""
+        """Whether the memory of a GPU is large enough."""
         return _has_room(self.request, self.memory)
 
 
 def draft(request: Request, experts: Chosen[int | None]) -> Draft:
-    """Decide everything for one number of experts."""
+    """Make all choices for one number of experts."""
     heads = choose_heads(request)
     groups = choose_groups(request, heads.value)
     mlp = choose_mlp(request, experts.value)
@@ -74,7 +74,7 @@ def draft(request: Request, experts: Chosen[int | None]) -> Draft:
     if tokens > MOST_TOKENS:
         name = next(name for name in BUDGETS if getattr(request, name) is not None)
         raise SettingsError(
-            f"{name} is {getattr(request, name):g}, which pays for {tokens:.3g} tokens; give a budget of at most "
+            f"{name} is {getattr(request, name):g}, which allows {tokens:.3g} tokens; give a budget of at most "
             f"{MOST_TOKENS:.3g} tokens."
         )
     config = build_config(request, shape, length.value)
@@ -85,7 +85,7 @@ def draft(request: Request, experts: Chosen[int | None]) -> Draft:
     decay = choose_decay(request.layers, rate.value, steps)
     warmup = choose_warmup(steps)
 
-    wanted = Training(
+    base = Training(
         tokens=tokens,
         sequence_length=length.value,
         batch_tokens=batch.value,
@@ -94,7 +94,7 @@ def draft(request: Request, experts: Chosen[int | None]) -> Draft:
         weight_decay=decay.value,
         fsdp=request.gpus > 1,
     )
-    training, memory = _fit(request, config, wanted)
+    training, memory = _fit(request, config, base)
     norms = choose_norms(request)
     evidence = (
         _depth(request),
@@ -117,7 +117,7 @@ def draft(request: Request, experts: Chosen[int | None]) -> Draft:
 
 
 def _budget(request: Request, shape: Shape) -> Callable[[int], float]:
-    """How many tokens the budget pays for, by the length of the sequences."""
+    """A function from the sequence length to the number of tokens that the budget allows."""
 
     @cache
     def tokens_at(length: int) -> float:
@@ -130,16 +130,16 @@ def _budget(request: Request, shape: Shape) -> Callable[[int], float]:
     return tokens_at
 
 
-def _fit(request: Request, config: DepthLMConfig, wanted: Training) -> tuple[Training, float]:
-    """The largest micro-batch that there is memory for, with checkpointing only where there is none without.
+def _fit(request: Request, config: DepthLMConfig, base: Training) -> tuple[Training, float]:
+    """Choose the largest micro-batch that fits in memory; use gradient checkpointing only if nothing fits without it.
 
     Returns:
-        The training, and the bytes that a GPU holds: of the last attempt where none fits.
+        The training, and the bytes that a GPU holds; those of the last attempt if none fits.
     """
     for checkpointing in (False, True):
-        for micro in micro_batches(request, wanted.batch_tokens, wanted.sequence_length):
+        for micro in micro_batches(request, base.batch_tokens, base.sequence_length):
             update = {"micro_batch_size": micro, "gradient_checkpointing": checkpointing}
-            training = wanted.model_copy(update=update)
+            training = base.model_copy(update=update)
             memory = needed_memory(config, training, request.gpus, micro).total
             if _has_room(request, memory):
                 return training, memory
@@ -156,20 +156,20 @@ def _row(choice: str, value: str, chosen: Chosen) -> Evidence:
 
 def _depth(request: Request) -> Evidence:
     tested = request.layers in PAPER_DEPTHS
-    why = "as asked" if tested else "as asked; the paper trained 12, 16, 24 and 32"
+    why = "as requested" if tested else "as requested; the paper trained 12, 16, 24 and 32"
     return _row("depth", counted(request.layers, "layer"), Chosen(request.layers, why, tested))
 
 
 def _width(request: Request) -> Evidence:
     tested = request.width in PAPER_WIDTHS
-    return _row("width", f"{request.width:,}", Chosen(request.width, "as asked", tested))
+    return _row("width", f"{request.width:,}", Chosen(request.width, "as requested", tested))
 
 
 def _tokens(request: Request, tokens: int, size: ModelSize) -> Evidence:
-    source = "as asked" if request.tokens is not None else "what the budget pays for"
+    source = "as requested" if request.tokens is not None else "what the budget allows"
     ratio = tokens / size.active
-    shown = f"{ratio:,.0f}" if ratio >= 10 else f"{ratio:.2g}"
-    why = f"{source}: {shown} for each active parameter (dense models do best with about {COMPUTE_OPTIMAL})"
+    per_parameter = f"{ratio:,.0f}" if ratio >= 10 else f"{ratio:.2g}"
+    why = f"{source}: {per_parameter} per active parameter (dense models do best with about {COMPUTE_OPTIMAL})"
     return _row("tokens", format_count(tokens), Chosen(tokens, why, tokens == PAPER_TOKENS))
 
 

@@ -1,7 +1,7 @@
-"""What is known of each choice: what the paper reports, and what our own small models found.
+"""The evidence for each choice: the results of the paper, and those of our own small models.
 
-`PAPER` is arXiv 2603.15389, unless a text names another source. `SMALL_MODELS` is the one place where the findings of
-our own study stand; a choice without an entry was not compared there.
+`PAPER` is arXiv 2603.15389, unless a text names another source. `SMALL_MODELS` holds the findings of our own study; the
+study did not compare a choice that has no entry.
 """
 
 from dataclasses import dataclass
@@ -12,10 +12,10 @@ __all__ = ["PAPER", "SMALL_MODELS", "STUDY", "Evidence", "Finding"]
 
 @dataclass(frozen=True)
 class Finding:
-    """What our own study found of a choice.
+    """What our own study found about a choice.
 
     Attributes:
-        verdict: whether it speaks for the choice; "open" where the difference is within the noise.
+        verdict: whether the study supports the choice; "open" if the difference is within the noise.
         text: what was measured.
     """
 
@@ -25,15 +25,15 @@ class Finding:
 
 @dataclass(frozen=True)
 class Evidence:
-    """One row of a recipe: what was chosen, and why.
+    """One row of a recipe: a choice and the reason for it.
 
     Attributes:
-        choice: what is chosen.
-        value: the choice, for people.
-        why: the reason, in the case at hand.
+        choice: the name of the choice.
+        value: the chosen value, as text.
+        why: the reason for this value.
         tested: whether the paper trained a model with this value; if not, the choice is an extrapolation.
-        paper: what the paper reports of it, and where.
-        small: what our own small models found, if they were compared.
+        paper: the paper's results for the choice, and where they are in the paper.
+        small: the finding of our own study, if it compared this choice.
     """
 
     choice: str
@@ -44,11 +44,11 @@ class Evidence:
     small: Finding | None
 
 
-# Accuracy: the mean over downstream tasks in the recipe ablation, 32 layers if nothing else is said. Perplexity: the
-# sweeps over one setting, 16 layers.
+# Accuracy: the mean over downstream tasks in the recipe ablation, with 32 layers unless stated otherwise. Perplexity:
+# the sweeps over one setting, with 16 layers.
 PAPER: dict[str, str] = {
-    "depth": "accuracy 40.1 with 16 layers, 39.5 with 32, plain (recipe ablation); usefulness 1.00, .81, .63, .56 with "
-    "12, 16, 24, 32 (depth sweep)",
+    "depth": "accuracy 40.1 with 16 layers, 39.5 with 32, plain (recipe ablation); usefulness 1.00, .81, .63, .56 "
+    "with 12, 16, 24, 32 (depth sweep)",
     "width": "models of width 768, 1,120, 1,536 and 2,048",
     "tokens": "5 B of FineWeb-Edu",
     "sequence length": "accuracy 39.5, 40.0, 39.5 at T = 1,024, 4,096, 8,192 (recipe ablation); perplexity 18.51, "
@@ -59,9 +59,9 @@ PAPER: dict[str, str] = {
     "(GQA sweep)",
     "experts": "accuracy 42.1 dense, 44.1 with experts (recipe ablation); perplexity 14.52 for dense 1B, 13.82 for MoE "
     "7B/1B; 17.56 for dense 400M, 15.89 for MoE 2B/400M (MoE sweep)",
-    "MLP width": "4 times the width in dense 1B; 8 experts of the width for each token in the recipe's model",
+    "MLP width": "4 times the width in dense 1B; 8 experts per token, each as wide as the model, in the recipe's model",
     "heads": "12 or 16",
-    "norms": "Pre-LN with RMSNorm; LayerNorm Scaling is its predecessor's (arXiv 2502.05795) and not in the recipe",
+    "norms": "Pre-LN with RMSNorm; LayerNorm Scaling is from an earlier paper (arXiv 2502.05795) and not in the recipe",
     "initialisation": "normal(0, 0.02) at all widths",
     "batch": "256 sequences of 1,024 tokens (depth sweep)",
     "learning rate": "1e-3 with AdamW (0.9, 0.95) (depth sweep); the released files have 4e-4",
@@ -73,7 +73,7 @@ STUDY = "width 64, 16 layers, 2 M tokens of books, three seeds; the loss varies 
 
 SMALL_MODELS: dict[str, Finding] = {
     "depth": Finding(
-        "agree", "loss 4.216, 4.196, 4.215, 4.259 with 4, 8, 16, 32 layers, and every score of a layer falls"
+        "agree", "loss 4.216, 4.196, 4.215, 4.259 with 4, 8, 16, 32 layers, and every score per layer falls"
     ),
     "sequence length": Finding(
         "agree in part",
@@ -96,11 +96,11 @@ SMALL_MODELS: dict[str, Finding] = {
     ),
     "learning rate": Finding(
         "agree",
-        "narrow models take more: loss 5.441, 4.956, 4.788 at 1e-3, 3e-3, 1e-2 (width 64, .6 M tokens, one seed)",
+        "narrow models need more: loss 5.441, 4.956, 4.788 at 1e-3, 3e-3, 1e-2 (width 64, .6 M tokens, one seed)",
     ),
     "initialisation": Finding(
         "agree",
-        "in an earlier run (Python source, one seed) loss 3.639 at std 0.02, 3.619 at 0.113, and only then does "
-        "variance build up through depth",
+        "in an earlier run (Python source, one seed) loss 3.639 at std 0.02, 3.619 at 0.113; variance "
+        "grows with depth only at 0.113",
     ),
 }

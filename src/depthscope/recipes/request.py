@@ -1,4 +1,4 @@
-"""What a recipe is asked for: depth, width, a budget, and what may not be."""
+"""The request for a recipe: depth, width, a budget and constraints."""
 
 import math
 from dataclasses import dataclass
@@ -12,11 +12,11 @@ from depthscope.wording.numeric import require_number, require_whole
 __all__ = ["BUDGETS", "GB", "Request", "power_of_two"]
 
 BUDGETS = ("tokens", "flops", "gpu_hours")
-MOST = 1e40  # of a budget or of memory: all computers together do not come near it
+MOST = 1e40  # the largest budget or memory; far more than exists
 SHORTEST = 16  # tokens in a sequence
 NARROWEST = 16
 GB = 1e9
-# The least and the most of whole numbers; a report and a sweep hold as many layers.
+# The lowest and the highest allowed value of each whole number; the limit on layers is that of reports and sweeps.
 WHOLE = {
     "layers": (1, 10_000),
     "width": (NARROWEST, 2**20),
@@ -31,7 +31,7 @@ OPTIONAL = ("heads", "max_length")
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """What is asked for; `depthscope.recipe` explains the fields.
+    """The request; `depthscope.recipe` explains the fields.
 
     Raises:
         SettingsError: a value is out of range, or there is not exactly one budget.
@@ -56,19 +56,20 @@ class Request:
 
     def __post_init__(self) -> None:
         self._check_ranges()
-        # Both refuse what they do not know before anything is built.
+        # Refuse an unknown GPU and an impossible number of GPUs before anything is built.
         find_gpu(self.gpu)
         launcher(self.gpus)
-        given = [name for name in BUDGETS if getattr(self, name) is not None]
-        if len(given) != 1:
-            said = f"{' and '.join(given)} are given" if given else "none is given"
+        budgets = [name for name in BUDGETS if getattr(self, name) is not None]
+        if len(budgets) != 1:
+            problem = f"{' and '.join(budgets)} are given" if budgets else "none is given"
             raise SettingsError(
-                f"A recipe needs one budget: tokens, flops or gpu_hours ({said}). The paper's models saw 5e9 tokens."
+                f"A recipe needs one budget: tokens, flops or gpu_hours ({problem}). The paper's models were trained "
+                "on 5e9 tokens."
             )
         if self.heads is not None and self.width % self.heads:
             raise SettingsError(
                 f"heads is {self.heads}, which does not divide the width, {self.width}: give one of "
-                f"{self._divisors()}, or none to have it chosen."
+                f"{self._divisors()}, or leave heads out and it is chosen for you."
             )
         if self.heads is not None and (self.width // self.heads) % 2:
             raise SettingsError(
@@ -77,7 +78,7 @@ class Request:
             )
         if self.heads is not None and self.heads % self.head_multiple:
             raise SettingsError(
-                f"heads is {self.heads}, no multiple of head_multiple, {self.head_multiple}: change one of them."
+                f"heads is {self.heads}, which is not a multiple of head_multiple, {self.head_multiple}: change one."
             )
         if self.norm_scaling not in NORM_SCALINGS:
             raise SettingsError(f"norm_scaling is {self.norm_scaling!r}; give {' or '.join(map(repr, NORM_SCALINGS))}.")
@@ -89,12 +90,12 @@ class Request:
 
     @property
     def kind(self) -> Gpu:
-        """The kind of GPU."""
+        """The type of GPU."""
         return find_gpu(self.gpu)
 
     @property
     def flops_an_hour(self) -> float:
-        """Operations that one GPU does in an hour of training."""
+        """Floating-point operations that one GPU does in an hour of training."""
         return HOUR * self.kind.peak * self.utilisation
 
     def _check_ranges(self) -> None:
@@ -109,10 +110,10 @@ class Request:
 
     def _divisors(self) -> str:
         """The numbers of heads that divide the width into an even number of features each, at most 16 of them."""
-        found = [n for n in range(1, self.width // 2 + 1) if self.width % n == 0 and (self.width // n) % 2 == 0]
-        return ", ".join(map(str, found[-16:])) or "an even width"
+        divisors = [n for n in range(1, self.width // 2 + 1) if self.width % n == 0 and (self.width // n) % 2 == 0]
+        return ", ".join(map(str, divisors[-16:])) or "an even width"
 
 
 def power_of_two(number: float) -> int:
-    """The largest power of two that is not above a number; 0 below 1."""
+    """The largest power of two that is at most `number`; 0 if `number` is below 1."""
     return 0 if number < 1 else 2 ** (int(number).bit_length() - 1)

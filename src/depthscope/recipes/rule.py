@@ -1,4 +1,4 @@
-"""`depthscope.recipe`: the paper's rule of thumb for deep models, for a shape and a budget of one's own."""
+"""`depthscope.recipe`: the paper's rule of thumb for deep models, for your own shape and budget."""
 
 import json
 from dataclasses import dataclass
@@ -22,16 +22,16 @@ __all__ = ["Recipe", "recipe"]
 
 @dataclass(frozen=True)
 class Recipe(Draft):
-    """A model, its training, and why: the draft that was chosen, with its cost and its files.
+    """A model, its training and the reasons: the chosen draft, with its cost and its files.
 
     Attributes:
-        request: what was asked for.
+        request: the request.
         shape: heads, groups, experts, widths.
         config: the model's configuration, ready for `DepthLMForCausalLM`.
-        training: the training, in the words of a sweep file.
+        training: the training, with the settings of a sweep file.
         evidence: a row for each choice.
         size: parameters and FLOPs.
-        memory: bytes that each GPU holds at the most (estimated).
+        memory: the largest number of bytes that each GPU holds (estimated).
     """
 
     @property
@@ -41,7 +41,7 @@ class Recipe(Draft):
 
     @property
     def gpu_hours(self) -> float:
-        """Hours of one GPU of the request's kind, at its utilisation."""
+        """Hours on one GPU of the requested type, at the requested utilisation."""
         return self.flops / self.request.flops_an_hour
 
     @property
@@ -51,18 +51,18 @@ class Recipe(Draft):
 
     @property
     def warnings(self) -> list[str]:
-        """What speaks against the combination that was asked for."""
+        """The problems of the requested combination."""
         warnings = []
         if self.config.norm_scaling == "depth" and self.config.depth_scaled_init:
             warnings.append(
-                "LayerNorm Scaling loses its effect beside an initialisation that shrinks with depth (arXiv "
+                "LayerNorm Scaling loses its effect if the initialisation also shrinks with depth (arXiv "
                 "2502.05795): leave depth_scaled_init out."
             )
         gpu = self.request.kind
         if self.request.memory is None and self.memory > ROOM * gpu.memory:
             warnings.append(
-                f"One {gpu.name} has {gpu.memory / GB:.0f} GB: give gpus, to share the "
-                "model among them, or memory, to have smaller micro-batches and fewer experts."
+                f"One {gpu.name} has {gpu.memory / GB:.0f} GB, which is too little. Give gpus to share the model "
+                "among several GPUs, or give memory to get smaller micro-batches and fewer experts."
             )
         return warnings
 
@@ -72,28 +72,28 @@ class Recipe(Draft):
         return ablation_steps(self.request, self.shape, self.training)
 
     def training_fields(self) -> dict[str, Any]:
-        """The fields of `TrainingArguments` that differ from its defaults, but for the folder."""
+        """The fields of `TrainingArguments` that differ from its defaults, without the folder."""
         return {**trainer_fields(self.training, self.request.gpus), "bf16": True}
 
     def training_arguments(self, output_dir: str, **changes: Any) -> TrainingArguments:
         """The arguments for transformers' Trainer, on this machine.
 
-        Without an accelerator they ask for the CPU, and for bfloat16 only where the processor computes it faster.
+        Without an accelerator they select the CPU, and bfloat16 only if the processor computes it faster.
 
         Args:
             output_dir: the Trainer's folder.
-            changes: other fields of `TrainingArguments`, over those of the recipe.
+            changes: other fields of `TrainingArguments`, which replace those of the recipe.
         """
         accelerated = torch.cuda.is_available() or torch.backends.mps.is_available()
-        here: dict[str, Any] = {"bf16": choose_precision("auto") == "bfloat16", "use_cpu": not accelerated}
-        return TrainingArguments(output_dir=output_dir, **{**self.training_fields(), **here, **changes})
+        device: dict[str, Any] = {"bf16": choose_precision("auto") == "bfloat16", "use_cpu": not accelerated}
+        return TrainingArguments(output_dir=output_dir, **{**self.training_fields(), **device, **changes})
 
     def training_json(self, output_dir: str = "run") -> str:
         """The training arguments as JSON, for `HfArgumentParser(TrainingArguments).parse_json_file`."""
         return json.dumps({"output_dir": output_dir, **self.training_fields()}, indent=1) + "\n"
 
     def sweep_yaml(self) -> str:
-        """A sweep file that goes from the plain model of the same depth to the recipe, step by step."""
+        """A sweep file with the steps from the plain model of the same depth to the recipe."""
         return sweep_yaml(self.request, self.shape, self.training)
 
 
@@ -116,31 +116,31 @@ def recipe(
     norm_scaling: str = "none",
     depth_scaled_init: bool = False,
 ) -> Recipe:
-    """The paper's rule of thumb: long sequences, more weight decay, grouped queries and experts, for this shape.
+    """Apply the paper's rule of thumb to a shape: long sequences, more weight decay, grouped queries and experts.
 
-    Source: the recipe ablation and the sweeps of arXiv 2603.15389. What the paper did not test is marked as an
-    extrapolation (`Recipe.extrapolated`).
+    Source: the recipe ablation and the sweeps of arXiv 2603.15389. Values that the paper did not test are marked as
+    extrapolations (`Recipe.extrapolated`).
 
     Args:
         layers: decoder layers, L.
         width: hidden size, d.
-        tokens: the budget, in tokens; or
-        flops: in floating-point operations; or
-        gpu_hours: in hours of one GPU of the kind `gpu`.
-        gpu: the kind of GPU.
-        gpus: how many share the training.
+        tokens: the budget in tokens. Give exactly one of `tokens`, `flops` and `gpu_hours`.
+        flops: the budget in floating-point operations.
+        gpu_hours: the budget in hours of one GPU of the type `gpu`.
+        gpu: the type of GPU.
+        gpus: the number of GPUs that share the training.
         utilisation: the share of the peak that training reaches.
-        memory: GB that each GPU has, of which a tenth stays free; unlimited where nothing is given.
-        heads: attention heads; chosen by the width where nothing is given.
+        memory: GB of memory per GPU, of which a tenth stays free; None is unlimited.
+        heads: attention heads; None chooses by the width.
         head_multiple: heads and key/value heads are multiples of this, for tensor parallelism.
-        dense: no experts.
+        dense: build a model without experts.
         max_length: the longest sequence allowed, in tokens.
         vocab_size: entries of the tokenizer.
         norm_scaling: "depth" adds LayerNorm Scaling, which is not in the paper's recipe.
-        depth_scaled_init: shrink the initialisation of what writes to the stream with depth.
+        depth_scaled_init: shrink the initialisation of the projections that write to the residual stream with depth.
 
     Raises:
-        SettingsError: a value is not allowed, or the constraints leave no model; the message says which.
+        SettingsError: a value is not allowed, or no model meets the constraints; the message names the cause.
     """
     request = Request(
         layers=layers,
@@ -164,17 +164,17 @@ def recipe(
 
 
 def _largest_that_fits(request: Request) -> Recipe:
-    """With the paper's experts, else with fewer, else without.
+    """The recipe with as many experts as fit: the paper's number, or fewer, or none.
 
     Raises:
         SettingsError: not even a dense model fits.
     """
     for experts in possible_experts(request):
-        made = draft(request, experts)
-        if made.fits:
-            return Recipe(**vars(made))
+        candidate = draft(request, experts)
+        if candidate.fits:
+            return Recipe(**vars(candidate))
     raise SettingsError(
         f"Even a dense model with {counted(request.layers, 'layer')} of width {request.width} needs "
-        f"{made.memory / GB:.3g} GB on each of {counted(request.gpus, 'GPU')}, and memory is {request.memory:g} GB: "
-        "give more gpus or memory, or fewer layers or a smaller width."
+        f"{candidate.memory / GB:.3g} GB on each of {counted(request.gpus, 'GPU')}, but memory is "
+        f"{request.memory:g} GB: give more gpus or memory, or fewer layers or a smaller width."
     )

@@ -1,4 +1,4 @@
-"""The training: how many tokens, in sequences of what length, in what batches, with what learning rate and decay."""
+"""The training: the number of tokens, sequence length, batch size, learning rate and weight decay."""
 
 import math
 from collections.abc import Callable
@@ -37,11 +37,11 @@ DEEP_DECAY = 0.3
 
 
 def choose_length(request: Request, tokens_at: Callable[[int], float]) -> Chosen[int]:
-    """The paper's 4,096 tokens, or what the cap and the budget leave of them.
+    """The paper's 4,096 tokens, or fewer if `max_length` or the budget requires it.
 
     Args:
-        request: what is asked for.
-        tokens_at: how many tokens the budget pays for in sequences of a length.
+        request: the request.
+        tokens_at: gives the number of tokens that the budget allows at a sequence length.
 
     Raises:
         SettingsError: the budget is too small for the shortest sequences.
@@ -53,7 +53,7 @@ def choose_length(request: Request, tokens_at: Callable[[int], float]) -> Chosen
         if length < SHORTEST:
             least = FEWEST_STEPS * FEWEST_SEQUENCES * SHORTEST
             raise SettingsError(
-                f"The budget pays for {tokens_at(SHORTEST):,.0f} tokens; a training needs {least:,} at least "
+                f"The budget allows {tokens_at(SHORTEST):,.0f} tokens, but a training needs at least {least:,} "
                 f"({FEWEST_STEPS:,} steps of {FEWEST_SEQUENCES} sequences of {SHORTEST} tokens)."
             )
     if length == LENGTH:
@@ -61,68 +61,68 @@ def choose_length(request: Request, tokens_at: Callable[[int], float]) -> Chosen
     elif length == cap:
         why = f"the longest power of two within max_length, {request.max_length:,}"
     else:
-        why = f"longer would leave fewer than {FEWEST_STEPS:,} steps of {FEWEST_SEQUENCES} sequences"
+        why = f"longer sequences would leave fewer than {FEWEST_STEPS:,} steps of {FEWEST_SEQUENCES} sequences"
     return Chosen(length, why, length in PAPER_LENGTHS)
 
 
 def choose_batch(request: Request, tokens: int, length: int) -> Chosen[int]:
-    """Tokens in an optimiser step: the paper's, or fewer where it would be too few steps.
+    """Tokens per optimiser step: the paper's number, or fewer if the training would have too few steps.
 
     Raises:
         SettingsError: there are more GPUs than sequences.
     """
-    wanted = min(BATCH, power_of_two(tokens / FEWEST_STEPS))
-    sequences = wanted // length
+    target = min(BATCH, power_of_two(tokens / FEWEST_STEPS))
+    sequences = target // length
     if request.gpus > sequences:
         raise SettingsError(
             f"gpus is {request.gpus}, but a step has {sequences} sequences of {length:,} tokens: give {sequences} or "
             "fewer, or a smaller max_length."
         )
     batch = sequences // request.gpus * request.gpus * length
-    if wanted == BATCH:
-        why = "as many tokens as the paper's 256 sequences of 1,024"
+    if target == BATCH:
+        why = "as many tokens as 256 sequences of 1,024, as in the paper"
     else:
-        why = f"fewer than the paper's {BATCH:,}, to have {FEWEST_STEPS:,} steps"
-    if batch < wanted:
+        why = f"fewer than the paper's {BATCH:,}, so that there are {FEWEST_STEPS:,} steps"
+    if batch < target:
         why += f"; a multiple of {request.gpus} sequences, one for each GPU"
     return Chosen(batch, why, batch == BATCH)
 
 
 def micro_batches(request: Request, batch: int, length: int) -> list[int]:
-    """Sequences in a forward pass of one GPU: what divides its share and has at most 16,384 tokens, the most first."""
+    """Possible micro-batches in sequences, largest first: divisors of a GPU's share with at most 16,384 tokens."""
     share = batch // length // request.gpus
     most = max(1, MICRO_TOKENS // length)
     return [n for n in range(min(share, most), 0, -1) if share % n == 0]
 
 
 def choose_learning_rate(width: int) -> Chosen[float]:
-    """The paper's at its widths; higher for narrow models, up to what our small models train best with."""
+    """The paper's learning rate at its widths; higher for narrow models, up to the best of our small models."""
     if width >= WIDE:
-        why = "the depth sweep's" if width == 2048 else "the depth sweep's, at width 2,048"
+        why = "as in the depth sweep" if width == 2048 else "as in the depth sweep, at width 2,048"
         return Chosen(WIDE_RATE, why, width == 2048)
     share = math.log(WIDE / max(width, NARROW)) / math.log(WIDE / NARROW)
     rate = float(f"{WIDE_RATE * (NARROW_RATE / WIDE_RATE) ** share:.2g}")
-    return Chosen(rate, "narrow models take more: 1e-2 at width 64 (ours), 1e-3 from 1,024 on (paper)", False)
+    return Chosen(rate, "narrow models need more: 1e-2 at width 64 (ours), 1e-3 from 1,024 on (paper)", False)
 
 
 def choose_warmup(steps: int) -> Chosen[int]:
-    """The paper's steps, at most a tenth of the training."""
+    """The paper's number of warm-up steps, but at most a tenth of the training."""
     if steps // 10 >= WARMUP:
-        return Chosen(WARMUP, "the paper's", True)
+        return Chosen(WARMUP, "as in the paper", True)
     return Chosen(steps // 10, "a tenth of the training, which is shorter than the paper's", False)
 
 
 def choose_decay(layers: int, rate: float, steps: int) -> Chosen[float]:
-    """0.1 for shallow and 0.3 for deep models: the best at the nearest depth at which the paper varied it."""
+    """0.1 for shallow and 0.3 for deep models: the best value at the nearest depth at which the paper varied it."""
     deep = layers >= (SHALLOW + DEEP) / 2
     decay, nearest = (DEEP_DECAY, DEEP) if deep else (PLAIN_DECAY, SHALLOW)
     best = "0.1, 0.3, 0.6 and 1 at 32 layers and T = 4,096" if deep else "0, 0.01, 0.1, 1 and 3 at 16 layers"
     why = f"the best of {best}"
     if layers != nearest:
-        why += ", the nearest depth that was tried"
+        why += ", the nearest depth that the paper tested"
     if not deep:
-        why += " (0.3 was tried at 32 only)"
-    # The time in which AdamW forgets a weight, at the peak of the learning rate.
+        why += " (0.3 was tested at 32 layers only)"
+    # The number of steps in which decay removes a weight's old value, at the peak of the learning rate.
     time = 1 / (rate * decay)
-    why += f"; weights are forgotten in {time:,.0f} steps, {time / steps:.0%} of the training"
+    why += f"; time scale of the decay: {time:,.0f} steps, {time / steps:.0%} of the training"
     return Chosen(decay, why, layers == nearest)

@@ -30,7 +30,7 @@ PAPER_WIDTHS = (768, 1120, 1536, 2048)
 PAPER_GROUPS = (1, 2, 4, 16)
 MOST_GROUPED = 16
 TOP_K = 8
-# From the paper's to fewer, for less memory; the width of one expert and the number that a token sees stay.
+# The paper's number, then fewer for less memory; the width of an expert and the experts per token stay the same.
 EXPERT_COUNTS = (64, 32, 16)
 DENSE_RATIO = 4
 # Grouped matrix products need rows of a multiple of 16 bytes, which is 8 features in bfloat16.
@@ -44,7 +44,7 @@ NARROW = 1120
 
 @dataclass(frozen=True)
 class Chosen(Generic[T]):
-    """A choice with its reason, and whether the paper tested it."""
+    """A chosen value, the reason for it, and whether the paper tested it."""
 
     value: T
     why: str
@@ -52,15 +52,15 @@ class Chosen(Generic[T]):
 
 
 def choose_heads(request: Request) -> Chosen[int]:
-    """Heads as wide as the paper's, as near as the width allows.
+    """The number of heads whose width is nearest to that of the paper's heads.
 
     Raises:
-        SettingsError: the width has no divisor that will do.
+        SettingsError: the width has no suitable divisor.
     """
     width, multiple = request.width, request.head_multiple
     if request.heads is not None:
-        return Chosen(request.heads, f"as asked: {width // request.heads} features each", False)
-    wanted = min(64 if width <= NARROW else 128, max(NARROWEST_HEAD, width // 4))
+        return Chosen(request.heads, f"as requested: {width // request.heads} features each", False)
+    target = min(64 if width <= NARROW else 128, max(NARROWEST_HEAD, width // 4))
     possible = [
         n
         for n in range(1, width // NARROWEST_HEAD + 1)
@@ -73,21 +73,19 @@ def choose_heads(request: Request) -> Chosen[int]:
             f"width is {width}, which cannot be split into heads of {NARROWEST_HEAD} to {WIDEST_HEAD} features (an "
             f"even number{also}): give a multiple of {step}, such as {max(1, round(width / step)) * step}."
         )
-    heads = min(possible, key=lambda n: (_group(n, multiple) == 1, abs(math.log(width / n / wanted)), n))
+    heads = min(possible, key=lambda n: (_group(n, multiple) == 1, abs(math.log(width / n / target)), n))
     tested = (width, heads) in ((768, 12), (1120, 16), (1536, 12), (2048, 16))
     return Chosen(heads, f"{width // heads} features each; the paper's have 64, 70 or 128", tested)
 
 
 def choose_groups(request: Request, heads: int) -> Chosen[int]:
-    """How many heads share keys and values: two, or the next number that divides the heads."""
+    """The number of heads that share keys and values: two, or the next number that divides the heads."""
     group = _group(heads, request.head_multiple)
     tested = group in PAPER_GROUPS
     if group == 2:
-        why = "the recipe's; the sweep at 16 layers found hardly a difference between 1, 4 and 16"
+        why = "as in the recipe; in the paper's sweep at 16 layers, 1, 4 and 16 hardly differ"
     elif group > 1:
-        why = (
-            f"{heads} heads cannot be paired" + _for_split(request) + f"; {group} is the smallest group that they allow"
-        )
+        why = f"{heads} heads cannot be paired" + _for_split(request) + f"; {group} is the smallest possible group"
     else:
         why = f"{heads} heads have no group of 2 to {MOST_GROUPED}" + _for_split(request) + ": multi-head attention"
     return Chosen(group, why, tested)
@@ -98,26 +96,26 @@ def _for_split(request: Request) -> str:
 
 
 def _group(heads: int, multiple: int) -> int:
-    """The smallest group of two or more heads; 1 where there is none."""
+    """The smallest group of two or more heads; 1 if there is none."""
     return next((g for g in range(2, MOST_GROUPED + 1) if heads % g == 0 and (heads // g) % multiple == 0), 1)
 
 
 def possible_experts(request: Request) -> Iterator[Chosen[int | None]]:
-    """The numbers of experts to try, from the paper's 64 down to none, as far as memory asks for less."""
+    """The numbers of experts to try, from the paper's 64 down to none, which need less and less memory."""
     if request.dense:
-        yield Chosen(None, "a dense model, as asked; the paper gains most by this step", True)
+        yield Chosen(None, "a dense model, as requested; experts are the step with the largest gain in the paper", True)
     elif request.width % EXPERT_MULTIPLE:
         below = request.width // EXPERT_MULTIPLE * EXPERT_MULTIPLE
         why = (
-            f"dense: the products of experts in bfloat16 need a width that is a multiple of {EXPERT_MULTIPLE}, such as "
+            f"dense: experts in bfloat16 need a width that is a multiple of {EXPERT_MULTIPLE}, such as "
             f"{below} or {below + EXPERT_MULTIPLE}"
         )
         yield Chosen(None, why, True)
     else:
         most, *fewer = EXPERT_COUNTS
-        yield Chosen(most, f"the recipe's {most}, of which a token sees {TOP_K}", True)
+        yield Chosen(most, f"{most} as in the recipe, {TOP_K} per token", True)
         for count in fewer:
-            yield Chosen(count, f"{2 * count} need more memory; a token sees {TOP_K} all the same", False)
+            yield Chosen(count, f"{2 * count} need more memory; still {TOP_K} per token", False)
         yield Chosen(None, f"dense: even {EXPERT_COUNTS[-1]} experts need more memory", True)
 
 
@@ -125,29 +123,29 @@ def choose_mlp(request: Request, experts: int | None) -> Chosen[int]:
     """The hidden width of the MLP, or of one expert."""
     if experts is None:
         return Chosen(DENSE_RATIO * request.width, f"{DENSE_RATIO} times the width, as in the paper's dense 1B", True)
-    return Chosen(request.width, f"of one expert; a token sees {TOP_K} of them", True)
+    return Chosen(request.width, f"of one expert; {TOP_K} experts per token", True)
 
 
 def choose_norms(request: Request) -> Chosen[str]:
-    """Pre-LN; LayerNorm Scaling only where it is asked for."""
+    """Pre-LN; LayerNorm Scaling only if it is requested."""
     if request.norm_scaling == "none":
         return Chosen("none", "Pre-LN as in the paper; norm_scaling='depth' is LayerNorm Scaling", True)
-    return Chosen("depth", "Pre-LN with LayerNorm Scaling, as asked", False)
+    return Chosen("depth", "Pre-LN with LayerNorm Scaling, as requested", False)
 
 
 def choose_initialisation(request: Request) -> Chosen[float]:
-    """The paper's standard deviation at its widths; elsewhere the one that gives a matrix the same gain as at 2,048."""
+    """The paper's standard deviation at its widths; at other widths the one with the same gain as at 2,048."""
     width = request.width
-    shrunk = ", shrunk with depth in what writes to the stream, as asked" if request.depth_scaled_init else ""
+    shrunk = ", output projections shrunk with depth as requested" if request.depth_scaled_init else ""
     if PAPER_WIDTHS[0] <= width <= PAPER_WIDTHS[-1]:
-        return Chosen(PAPER_STD, f"the paper's{shrunk}", width in PAPER_WIDTHS and not request.depth_scaled_init)
+        return Chosen(PAPER_STD, f"as in the paper{shrunk}", width in PAPER_WIDTHS and not request.depth_scaled_init)
     std = float(f"{PAPER_STD * math.sqrt(STD_WIDTH / width):.3g}")
     return Chosen(std, f"0.02 x sqrt(2,048 / {width:,}): matrices multiply as in the paper's 1B model{shrunk}", False)
 
 
 @dataclass(frozen=True)
 class Shape:
-    """What a configuration is built from."""
+    """The shape of a model: the choices that its configuration is built from."""
 
     heads: int
     group: int
@@ -166,7 +164,7 @@ def build_config(request: Request, shape: Shape, length: int) -> DepthLMConfig:
 
 
 def model_fields(request: Request, shape: Shape) -> dict[str, Any]:
-    """The fields of the configuration but for those that follow from the data."""
+    """The fields of the configuration, without those that depend on the data."""
     fields: dict[str, Any] = {
         "num_hidden_layers": request.layers,
         "hidden_size": request.width,

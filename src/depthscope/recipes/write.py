@@ -6,7 +6,7 @@ from pathlib import Path
 from depthscope.errors import ReportError
 from depthscope.files.atomic import write_together
 from depthscope.recipes.rule import Recipe
-from depthscope.recipes.shown import recipe_markdown
+from depthscope.recipes.tables import recipe_markdown
 from depthscope.runs.layout import SWEEP_FILE
 from depthscope.wording.messages import listed
 
@@ -16,14 +16,14 @@ REASONS = "recipe.md"
 
 
 def write_recipe(recipe: Recipe, folder: Path) -> list[Path]:
-    """Write the files of a recipe to a folder, which is made if need be, over those of an earlier one.
+    """Write the files of a recipe to a folder, which is created if needed; an earlier recipe there is replaced.
 
     Returns:
-        What was written: config.json, training_arguments.json, sweep.yaml and recipe.md.
+        The files: config.json, training_arguments.json, sweep.yaml and recipe.md.
 
     Raises:
-        ReportError: the folder cannot be made or written to, or has files of these names that are no recipe's; then
-            none of them is written.
+        ReportError: the folder cannot be created or written to, or has files of these names that are not from a
+            recipe; then nothing is written.
     """
     contents = {
         "config.json": recipe.config.to_json_string(),
@@ -31,11 +31,11 @@ def write_recipe(recipe: Recipe, folder: Path) -> list[Path]:
         SWEEP_FILE: recipe.sweep_yaml(),
         REASONS: recipe_markdown(recipe),
     }
-    there = [name for name in contents if os.path.lexists(folder / name)]
-    # Beside weights, config.json is that of the model.
-    if there and (REASONS not in there or any(folder.glob("*.safetensors"))):
+    existing = [name for name in contents if os.path.lexists(folder / name)]
+    # In a folder with weights, config.json belongs to the model.
+    if existing and (REASONS not in existing or any(folder.glob("*.safetensors"))):
         raise ReportError(
-            f"{str(folder)!r} holds {listed(there)} of something else than a recipe, which would be overwritten. Give "
+            f"{str(folder)!r} holds {listed(existing)} that no recipe wrote and that would be overwritten. Give "
             "another folder."
         )
     return write_together(folder, contents)

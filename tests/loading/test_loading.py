@@ -251,7 +251,7 @@ def test_a_folder_of_checkpoints_points_to_the_last(folder: Path) -> None:
 
 @pytest.mark.parametrize("device", ["cuda:99", "tpu", "gpu0", "meta"])
 def test_a_device_that_is_not_here_is_refused_with_those_that_are(device: str, saved: Path) -> None:
-    assert "there is cpu" in refusal(saved, device=device)
+    assert "choose from cpu" in refusal(saved, device=device)
 
 
 @pytest.mark.parametrize("dtype", ["int8", "half", torch.int64, None])
@@ -289,7 +289,7 @@ def test_a_pickle_is_never_opened(how: str, folder: Path, tmp_path: Path) -> Non
         index = {"metadata": {}, "weight_map": dict.fromkeys(llama().state_dict(), "pytorch_model.bin")}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     message = refusal(folder)
-    assert "pickles only (pytorch_model.bin)" in message
+    assert "only as pickles (pytorch_model.bin)" in message
     assert "can run code" in message
     assert "save_pretrained('converted')" in message
     assert not (tmp_path / "sprung").exists()
@@ -649,7 +649,7 @@ def test_an_adapter_that_is_a_pickle_is_never_opened(beside: bool, adapter: Path
         shutil.copy(adapter / "adapter_config.json", folder)
     torch.save({"x": Trap(tmp_path / "sprung")}, where / "adapter_model.bin")
     (adapter / "adapter_model.safetensors").unlink()
-    assert "pickle only (adapter_model.bin)" in refusal(where)
+    assert "only as a pickle (adapter_model.bin)" in refusal(where)
     assert not (tmp_path / "sprung").exists()
 
 
@@ -690,7 +690,7 @@ def test_adapter_weights_without_a_place_are_refused_unless_they_add_nothing(ada
 def test_settings_of_an_adapter_that_peft_does_not_know_are_noted(adapter: Path) -> None:
     edit(adapter, "adapter_config.json", use_flubber=True, flubber_scale=None)
     (note,) = load_model(str(adapter)).notes
-    assert "left out: use_flubber." in note
+    assert "ignored: use_flubber." in note
 
 
 def test_a_base_model_beside_its_adapter_is_held_against_its_config_too(adapter: Path, folder: Path) -> None:
@@ -708,7 +708,7 @@ def test_a_base_model_beside_its_adapter_is_held_against_its_config_too(adapter:
     ("changes", "says"),
     [
         ({"peft_type": "FLUBBER"}, "adapter_config.json is not valid"),
-        ({"peft_type": "XLORA"}, "made of other adapters"),
+        ({"peft_type": "XLORA"}, "combines other adapters"),
         ({"target_modules": ["flubber"]}, "does not fit its base model"),
     ],
 )
@@ -796,7 +796,7 @@ def test_repositories_are_loaded_at_a_commit_and_each_refusal_has_its_message(hu
         "org/private": "no such repository on the Hugging Face Hub that you may see",
         "no-such-model": "no such repository on the Hugging Face Hub that you may see",
         "org/broken": "answered 500",
-        "org/pickle": "pickles only (pytorch_model.bin)",
+        "org/pickle": "only as pickles (pytorch_model.bin)",
         "org/damaged": "model.safetensors of 'org/damaged' is damaged",
         "org/ggufs": "GGUF files: q4.gguf. Download one",
     }

@@ -273,7 +273,7 @@ def test_a_llama_or_mixtral_configuration_is_read_as_the_depthlm_that_it_is() ->
 
 
 def test_another_architecture_is_refused_with_the_names_of_those_that_have_a_theory() -> None:
-    with pytest.raises(SettingsError, match=r"no theory of 'gpt2'.*llama"):
+    with pytest.raises(SettingsError, match=r"no theory for 'gpt2'.*llama"):
         predict_variance(GPT2Config(), LENGTH)
     other = tiny_llama()
     other.config.model_type = "gpt2"

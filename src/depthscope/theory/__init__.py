@@ -1,11 +1,11 @@
-"""What the variance of the residual stream would be if all weights were random: predicted, to be held against measured.
+"""The variance of the residual stream if all weights were random: a prediction to compare with the measured variance.
 
     predict_variance(config, 256)           at initialisation, from the configuration alone
-    predict_from_model(model, token_ids)    random weights of the sizes that a (trained) model's weights have
-    decayed_std(0.02, rates, 0.1)           how large AdamW with weight decay leaves weights that learn nothing
-    variance_theory(report, prediction)     both in one figure
+    predict_from_model(model, token_ids)    for random weights as large as those of a (trained) model
+    decayed_std(0.02, rates, 0.1)           the size of weights that learn nothing, after AdamW with weight decay
+    variance_theory(report, prediction)     measured and predicted variance in one figure
 
-The steps, their assumptions and how well they hold stand in docs/theory.md.
+docs/theory.md has the derivation, its assumptions and tests of them.
 """
 
 from typing import TYPE_CHECKING
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from depthscope.theory.gains import LayerGains, MLPGains, gains_at_initialisation, gains_of_model
     from depthscope.theory.recursion import VariancePrediction, predict_from_model, predict_variance
 
-# Where each name lives, imported when first used: torch, transformers and plotly take seconds.
+# The module of each name, imported at first use: torch, transformers and plotly take seconds.
 _HOME = {
     "LayerGains": "gains",
     "MLPGains": "gains",

@@ -1,13 +1,13 @@
-"""How large AdamW leaves weights whose gradients are noise: weight decay against the random walk of the updates.
+"""The size of weights whose gradients are noise, under AdamW: weight decay balances the random walk of the updates.
 
-One step is `w <- (1 - lr * wd) w - lr * u`. Adam divides a gradient by its own size, and over the steps that momentum
-spreads it, each gradient moves a weight by `lr * u` with u of root mean square 1. Where gradients are independent of
-one another and of the weight, the mean square m of the weights follows
+One step is `w <- (1 - lr * wd) w - lr * u`. Adam divides a gradient by its own size. Momentum spreads a gradient over
+steps; summed over them, it moves a weight by `lr * u` with u of root mean square 1. If gradients are independent of one
+another and of the weight, the mean square m of the weights follows
 
     m <- (1 - lr * wd)^2 m + lr^2,    which settles at    m = lr / (wd * (2 - lr * wd)) ~ lr / (2 wd)
 
-(Kosson et al. 2023, arXiv 2305.17212, "rotational equilibrium"; van Laarhoven 2017, arXiv 1706.05350, for SGD). It gets
-there in about `1 / (2 lr wd)` steps. A gradient that keeps its direction moves a weight further than this.
+(Kosson et al. 2023, arXiv 2305.17212, "rotational equilibrium"; van Laarhoven 2017, arXiv 1706.05350, for SGD). It
+is reached in about `1 / (2 lr wd)` steps. A gradient with a constant direction moves a weight further than this.
 """
 
 import math
@@ -19,10 +19,10 @@ __all__ = ["decayed_std", "equilibrium_std"]
 
 
 def equilibrium_std(learning_rate: float, weight_decay: float) -> float:
-    """The root mean square of a weight that AdamW has moved at random for long: about `sqrt(lr / (2 wd))`.
+    """The root mean square of a weight after many random AdamW steps: about `sqrt(lr / (2 wd))`.
 
     Raises:
-        SettingsError: without decay there is no equilibrium, and with `lr * wd` of 2 or more none is reached.
+        SettingsError: there is no equilibrium, because there is no decay or `lr * wd` is 2 or more.
     """
     shrink = learning_rate * weight_decay
     if not (learning_rate > 0 and 0 < shrink < 2):
@@ -34,7 +34,7 @@ def equilibrium_std(learning_rate: float, weight_decay: float) -> float:
 
 
 def decayed_std(initial_std: float, learning_rates: Iterable[float], weight_decay: float) -> float:
-    """The root mean square of a weight after AdamW steps with these learning rates, from one of `initial_std`.
+    """The root mean square of a weight after random AdamW steps with these learning rates, starting at `initial_std`.
 
     Raises:
         SettingsError: one of the numbers is negative or not finite.

@@ -1,4 +1,4 @@
-"""Predicted against measured variance, layer by layer, in one figure."""
+"""Measured and predicted variance of each layer in one figure."""
 
 import math
 from collections.abc import Sequence
@@ -15,12 +15,12 @@ from depthscope.wording.numbers import format_number
 __all__ = ["EXPLANATION", "variance_theory"]
 
 EXPLANATION = (
-    "Solid lines are measured, dashed ones are what independent random weights of the same sizes would give. Above, "
-    "the variance of the residual stream after each layer; below, that of what attention and MLP put out. Where a "
-    "solid line leaves its dashed one, the weights have learnt directions that fit the stream or one another."
+    "Solid lines are measured. Dashed lines are the prediction for independent random weights of the same sizes. "
+    "Above: the variance of the residual stream after each layer. Below: the variance of the outputs of attention and "
+    "MLP. Where the lines differ, the weights have learnt directions that fit the residual stream or one another."
 )
 PANEL_HEIGHT = 250
-STREAM_TITLE, SUBLAYER_TITLE = "Variance of the residual stream", "Variance of what attention and MLP put out"
+STREAM_TITLE, SUBLAYER_TITLE = "Variance of the residual stream", "Variance of the outputs of attention and MLP"
 
 Pair = tuple[LayerReport, VariancePrediction]
 
@@ -29,9 +29,9 @@ def variance_theory(report: LayerReport, prediction: VariancePrediction, initial
     """Draw measured and predicted variance over the layers, on logarithmic axes.
 
     Args:
-        report: what was measured; with a variance score.
-        prediction: of the same model, on the same tokens.
-        initial: report and prediction of the model before it was trained, drawn beside them.
+        report: a report with a variance score.
+        prediction: the prediction for the same model and tokens.
+        initial: report and prediction of the model before training, drawn in the same figure.
 
     Raises:
         ReportError: a report has no variance.
@@ -49,7 +49,7 @@ def variance_theory(report: LayerReport, prediction: VariancePrediction, initial
     )
     # The panels' titles, at their left end.
     figure.update_annotations(font={"size": 13, "color": TEXT_GREY}, x=0, xanchor="left")
-    name = "trained" if initial else "stream"
+    name = "trained" if initial else "residual stream"
     _draw(figure, 1, report.column("variance"), prediction.variance.tolist(), BLUE, name)
     if initial:
         _draw(figure, 1, initial[0].column("variance"), initial[1].variance.tolist(), ORANGE, "at initialisation")
@@ -63,11 +63,11 @@ def variance_theory(report: LayerReport, prediction: VariancePrediction, initial
 
 def _require_match(report: LayerReport, prediction: VariancePrediction) -> None:
     if not report.has("variance"):
-        raise ReportError("the report holds no variance, so there is nothing to draw; analyse with --scores variance.")
+        raise ReportError("The report has no variance, so there is nothing to draw; analyse with --scores variance.")
     if len(report.layers) != len(prediction.variance):
         raise SettingsError(
             f"The report has {len(report.layers)} layers and the prediction {len(prediction.variance)}: "
-            "give both of the same model."
+            "give a report and a prediction of the same model."
         )
 
 
@@ -98,7 +98,7 @@ def _drawable(value: float | None) -> float | None:
 
 
 def _laid_out(figure: go.Figure, rows: int, layers: int) -> go.Figure:
-    """Give the figure the fonts, grid and transparent ground of the other figures."""
+    """Give the figure the fonts, grid and transparent background of the other figures."""
     title = {"text": "Variance, measured (solid) and predicted (dashed)", "x": 0, "xref": "paper"}
     figure.update_layout(title=title, title_font_size=17)
     finish(
@@ -111,6 +111,6 @@ def _laid_out(figure: go.Figure, rows: int, layers: int) -> go.Figure:
     )
     figure.update_xaxes(zeroline=False, dtick=1 if layers <= 16 else None)
     figure.update_xaxes(title_text="layer", title_standoff=4, row=rows, col=1)
-    # Powers of ten, and twice and five times them where a panel spans little.
+    # Ticks at powers of ten, and at two and five times them if a panel spans few.
     figure.update_yaxes(type="log", dtick="D2", tickformat=",~g", automargin=True)
     return figure

@@ -1,7 +1,7 @@
-"""By how much the matrices of a layer multiply second moments: all that the theory knows of a layer's weights.
+"""The gains of a layer's matrices, by which they multiply second moments; the theory uses nothing else of the weights.
 
 A random matrix with elements of mean square s turns a vector of n elements with mean square 1 into one with mean square
-n s: its gain. Norm weights are counted into the matrices that read what the norm returns.
+n s, the gain. Norm weights are included in the gains of the matrices that read the output of the norm.
 """
 
 from collections.abc import Sequence
@@ -52,17 +52,17 @@ class LayerGains:
 def gains_at_initialisation(
     config: DepthLMConfig, density: float = 1.0, weight_std: float | Sequence[float] | None = None
 ) -> list[LayerGains]:
-    """The gains of freshly drawn weights, layer by layer; norm weights are 1.
+    """The gains of the layers at initialisation; norm weights are 1.
 
     Args:
         config: the model.
         density: the share of the elements of each matrix that is not masked; routers are not masked.
-        weight_std: standard deviation of all matrices of a layer before masking, one for all layers or one each, in
-            place of `initializer_range` and `depth_scaled_init`.
+        weight_std: standard deviation of all matrices of a layer before masking, one for all layers or one per layer;
+            it replaces `initializer_range` and `depth_scaled_init`.
 
     Raises:
-        SettingsError: a density outside (0, 1], a standard deviation that is not above 0 and finite, or another number
-            of them than of layers.
+        SettingsError: a density outside (0, 1], a standard deviation that is not above 0 and finite, or a number of
+            standard deviations other than 1 and the number of layers.
     """
     layers = config.num_hidden_layers
     if not 0 < density <= 1:
@@ -80,7 +80,7 @@ def _by_layer(name: str, std: float | Sequence[float], layers: int) -> list[floa
     if len(stds) not in (1, layers):
         raise SettingsError(f"{len(stds)} standard deviations were given for {layers} layers; give one, or {layers}.")
     for value in stds:
-        # Without any weights, nothing is left whose correlations could be followed.
+        # With weights of zero there are no correlations to follow.
         if not 0 < value < np.inf:
             raise SettingsError(f"{name} is {value}; give standard deviations that are finite and above 0.")
     return stds * layers if len(stds) == 1 else stds
@@ -114,7 +114,7 @@ def _initial(config: DepthLMConfig, layer: int, std: float, writing_std: float, 
 
 
 def gains_of_model(model: DepthLMForCausalLM) -> list[LayerGains]:
-    """The gains of the weights that a model has, layer by layer. Biases are left out."""
+    """The gains of the layers of a model. Biases are ignored."""
     return [_measured(layer) for layer in model.model.layers]
 
 
@@ -158,6 +158,6 @@ def _gain(weight: Any, norm: Any = None) -> float:
 
 
 def _square(norm: Any) -> float | None:
-    """The mean square of a norm's weights; None where there is no norm."""
+    """The mean square of a norm's weights; None without a norm."""
     weight: Tensor | None = getattr(norm, "weight", None)
     return None if weight is None else float(weight.detach().double().square().mean())

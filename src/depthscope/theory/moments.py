@@ -1,8 +1,7 @@
-"""The Gaussian expectations that the variance of a stack of random layers is made of.
+"""The Gaussian expectations in the variance of a stack of random layers.
 
 The output of a random matrix applied to a vector is Gaussian over the matrix, and two vectors of correlation r give two
-Gaussians of correlation r. Second moments and correlations of what comes next are then expectations over a few normal
-numbers:
+Gaussians of correlation r. The next second moments and correlations are then expectations over a few normal numbers:
 
     gated MLP        act(g) u: Gauss-Hermite quadrature, and the coefficients of `act` in Hermite polynomials
     softmax          averages with Gaussian logits: `E[p_j p_k]` by its dependence on the keys' correlation
@@ -23,12 +22,12 @@ __all__ = ["Array", "averaged_correlation", "correlation", "gated_correlation", 
 
 Array: TypeAlias = np.ndarray
 
-NODES = 96  # of the quadrature: the second moment of silu is right to 3e-4 at any variance
-ORDERS = 24  # Hermite polynomials kept; they have all of silu but 1e-3 of its second moment
-DRAWS = 4096  # of the router's logits: an error below 1%
-SOFTMAX_DRAWS = 1024  # of a head's logits: the same
+NODES = 96  # of the quadrature: the relative error of the second moment of silu is below 3e-4 at any variance
+ORDERS = 24  # Hermite polynomials; they give the second moment of silu up to 1e-3
+DRAWS = 4096  # samples of the router's logits: an error below 1%
+SOFTMAX_DRAWS = 1024  # samples of a head's logits: an error below 1%
 OVERLAPS = np.linspace(0.0, 1.0, 9)  # correlations at which the overlap of two tokens' experts is drawn
-LARGEST_LOGIT_VARIANCE = 300.0  # beyond it a softmax is a maximum, and exp would overflow
+LARGEST_LOGIT_VARIANCE = 300.0  # above it the softmax is a maximum, and exp would overflow
 
 
 def correlation(moments: Array) -> Array:
@@ -50,7 +49,7 @@ def _on_nodes(activation: str, variance: float) -> tuple[Array, Array, Array]:
 
 @lru_cache(maxsize=256)
 def _hermite_powers(activation: str, variance: float) -> tuple[float, ...]:
-    """How `E[act(g) act(g')]` depends on the correlation r of g and g': the coefficients of r^0, r^1, ...
+    """The coefficients of r^0, r^1, ... in `E[act(g) act(g')]`, where r is the correlation of g and g'.
 
     With `act(sqrt(variance) x) = sum_k c_k He_k(x) / sqrt(k!)` they are the `c_k^2` (Mehler's formula).
     """
@@ -85,7 +84,7 @@ def gated_correlation(activation: str, gate: float, correlations: Array) -> Arra
 def averaged_correlation(
     correlations: Array, logit_variance: float, head_dim: int, window: int | None = None, density: float = 1.0
 ) -> Array:
-    """Second moments between positions of what causal attention with random weights averages out of unit vectors.
+    """Second moments between positions of the output of causal attention with random weights, on unit vectors.
 
     Position i averages over the positions j that it sees with weights p_ij, the softmax of normal logits. The logits of
     (i, j) and (i', j') have covariance `logit_variance * r_ii' * r_jj'`, so that for many positions
@@ -94,15 +93,16 @@ def averaged_correlation(
 
     up to a factor that makes them sum to 1, with `t(r) = expm1(logit_variance r) / expm1(logit_variance)`; the second
     form is exact where either r is 0 or 1. In it all sums over j and j' are two-dimensional running sums, so that T
-    positions cost T^2. `exp(logit_variance)`, by how much the same key twice weighs more than two different ones, is
-    what many positions would give; `_same_key` has it for few.
+    positions cost T^2. `exp(logit_variance)` is the weight of one key twice, relative to two different keys, for many
+    positions; `_same_key` gives it for few positions.
 
     Args:
         correlations: between the inputs at the positions, r [..., T, T].
         logit_variance: of query times key over the square root of the head size.
         head_dim: the head size; in small heads the lengths of the queries vary.
-        window: positions that one sees, itself included; None for all before it.
-        density: the share of them that is not masked, drawn at random for each position, itself excepted.
+        window: positions that a position sees, itself included; None for all before it.
+        density: the share of these positions that is not masked, drawn at random for each position; a position always
+            sees itself.
     """
     size = correlations.shape[-1]
     scale = min(max(logit_variance, 1e-12), LARGEST_LOGIT_VARIANCE)
@@ -113,7 +113,7 @@ def averaged_correlation(
     above = _over_seen(correlations, window) + more * _over_seen(share * correlations, window)
     below = seen[:, None] * seen + more * _over_seen(share, window)
     if density < 1:
-        # Of its keys a position keeps a share `density`, of its pairs of different keys the square of it.
+        # A position keeps a share `density` of its keys, and `density^2` of its pairs of different keys.
         kept = np.diag((1 / density - 1) * same * seen)
         above, below = above + kept, below + kept
     mixed: Array = above / below
@@ -153,11 +153,11 @@ def _over_seen(values: Array, window: int | None) -> Array:
 
 @lru_cache(maxsize=64)
 def router_moments(experts: int, top_k: int, logit_variance: float, normalised: bool) -> tuple[float, Array]:
-    """What a router with random weights does to second moments.
+    """The effect of a router with random weights on second moments.
 
     Args:
         experts: E.
-        top_k: experts that a token gets.
+        top_k: experts per token.
         logit_variance: of the router's logits.
         normalised: whether the weights of a token's experts are made to sum to 1.
 

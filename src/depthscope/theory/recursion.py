@@ -1,14 +1,14 @@
-"""The variance of the residual stream layer by layer, predicted from the sizes of the weights.
+"""The variance of the residual stream after each layer, predicted from the sizes of the weights.
 
-With random weights that are independent of one another, what a sublayer writes is uncorrelated with the stream, so that
-second moments add up. `k_ij` is the second moment between the streams at positions i and j, the mean over features; the
-variance is the mean of `k_ii`. A Pre-LN layer adds twice to all of them:
+With independent random weights, the output of a sublayer is uncorrelated with the residual stream, so that second
+moments add up. `k_ij` is the second moment between the residual streams at positions i and j, the mean over features;
+the variance is the mean of `k_ii`. A Pre-LN layer adds two terms to each `k_ij`:
 
-    k <- k + output * value * (what attention averages out of the correlations of k)
-    k <- k + down * E[(act(g) u)^2] * (how the gated product passes correlations on)
+    k <- k + output * value * (the correlations of k after averaging by attention)
+    k <- k + down * E[(act(g) u)^2] * (the correlations of k after the gated product)
 
 `gains` has the factors, `moments` the two functions of correlations; docs/theory.md has the derivation. Correlations
-between positions matter because attention averages: independent values cancel, and what positions share does not.
+between positions matter because attention averages: independent values cancel, and shared values do not.
 """
 
 from collections.abc import Sequence
@@ -45,14 +45,14 @@ Tokens: TypeAlias = int | np.integer | Sequence[Sequence[int]] | np.ndarray | Te
 
 @dataclass(frozen=True, eq=False)
 class VariancePrediction:
-    """What random weights would make of the residual stream: arrays [L], named as the columns of a report.
+    """The prediction for random weights: arrays [L], named like the columns of a report.
 
     Attributes:
-        variance: of the stream after each layer.
-        attention_variance: of what the layer's attention returns, before any norm that follows it.
-        mlp_variance: the same of its MLP or experts.
-        position_correlation: after each layer, the mean correlation between the streams of two different positions.
-        input_variance: of the stream before layer 0.
+        variance: variance of the residual stream after each layer.
+        attention_variance: variance of the output of the layer's attention, before any norm that follows it.
+        mlp_variance: variance of the output of its MLP or experts, before any norm that follows it.
+        position_correlation: after each layer, the mean correlation between the residual streams of two positions.
+        input_variance: variance of the residual stream before layer 0.
         sequence_length: T.
     """
 
@@ -76,10 +76,10 @@ def predict_variance(
 
     Args:
         config: a `DepthLMConfig`, or the configuration of an architecture that `to_depthlm` reads.
-        tokens: the sequence length, for tokens that all differ; or token ids [B, T], whose repetitions then count.
-        density: the share of the weights that is kept where a random mask sets the others to zero, in (0, 1].
-        weight_std: standard deviation of the layers' matrices, one or one per layer, in place of the configuration's:
-            what weight decay leaves, say (`decayed_std`). Embeddings keep theirs.
+        tokens: the sequence length, if all tokens differ; or token ids [B, T], if repetitions are to be included.
+        density: the share of the weights that a random mask keeps, in (0, 1]; the others are zero.
+        weight_std: standard deviation of the layers' matrices, one or one per layer, instead of the configuration's;
+            for example that after weight decay (`decayed_std`). Embeddings keep their own.
         attention_density: the share of the visible positions that attention does not mask, in (0, 1].
 
     Raises:
@@ -88,7 +88,7 @@ def predict_variance(
     """
     if not 0 < attention_density <= 1:
         raise SettingsError(
-            f"attention_density is {attention_density!r}; give the share of positions that is seen, above 0, at most 1."
+            f"attention_density is {attention_density!r}; give the share of unmasked positions, above 0, at most 1."
         )
     settings = _as_depthlm(config)
     gains = gains_at_initialisation(settings, density, weight_std)
@@ -98,41 +98,41 @@ def predict_variance(
 
 @torch.no_grad()
 def predict_from_model(model: PreTrainedModel, token_ids: Tensor) -> VariancePrediction:
-    """Predict the variance that random weights would give that are as large as those of this model.
+    """Predict the variance for random weights that are as large as those of this model.
 
-    It starts from the model's own embeddings of the tokens, and takes of each layer only how large its matrices and
-    norm weights are. What the model does beyond it has been learnt: directions that fit one another.
+    The prediction starts from the model's own embeddings of the tokens and uses only the sizes of each layer's matrices
+    and norm weights. A difference from the measured variance is due to learnt directions that fit one another.
 
     Args:
-        model: a DepthLM, or a model that `to_depthlm` reads; trained or not.
-        token_ids: the text that it will be measured on, [B, T]; each sequence costs T x T numbers.
+        model: a DepthLM, or a model that `to_depthlm` reads; trained or untrained.
+        token_ids: the text of the measurement, [B, T]; each sequence needs T x T numbers.
 
     Raises:
         ConversionError: the model is of another architecture.
     """
-    ours = model if isinstance(model, DepthLMForCausalLM) else to_depthlm(model)
-    with evaluating(ours):
-        stack = LayerStack(ours)
+    depthlm = model if isinstance(model, DepthLMForCausalLM) else to_depthlm(model)
+    with evaluating(depthlm):
+        stack = LayerStack(depthlm)
         with stack.capture(resid_post=False) as seen:
             stack.run_through(0, token_ids)
     hidden = seen.resid_pre[0].double().cpu().numpy()  # [B, T, d]
     start = hidden @ hidden.swapaxes(-1, -2) / hidden.shape[-1]
-    return _predict(ours.config, gains_of_model(ours), start)
+    return _predict(depthlm.config, gains_of_model(depthlm), start)
 
 
 def _as_depthlm(config: PreTrainedConfig) -> DepthLMConfig:
-    """The configuration as DepthLM's; one with a shared expert of Qwen2-MoE's kind cannot be told without weights."""
+    """Convert a configuration to DepthLM's. Qwen2-MoE is refused: its shared expert needs the weights."""
     if isinstance(config, DepthLMConfig):
         return config
     if config.model_type not in SOURCES or config.model_type == "qwen2_moe":
         known = ", ".join(name for name in SOURCES if name != "qwen2_moe")
-        raise SettingsError(f"There is no theory of {config.model_type!r}; give a configuration of depthlm, {known}.")
+        raise SettingsError(f"There is no theory for {config.model_type!r}; give a configuration of depthlm, {known}.")
     settings, _ = SOURCES[config.model_type](config, {})
     return DepthLMConfig(**settings)
 
 
 def _repetitions(tokens: Tokens) -> Array:
-    """1 where two positions hold the same token, [B, T, T]: random embeddings of different tokens are uncorrelated."""
+    """1 where two positions have the same token, else 0, [B, T, T]: embeddings of other tokens are uncorrelated."""
     try:
         ids = np.asarray(tokens)
     except ValueError as error:
@@ -183,9 +183,9 @@ def _predict(
 
 
 def _attention(config: DepthLMConfig, layer: int, gain: LayerGains, moments: Array, density: float) -> Array:
-    """Second moments [B, T, T] of what attention returns.
+    """Second moments [B, T, T] of the output of attention.
 
-    Heads that share keys and values change nothing: the output projection adds them with independent weights.
+    Heads that share keys and values need no extra term: the output projection adds them with independent weights.
     """
     scale = _input_scale(config, layer, moments)
     queries = gain.query * scale if gain.query_norm is None else gain.query_norm
@@ -197,11 +197,12 @@ def _attention(config: DepthLMConfig, layer: int, gain: LayerGains, moments: Arr
 
 
 def _mlp(config: DepthLMConfig, layer: int, gain: LayerGains, moments: Array) -> Array:
-    """Second moments [B, T, T] of what the MLP, or the chosen experts and the shared one, return."""
+    """Second moments [B, T, T] of the output of the MLP, or of the chosen experts and the shared expert."""
     scale, correlations = _input_scale(config, layer, moments), correlation(moments)
     written = _gated(config, gain.mlp, scale, correlations)
     if gain.router is not None:
-        # Experts are independent of one another, so their weights count squared, and two tokens share what they share.
+        # Experts are independent, so second moments use their squared weights, and two tokens share their common
+        # experts.
         square, overlaps = router_moments(
             config.num_experts or 1, config.num_experts_per_tok, gain.router * scale, config.norm_topk_prob
         )
@@ -218,7 +219,7 @@ def _gated(config: DepthLMConfig, gain: MLPGains, scale: float, correlations: Ar
 
 
 def _input_scale(config: DepthLMConfig, layer: int, moments: Array) -> float:
-    """The mean square of what a sublayer reads: about 1 behind a norm, times LayerNorm Scaling's squared factor."""
+    """The mean square of a sublayer's input: about 1 after a norm, times LayerNorm Scaling's squared factor."""
     if config.norm_placement_of(layer) in ("pre", "peri"):
         return config.norm_factor_of(layer) ** 2 * _mean_square(_normalised(config, moments))
     return _mean_square(moments)
@@ -227,7 +228,7 @@ def _input_scale(config: DepthLMConfig, layer: int, moments: Array) -> float:
 def _added(
     config: DepthLMConfig, moments: Array, written: Array, output_norm: float | None, sum_norm: float | None
 ) -> Array:
-    """The second moments of the stream after a sublayer has been added, with the norms on the way."""
+    """The second moments of the residual stream after adding a sublayer's output, with the norms of the placement."""
     if output_norm is not None:
         written = output_norm * _normalised(config, written)
     moments = moments + written
@@ -235,7 +236,7 @@ def _added(
 
 
 def _normalised(config: DepthLMConfig, moments: Array) -> Array:
-    """The second moments of vectors that went through an RMSNorm with weights of 1."""
+    """The second moments of vectors after an RMSNorm with weights of 1."""
     root = np.sqrt(np.diagonal(moments, axis1=-2, axis2=-1) + config.rms_norm_eps)
     return np.asarray(moments / (root[..., :, None] * root[..., None, :]))
 

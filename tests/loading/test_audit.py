@@ -167,7 +167,7 @@ def small_integers(state: State) -> None:
         ),
         pytest.param(without_scales, {}, "28 tensors of type F8_E4M3", id="the scales are in no file"),
         pytest.param(float8, {"quantization_config": {"quant_method": "modelopt"}}, "'modelopt'", id="unknown method"),
-        pytest.param(float8, {"quantization_config": BLOCKS}, "F8_E4M3.*'fp8'.*does not undo", id="other scales"),
+        pytest.param(float8, {"quantization_config": BLOCKS}, "F8_E4M3.*'fp8'.*cannot undo", id="other scales"),
         pytest.param(one_scale_gone, {"quantization_config": BLOCKS}, "1 tensors of type F8_E4M3", id="one scale"),
         pytest.param(float8, {"compression_config": {"format": "float"}}, "'compression_config'", id="sparseml"),
         pytest.param(int8, {}, "tensors of type I8.*SCB", id="int8"),
@@ -402,7 +402,7 @@ def test_a_table_that_the_model_computes_by_itself_is_noted_and_another_refused(
     own = dict(model.named_buffers())[name]
     loaded = load_model(str(write(tmp_path / "model", model, put(name, own.half()))))
     assert torch.equal(logits(loaded.model), logits(model))
-    assert f"what XGLMForCausalLM computes by itself: 1 ({name})" in loaded.notes[0]
+    assert f"buffers that XGLMForCausalLM computes: 1 ({name})" in loaded.notes[0]
     assert name in refusal(write(tmp_path / "other", model, put(name, own + 0.1)))
 
 
@@ -466,7 +466,7 @@ def test_experts_beyond_those_of_the_config_are_refused(tmp_path: Path) -> None:
 
 def test_a_head_that_the_config_ties_and_the_file_holds_apart_is_refused(tmp_path: Path) -> None:
     message = refusal(write(tmp_path / "apart", tie_word_embeddings=True))
-    assert "model.embed_tokens.weight and lm_head.weight are one (tie_word_embeddings)" in message
+    assert "ties model.embed_tokens.weight" in message
     model = llama(tie_word_embeddings=True)
     copied = write(tmp_path / "copied", model, lambda state: put("lm_head.weight", model.lm_head.weight * 1)(state))
     loaded = load_model(str(copied))
@@ -493,7 +493,7 @@ def test_a_weight_in_two_shards_is_refused_if_they_differ(tmp_path: Path) -> Non
     assert torch.equal(logits(load_model(str(tmp_path / "model")).model), logits(llama()))
     save_file(state | {name: stale[name] * 2}, second)
     message = refusal(tmp_path / "model")
-    assert f"{name} in {first.name} and {name} in {second.name}" in message
+    assert f"{name} in {first.name}, {name} in {second.name}" in message
 
 
 def test_codes_in_shards_are_found(tmp_path: Path) -> None:

@@ -203,7 +203,7 @@ def test_other_versions_types_and_byte_orders_are_named(plain: Path, tmp_path: P
     for change, words in (
         (number(4, 1, "<I"), "of GGUF version 1"),
         (number(4, 3 << 24, "<I"), "big-endian"),
-        (after(b"token_embd.weight", 20, 999, "<I"), "of the GGML type 999"),
+        (after(b"token_embd.weight", 20, 999, "<I"), "has the GGML type 999"),
     ):
         change(content := bytearray(plain.read_bytes()))
         path.write_bytes(content)
@@ -522,7 +522,7 @@ def test_a_type_that_nobody_unpacks_is_refused_by_name(tmp_path: Path) -> None:
     for kind in ("Q8_K", "Q8_1", "I32", "F64"):
         kinds = {"blk.0.ffn_gate.weight": gguf.GGMLQuantizationType[kind]}
         path = write_gguf(tmp_path / "x.gguf", tiny("llama", hidden_size=256), kinds=kinds)
-        with pytest.raises(ModelLoadError, match=rf"blk.0.ffn_gate.weight.* is of the GGML type {kinds.popitem()[1]},"):
+        with pytest.raises(ModelLoadError, match=rf"blk.0.ffn_gate.weight.* has the GGML type {kinds.popitem()[1]},"):
             load_model(str(path))
 
 
@@ -551,7 +551,7 @@ def test_parts_that_lie_together_are_read_as_one(given: int, split: tuple[nn.Mod
 def test_parts_that_are_absent_are_named(given: int, split: tuple[nn.Module, list[Path]]) -> None:
     _, parts = split
     parts[1].unlink()
-    words = rf"is part {given + 1} of 4 .* not all parts are beside it; absent: m-00002-of-00004.gguf\. .*gguf-split"
+    words = rf"is part {given + 1} of 4 .* not all parts are beside it; missing: m-00002-of-00004.gguf\. .*gguf-split"
     with pytest.raises(ModelLoadError, match=words):
         load_model(str(parts[given]))
 

@@ -503,5 +503,5 @@ def test_a_python_without_its_source_is_said_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tokenizer: PreTrainedTokenizerFast
 ) -> None:
     monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path / "python311.zip"))
-    with pytest.raises(CorpusError, match="comes without it"):
+    with pytest.raises(CorpusError, match="does not have it"):
         load_blocks(None, tokenizer, num_blocks=1, block_size=2)

@@ -154,7 +154,7 @@ def test_documents_of_ids_are_taken_as_they_are_but_for_bos_and_padding(
 
 def test_ids_that_the_tokenizer_does_not_have_are_refused(tokenizer: PreTrainedTokenizerFast) -> None:
     for wrong in (14, -100):
-        with pytest.raises(CorpusError, match=f"token id {wrong}, but the tokenizer's are from 0 to 13"):
+        with pytest.raises(CorpusError, match=f"token id {wrong}, but the tokenizer's ids are from 0 to 13"):
             rows(datasets.Dataset.from_dict({"input_ids": [[4, 5, 6], [7, wrong]]}), tokenizer)
 
 

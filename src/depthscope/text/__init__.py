@@ -1,1 +1,1 @@
-"""Text to measure on: where it comes from, and how it is cut into blocks of tokens."""
+"""The text for measurements: its sources, and how it is cut into blocks of tokens."""

@@ -1,9 +1,8 @@
 """Documents -> blocks of tokens [N, T], with a fingerprint.
 
 Text is tokenized without special tokens, document after document, and cut into consecutive pieces from its start, so
-that the same text, tokenizer and sizes always give the same blocks. Each block then begins with the tokenizer's
-beginning-of-sequence token, BOS, where that is asked for or the tokenizer does so by itself; a block of T tokens holds
-T - 1 of the text then.
+that the same text, tokenizer and sizes always give the same blocks. If it is requested, or if the tokenizer does so by
+default, each block begins with the beginning-of-sequence token, BOS; a block of T tokens then holds T - 1 of the text.
 """
 
 import hashlib
@@ -30,19 +29,19 @@ __all__ = ["Blocks", "load_blocks"]
 # A document of up to this many characters is tokenized whole; of a longer one, only as much as is needed.
 WHOLE_CHARACTERS = 50_000
 CHARACTERS_PER_TOKEN = 6  # a first guess on the high side; English and code have 3 to 5
-BLANKS = "{name} holds nothing but blanks in the tokens that were asked for. Give a text of words."
-PIECE_TOKENS = 512  # that are looked at together for anything but blanks
-MARGIN_TOKENS = 64  # tokens this close to a cut are not trusted
+BLANKS = "{name} has only blanks in the requested tokens. Give a text with words."
+PIECE_TOKENS = 512  # decoded together to look for anything but blanks
+MARGIN_TOKENS = 64  # tokens this close to a cut may differ from those of the whole text
 
 
 @dataclass(frozen=True, eq=False)
 class Blocks:
     """Consecutive blocks of tokens, all of the same length.
 
-    `input_ids` is [N, T] int64 on the CPU; `attention_mask` is [N, T] bool, False at padding, or None where nothing is
-    padded; `special_ids` are the ids that count as special at the start of a block. `fingerprint` is the first 16 hex
-    digits of the SHA-256 over shape, ids, mask and, where special tokens begin a block, which tokens count: equal
-    fingerprints mean the very same measurement.
+    `input_ids` is [N, T] int64 on the CPU. `attention_mask` is [N, T] bool, False at padding, or None without padding.
+    `special_ids` are the ids that are special tokens at the start of a block. `fingerprint` is the first 16 hex digits
+    of the SHA-256 over shape, ids, mask and, if blocks begin with special tokens, `token_mask`: equal fingerprints mean
+    that the same tokens are measured.
     """
 
     input_ids: Tensor
@@ -58,10 +57,11 @@ class Blocks:
     def from_ids(
         cls, ids: Any, attention_mask: Any = None, *, name: str = "tokens", special_ids: Iterable[int] = ()
     ) -> "Blocks":
-        """Make blocks from token ids [N, T]: a tensor, a numpy array or nested lists; the mask likewise.
+        """Make blocks from token ids [N, T] and a mask [N, T]: tensors, numpy arrays or nested lists.
 
         Raises:
-            CorpusError: not a matrix of non-negative integers, no block, or a block of fewer than 2 tokens.
+            CorpusError: the ids are not a matrix of non-negative integers, or there is no block, or blocks have fewer
+                than 2 tokens.
         """
         if ids is None:
             raise CorpusError("Token ids are a matrix [blocks, tokens], but None was given.")
@@ -73,7 +73,9 @@ class Blocks:
         if input_ids.shape[0] < 1 or input_ids.shape[1] < 2:
             shape = " x ".join(map(str, input_ids.shape))
             raise CorpusError(f"At least 1 block of at least 2 tokens is needed, but {shape} token ids were given.")
-        input_ids = input_ids.to("cpu", torch.int64, copy=True).contiguous()  # what the caller changes later stays out
+        input_ids = input_ids.to(
+            "cpu", torch.int64, copy=True
+        ).contiguous()  # so that later changes by the caller have no effect
         if (lowest := int(input_ids.min())) < 0:
             raise CorpusError(
                 f"Token ids are not negative, but {lowest} was given. Mark padding in `attention_mask` and put any "
@@ -84,19 +86,19 @@ class Blocks:
 
     @classmethod
     def given(cls, blocks: Any, tokenizer: Any = None) -> "Blocks":
-        """Take blocks as they are, and token ids [N, T] with the special ids of the tokenizer that they are of.
+        """Return blocks unchanged; make blocks from token ids [N, T], with the special ids of the tokenizer.
 
-        So ids that begin with BOS are measured as the text that they came from.
+        With these, ids that begin with BOS are measured like the text that they encode.
 
         Raises:
-            CorpusError: as by `from_ids`.
+            CorpusError: as in `from_ids`.
         """
         if isinstance(blocks, Blocks):
             return blocks
         return cls.from_ids(blocks, special_ids=() if tokenizer is None else SpecialTokens.of(tokenizer).ids)
 
     def to_dict(self) -> dict[str, Any]:
-        """The arguments of `from_ids` that make these blocks again, as JSON has them."""
+        """The arguments of `from_ids` that make these blocks, in types of JSON."""
         mask = None if self.attention_mask is None else self.attention_mask.int().tolist()
         special = sorted(self.special_ids)
         return {"ids": self.input_ids.tolist(), "attention_mask": mask, "special_ids": special, "name": self.name}
@@ -116,7 +118,7 @@ class Blocks:
         return Blocks(self.input_ids[rows], mask, self.special_ids, self.name)
 
     def behind(self, placeholder: int, count: int) -> "Blocks":
-        """The same blocks behind `count` placeholders, which count for nothing: tokens that a model adds by itself."""
+        """The same blocks after `count` placeholders for tokens that a model adds itself; no score includes them."""
         if count == 0:
             return self
         ids, mask = nn.functional.pad(self.input_ids, (count, 0), value=placeholder), self.attention_mask
@@ -133,16 +135,16 @@ class Blocks:
 
     @cached_property
     def token_mask(self) -> Tensor:
-        """The tokens that count, [N, T] bool: neither padding nor special tokens at the start; every score uses it.
+        """The tokens that scores include, [N, T] bool: all but padding and special tokens at the start.
 
-        A special token at the start is read by the model and counts for nothing: no score is taken at its position, and
-        neither is the prediction made there, of the first token of the text.
+        The model reads a special token at the start, but no score includes its position or the prediction there, of the
+        first token of the text.
         """
         return self._real & ~self._leading
 
     @cached_property
     def start(self) -> tuple[int, ...]:
-        """The special tokens that all blocks begin with, such as BOS; empty where there are none."""
+        """The special tokens that all blocks begin with, such as BOS; empty if there are none."""
         rows = [
             row[kept].tolist()
             for row, kept in zip(self.input_ids, self._real & self._leading, strict=True)  # [T] each
@@ -150,7 +152,7 @@ class Blocks:
         return tuple(ids[0] for ids in takewhile(lambda ids: len(set(ids)) == 1, zip(*rows, strict=False)))
 
     @property
-    def _real(self) -> Tensor:  # [N, T] what is no padding
+    def _real(self) -> Tensor:  # [N, T] False at padding
         return torch.ones_like(self.input_ids, dtype=torch.bool) if self.attention_mask is None else self.attention_mask
 
     @property
@@ -159,23 +161,23 @@ class Blocks:
         return (special | ~self._real).int().cumprod(dim=1).bool()
 
     def check_bos(self, bos: str) -> None:
-        """Raise a `SettingsError` if `bos`, which says how text is cut, is "yes" or "no" and these blocks are not so.
+        """Raise a `SettingsError` if `bos` is "yes" or "no" and these blocks do not agree with it.
 
-        Ids are taken as they are: no BOS is put before them and none is taken away.
+        Token ids are measured unchanged: BOS is neither added nor removed.
         """
         if bos == "yes" and not self.start:
             raise SettingsError(
-                'bos is "yes", but the blocks do not all begin with a special token. Put BOS before each block, and '
-                "give the tokenizer too or name it in Blocks.from_ids(ids, special_ids=[...]); or give the text."
+                'bos is "yes", but not all blocks begin with a special token. Put BOS before each block, and give '
+                "the tokenizer too or name BOS in Blocks.from_ids(ids, special_ids=[...]); or give the text."
             )
         if bos == "no" and self.start:
             raise SettingsError(
                 f'bos is "no", but every block begins with the special token {self.start[0]}. Leave it out of the '
-                'blocks, or take bos="auto", which measures blocks as they are.'
+                'blocks, or use bos="auto", which measures blocks unchanged.'
             )
 
     def check_vocabulary(self, vocab_size: int) -> None:
-        """Raise a `CorpusError` if a token that the model would read is not among its `vocab_size` tokens."""
+        """Raise a `CorpusError` if a token id is not below `vocab_size`, the model's number of tokens."""
         if (highest := int(self.input_ids.max())) >= vocab_size:
             raise CorpusError(
                 f"{self.name} holds the token id {highest}, but the model's vocabulary ends at {vocab_size - 1}. "
@@ -198,8 +200,8 @@ def load_blocks(
 ) -> Blocks:
     """Read text, tokenize it without special tokens and cut it into consecutive blocks from its start.
 
-    Chats (a column of messages) are written by the tokenizer's chat template; documents that are token ids already are
-    taken as they are, but for a BOS at their start, which only blocks begin with.
+    Chats (a column of messages) are written with the tokenizer's chat template. Documents of token ids are used as they
+    are, without a BOS at their start: BOS is at the start of blocks only.
 
     Args:
         source: None for the embedded corpus (the Python standard library's source); a path or a list of paths of UTF-8
@@ -208,45 +210,44 @@ def load_blocks(
             a table of pyarrow; or an iterable of documents, each a string, a chat (a list of messages with role and
             content) or a list of token ids.
         tokenizer: a tokenizer of transformers.
-        num_blocks: N, how many blocks; never fewer are returned.
+        num_blocks: N, the exact number of blocks.
         block_size: T, tokens in a block, special tokens at its start included.
         dataset: a dataset of the Hugging Face Hub instead of `source`, as "name" or "name:config"; it is streamed.
-        column: the column that holds the text, the chats or the token ids (found by itself where that is clear).
-        split: the split of the dataset ("train" where there is one).
-        bos: whether each block begins with the beginning-of-sequence token: "yes", "no", or "auto", what the tokenizer
-            puts before a text by itself. It counts for nothing; see `Blocks.token_mask`.
-        name: what the report calls the text.
-        vocab_size: the model's number of tokens, to refuse tokens beyond it.
+        column: the column of text, chats or token ids; None finds it if there is only one candidate.
+        split: the split of the dataset; None is "train" if there is one, else the first split.
+        bos: whether each block begins with the beginning-of-sequence token: "yes", "no", or "auto", as the tokenizer
+            does by default. No score includes this token; see `Blocks.token_mask`.
+        name: the name of the text in the report.
+        vocab_size: the model's number of tokens; larger token ids are refused.
 
     Raises:
         CorpusError: the text is missing, unreadable or too short, or does not fit the model's vocabulary.
-        SettingsError: sizes or options that make no sense, or a BOS that the tokenizer does not have.
+        SettingsError: a size or an option is not allowed, or the tokenizer has no BOS.
     """
     _check_sizes(num_blocks, block_size)
     bos = bos_choice(bos)
     if tokenizer is None:
         raise CorpusError(
-            "Text needs a tokenizer, and none was given. Give the model's tokenizer, or blocks of token ids instead of "
-            "text."
+            "Text needs a tokenizer, but none was given. Give the model's tokenizer, or token ids instead of text."
         )
-    found = find_source(source, dataset=dataset, column=column, split=split)
-    name = name or found.name
+    corpus = find_source(source, dataset=dataset, column=column, split=split)
+    name = name or corpus.name
     with quiet():
         special = SpecialTokens.of(tokenizer)
-        documents = iter(found.documents)
+        documents = iter(corpus.documents)
         first = next(documents, None)
         start = special.start(bos, first.tokens(tokenizer) if first is not None and first.tokens else ())
-        own = block_size - len(start)  # tokens of the text in a block
-        if own < 2:
+        text_tokens = block_size - len(start)  # per block
+        if text_tokens < 2:
             raise SettingsError(
-                f"Blocks of {block_size} tokens begin with {len(start)} special ones and hold {max(own, 0)} of the "
-                f"text; at least 2 are needed. Raise block_size to {len(start) + 2} or more."
+                f"Blocks of {block_size} tokens begin with {len(start)} special ones and hold {max(text_tokens, 0)} of "
+                f"the text; at least 2 are needed. Raise block_size to {len(start) + 2} or more."
             )
-        ids = _first_ids(name, chain([first] if first else [], documents), tokenizer, special, num_blocks * own)
-    if len(ids) < num_blocks * own:
-        raise CorpusError(_too_short(name, len(ids), num_blocks, block_size, own))
+        ids = _first_ids(name, chain([first] if first else [], documents), tokenizer, special, num_blocks * text_tokens)
+    if len(ids) < num_blocks * text_tokens:
+        raise CorpusError(_too_short(name, len(ids), num_blocks, block_size, text_tokens))
     _refuse_blanks(name, ids, tokenizer)
-    text = torch.tensor(ids, dtype=torch.int64).view(num_blocks, own)
+    text = torch.tensor(ids, dtype=torch.int64).view(num_blocks, text_tokens)
     before = torch.tensor(start, dtype=torch.int64).expand(num_blocks, -1)
     blocks = Blocks.from_ids(torch.cat([before, text], dim=1), name=name, special_ids=special.ids | set(start))
     if vocab_size is not None:
@@ -261,7 +262,7 @@ def _check_sizes(num_blocks: int, block_size: int) -> None:
 
 
 def _refuse_blanks(name: str, ids: list[int], tokenizer: Any) -> None:
-    """Refuse a text of spaces and line ends alone: what is measured on them says nothing about the model."""
+    """Refuse a text of only spaces and line ends: scores on it would be meaningless."""
     decode = getattr(tokenizer, "decode", None)
     if decode is None:
         return
@@ -271,18 +272,18 @@ def _refuse_blanks(name: str, ids: list[int], tokenizer: Any) -> None:
     raise CorpusError(BLANKS.format(name=name))
 
 
-def _too_short(name: str, have: int, num_blocks: int, block_size: int, own: int) -> str:
-    besides = "" if own == block_size else ", without the special ones"
-    asked = f"{counted(num_blocks, 'block')} of {block_size:,} ({num_blocks * own:,} tokens{besides})"
+def _too_short(name: str, available: int, num_blocks: int, block_size: int, text_tokens: int) -> str:
+    besides = "" if text_tokens == block_size else ", without the special ones"
+    requested = f"{counted(num_blocks, 'block')} of {block_size:,} ({num_blocks * text_tokens:,} tokens{besides})"
     were = "was" if num_blocks == 1 else "were"
-    if have == 0:
-        return f"{name} holds no text, but {asked} {were} asked for. Give a text that is not empty."
+    if available == 0:
+        return f"{name} holds no text, but {requested} {were} asked for. Give a text that is not empty."
     return (
-        f"{name} holds {counted(have, 'token')}, but {asked} {were} asked for. Lower the number of blocks to "
-        f"{have // own:,} or the block size, or add more text."
-        if have >= own
-        else f"{name} holds {counted(have, 'token')}, but {asked} {were} asked for. Lower the block size, or add more "
-        "text."
+        f"{name} holds {counted(available, 'token')}, but {requested} {were} asked for. Lower the number of blocks to "
+        f"{available // text_tokens:,} or the block size, or add more text."
+        if available >= text_tokens
+        else f"{name} holds {counted(available, 'token')}, but {requested} {were} asked for. Lower the block size, or "
+        "add more text."
     )
 
 
@@ -305,17 +306,16 @@ def _first_ids(
 
 
 def _limit(needed: int) -> int:
-    """Characters of a document that are enough for so many tokens, as a first guess."""
+    """A first guess at the number of characters that hold `needed` tokens."""
     return max(WHOLE_CHARACTERS, CHARACTERS_PER_TOKEN * needed)
 
 
 def _text_ids(document: Document, tokenizer: Any, needed: int) -> list[int]:
-    """The first `needed` ids of the document tokenized whole (or all, where it has fewer).
+    """The first `needed` ids of the document tokenized whole (or all, if it has fewer).
 
-    Of a long document, only a prefix is tokenized: one that ends at a line or word boundary and reaches well beyond the
-    last token needed. A tokenizer's choices depend on text nearby only, so that they are those of the whole document;
-    this is verified with a prefix half as long again, and where the two differ, or the prefix was too short, more is
-    taken.
+    Of a long document, only a prefix is tokenized, which ends at a line or word boundary well after the last token
+    needed. A tokenizer's choices depend on nearby text only, so the ids are those of the whole document. This is
+    verified with a prefix that is half as long again; if the two differ, or the prefix is too short, it is doubled.
     """
     limit = _limit(needed)
     while True:
@@ -331,7 +331,7 @@ def _text_ids(document: Document, tokenizer: Any, needed: int) -> list[int]:
 
 
 def _until_boundary(text: str) -> str:
-    """Cut a prefix back to the end of its last line, or else of its last word, if that is in its last tenth."""
+    """Cut a prefix at the end of its last line, or else of its last word, if that end is in its last tenth."""
     for boundary in ("\n", " "):
         end = text.rfind(boundary, len(text) - len(text) // 10)
         if end > 0:
@@ -350,7 +350,7 @@ def _matrix(values: Any, what: str) -> Tensor:
 
 
 def _mask(attention_mask: Any, shape: torch.Size) -> Tensor | None:
-    """A mask as bool, or None where it masks nothing, so that both ways to say so give the same fingerprint."""
+    """The mask as bool, or None if it masks nothing, so that both have the same fingerprint."""
     mask = _matrix(attention_mask, "Attention masks").to("cpu", torch.bool, copy=True).contiguous()
     if mask.shape != shape:
         raise CorpusError(f"The attention mask is {list(mask.shape)}, but the token ids are {list(shape)}.")
@@ -366,7 +366,7 @@ def _fingerprint(input_ids: Tensor, attention_mask: Tensor | None, token_mask: T
     digest.update(input_ids.contiguous().numpy().astype("<i8").tobytes())
     if attention_mask is not None:
         digest.update(attention_mask.contiguous().numpy().astype("u1").tobytes())
-    # Only where special tokens do not count, so that other fingerprints are what they were before there was this part.
+    # Only if there are special tokens, so that other fingerprints are the same as before this part was added.
     if not token_mask.equal(torch.ones_like(token_mask) if attention_mask is None else attention_mask):
         digest.update(b"counted" + token_mask.contiguous().numpy().astype("u1").tobytes())
     return digest.hexdigest()[:16]

@@ -1,4 +1,4 @@
-"""What a person chooses of the blocks of a text: how each begins, and how many there are of what size. No torch."""
+"""Checks of the settings of blocks: the BOS choice, and the number and size of blocks. No torch."""
 
 from typing import Any
 
@@ -11,25 +11,25 @@ BOS_CHOICES = ("auto", "yes", "no")
 
 
 def bos_choice(bos: Any) -> str:
-    """One of `BOS_CHOICES`; True and False, as YAML reads a bare yes and no, mean the same.
+    """Return one of `BOS_CHOICES`; True and False, as YAML reads a bare yes and no, mean "yes" and "no".
 
     Raises:
-        SettingsError: anything else.
+        SettingsError: the value is not allowed.
     """
     chosen = ("yes" if bos else "no") if isinstance(bos, bool) else bos
     if not isinstance(chosen, str) or chosen not in BOS_CHOICES:
         raise SettingsError(
-            f"bos is {bos!r}; give yes (each block begins with the beginning-of-sequence token), no, or auto (what the "
-            "tokenizer does by itself)."
+            f"bos is {bos!r}; give yes (each block begins with the beginning-of-sequence token), no, or auto (as the "
+            "tokenizer does by default)."
         )
     return chosen
 
 
 def require_tokens(num_blocks: int, block_size: int) -> None:
-    """Refuse more tokens than any memory holds, before a text is read in vain.
+    """Refuse more tokens than any memory holds, before the text is read.
 
     Raises:
-        SettingsError: so many blocks of so many tokens are too many.
+        SettingsError: there are too many tokens in total.
     """
     if num_blocks * block_size > MOST:
         raise SettingsError(

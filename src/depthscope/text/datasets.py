@@ -1,6 +1,6 @@
 """Tables of text -> documents: datasets of the Hub, on disk or in memory, files of rows, data frames.
 
-A row is a text, a chat (a list of messages with `role` and `content`) or the ids of tokens; which one, its column says.
+A row is a text, a chat (a list of messages with `role` and `content`) or token ids, according to the column.
 """
 
 import sys
@@ -30,20 +30,20 @@ __all__ = [
     "table_object",
 ]
 
-# What `datasets` reads, by its own name for the format.
+# File suffixes, and the names of their formats in `datasets`.
 TABLE_FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".arrow": "arrow"}
-# Columns that hold the text where they are there; the others are asked for by name, unless there is one only.
+# The usual names of columns; any other column must be named, unless it is the only one.
 USUAL_TEXTS, USUAL_CHATS, USUAL_IDS = ("text", "content"), ("messages", "conversations", "conversation"), ("input_ids",)
 STRING_TYPES = ("string", "large_string", "string_view")
 MASK = "attention_mask"  # beside ids: 0 at padding
-PEEKED = 20  # rows that are looked at for a value of each column
+PEEKED = 20  # rows that are searched for a value of each column
 
 REACH_TIMEOUT = 10.0  # seconds
 
 
 @dataclass(frozen=True)
 class _Table:
-    """Columns by name, with whether they hold strings (None: to be seen), and the rows with some of them."""
+    """Columns by name, with whether they hold strings (None: unknown), and a function that reads their rows."""
 
     columns: Mapping[str, bool | None]
     rows: Callable[[list[str]], Iterable[Mapping[str, Any]]]
@@ -71,7 +71,7 @@ def table_object(source: Any, column: str | None, split: str | None) -> Source:
     return Source("data frame", _documents(_frame(source), column, "the data frame"))
 
 
-# A module that was not imported has no objects; importing one takes a second.
+# If a module has not been imported, no object is of its types; importing it would take a second.
 def _is_dataset(source: Any) -> bool:
     datasets = sys.modules.get("datasets")
     if datasets is None:
@@ -133,7 +133,7 @@ def is_saved(folder: Path) -> bool:
 
 
 def saved_dataset(folder: Path, column: str | None, split: str | None) -> Source:
-    """What `save_to_disk` wrote to a folder."""
+    """The dataset that `save_to_disk` wrote to a folder."""
     what, datasets = str(folder), import_datasets(str(folder))
     with _dataset_errors(what), quiet():
         loaded = datasets.load_from_disk(what)
@@ -170,10 +170,10 @@ def _load_dataset(what: str, path: str, config: str | None, **options: Any) -> A
 
 
 def import_datasets(what: str) -> Any:
-    """The package `datasets`, which reads `what`.
+    """Import the package `datasets`, which reads `what`.
 
     Raises:
-        CorpusError: it is not installed.
+        CorpusError: the package is not installed.
     """
     try:
         import datasets
@@ -183,17 +183,17 @@ def import_datasets(what: str) -> Any:
 
 
 def _require_hub(dataset: str) -> None:
-    """Fail at once where the Hub is out of reach; `datasets` itself tries for half a minute."""
+    """Fail at once if the Hub cannot be reached; `datasets` itself tries for half a minute."""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError
 
-    with _dataset_errors(dataset), suppress(HfHubHTTPError):  # an answer is all that is wanted
+    with _dataset_errors(dataset), suppress(HfHubHTTPError):  # any answer shows that the Hub can be reached
         HfApi().dataset_info(dataset, timeout=REACH_TIMEOUT)
 
 
 @contextmanager
 def _dataset_errors(what: str) -> Iterator[None]:
-    """Turn what `datasets` raises, when it opens a dataset or on its way through the rows, into a `CorpusError`."""
+    """Turn the exceptions of `datasets`, in opening a dataset or reading rows, into a `CorpusError`."""
     from datasets.exceptions import DatasetNotFoundError, DatasetsError
     from huggingface_hub.errors import HFValidationError, HTTPError
 
@@ -201,9 +201,9 @@ def _dataset_errors(what: str) -> Iterator[None]:
         yield
     except (DatasetNotFoundError, HFValidationError) as error:
         raise CorpusError(
-            f"There is no dataset {what!r} that can be read: no such folder here, and on the Hugging Face Hub it is "
-            "missing, private or gated. Check the name (name or name:config); for a private or gated one, log in with "
-            "`hf auth login`."
+            f"There is no dataset {what!r} that can be read: there is no such folder, and on the Hugging Face Hub it "
+            "is missing, private or gated. Check the name (name or name:config); for a private or gated one, log in "
+            "with `hf auth login`."
         ) from error
     except (ConnectionError, HTTPError) as error:
         raise CorpusError(
@@ -222,7 +222,7 @@ def _dataset_errors(what: str) -> Iterator[None]:
 def _dataset_rows(dataset: Any, column: str | None, what: str) -> Iterator[Document]:
     with _dataset_errors(what):
         dataset = dataset.with_format(None)  # of torch or pandas, in which rows would come as tensors and frames
-        if dataset.features is not None:  # then nothing but the text has to be read
+        if dataset.features is not None:  # then only the column of text has to be read
             columns = {name: _is_string(feature) for name, feature in dataset.features.items()}
             yield from _documents(_Table(columns, dataset.select_columns), column, what)
             return
@@ -232,7 +232,7 @@ def _dataset_rows(dataset: Any, column: str | None, what: str) -> Iterator[Docum
 
 
 def _is_string(feature: Any) -> bool | None:
-    """Whether a column holds strings; None where its values may be chats or ids, which they tell better."""
+    """Whether a column holds strings; None if its values may be chats or ids and must be checked."""
     kind = getattr(feature, "dtype", None)
     if kind in STRING_TYPES:
         return True
@@ -262,28 +262,28 @@ def _choose_column(table: _Table, what: str) -> str:
     chats = [name for name, value in seen.items() if _is_chat(value)]
     if usual := [name for name in USUAL_CHATS if name in chats]:
         return usual[0]
-    # Other names are clear only where there is nothing else: a lone column of strings may be an identifier.
+    # A column with another name is chosen only if it is the only candidate: a column of strings may be an identifier.
     others = texts + chats + [name for name in USUAL_IDS if _is_ids(seen.get(name))]
     if len(others) == 1:
         return others[0]
     raise CorpusError(
-        f"Which column of {what} holds the text is not clear; name it with `column`. It has: "
+        f"It is not clear which column of {what} holds the text; name it with `column`. It has: "
         f"{', '.join(table.columns)}."
     )
 
 
 def _first_values(table: _Table, names: list[str]) -> dict[str, Any]:
-    """The first value of each column that is there at all, among the first rows."""
-    found: dict[str, Any] = {}
+    """The first value of each column in the first rows that is not missing."""
+    first: dict[str, Any] = {}
     for row in islice(table.rows(names), PEEKED) if names else ():
-        found |= {name: row[name] for name in names if name not in found and not _is_missing(row[name])}
-        if len(found) == len(names):
+        first |= {name: row[name] for name in names if name not in first and not _is_missing(row[name])}
+        if len(first) == len(names):
             break
-    return found
+    return first
 
 
 def document_of(value: Any, name: str) -> Document | None:
-    """One row or item as a document: a string, a chat, or a list of ids; None where it is none of these."""
+    """One row or item as a document: a string, a chat, or a list of ids; None if it is none of these."""
     if isinstance(value, str):
         return Document.from_text(value, name)
     if _is_chat(value):
@@ -292,7 +292,7 @@ def document_of(value: Any, name: str) -> Document | None:
 
 
 def kind_of(value: Any) -> str:
-    """What a value is that is no document, in words."""
+    """Describe a value that is not a document, for a message."""
     if _is_list(value) and isinstance(value[0], Mapping):
         return f"lists of {' and '.join(map(str, value[0]))}, not messages with role and content"
     return f"{type(value).__name__}, not text"
@@ -307,13 +307,13 @@ def _is_ids(value: Any) -> bool:
 
 
 def _is_list(value: Any) -> bool:
-    """Whether a value is a list of something; of numpy too, in which a data frame may keep one."""
+    """Whether a value is a non-empty list, or an array of numpy, as data frames may hold."""
     is_list = isinstance(value, Sequence) and not isinstance(value, (str, bytes))
     return (is_list or getattr(value, "ndim", 0) == 1) and len(value) > 0
 
 
 def _is_missing(value: Any) -> bool:
-    """Whether a cell holds nothing: None, NaN, pandas' own NA, or an empty list."""
+    """Whether a cell is empty: None, NaN, pandas' own NA, or an empty list."""
     if value is None or type(value).__name__ == "NAType" or (isinstance(value, float) and value != value):
         return True
     return not isinstance(value, str) and hasattr(value, "__len__") and len(value) == 0

@@ -1,4 +1,4 @@
-"""Documents: texts with a name, read from their start only as far as they are needed; chats and token ids likewise."""
+"""Documents: texts, chats or token ids with a name, of which only the part that is needed is read."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,10 +15,10 @@ __all__ = ["Document", "Source"]
 
 @dataclass(frozen=True)
 class Document:
-    """One text, read from its start as far as asked: `read(limit)` gives at most `limit` characters, all for None.
+    """One text: `read(limit)` returns its first `limit` characters, or all for None.
 
-    A chat, or token ids, have no text of their own: `tokens(tokenizer)` gives their ids, `read` raises a `CorpusError`.
-    `whole` names the text that this is one of several pieces of, and is empty where it is whole.
+    For a chat or token ids, `tokens(tokenizer)` returns the ids, and `read` raises a `CorpusError`. If this is one of
+    several pieces of a text, `whole` is the name of that text; otherwise it is empty.
     """
 
     name: str
@@ -33,17 +33,17 @@ class Document:
 
     @classmethod
     def from_file(cls, path: Path) -> "Document":
-        """Wrap a UTF-8 text file, opened at every read."""
+        """Wrap a UTF-8 text file, which is opened at every read."""
         return cls(str(path), partial(_read_file, path))
 
     @classmethod
     def from_chat(cls, messages: Sequence[Mapping[str, Any]], name: str) -> "Document":
-        """Wrap a conversation: messages with `role` and `content`, which the tokenizer's chat template writes."""
+        """Wrap a chat: messages with `role` and `content`, which the tokenizer's chat template turns into text."""
         return cls(name, partial(_refuse_text, name, "chats"), partial(_chat_ids, messages, name))
 
     @classmethod
     def from_ids(cls, ids: list[int], name: str) -> "Document":
-        """Wrap a text that is token ids already."""
+        """Wrap a document of token ids."""
         return cls(name, partial(_refuse_text, name, "token ids"), partial(_checked_ids, ids, name))
 
 
@@ -57,7 +57,7 @@ class Source:
 
 def _read_file(path: Path, limit: int | None) -> str:
     try:
-        with path.open(encoding="utf-8-sig") as file:  # a byte order mark is not text
+        with path.open(encoding="utf-8-sig") as file:  # without the byte order mark
             text = file.read(-1 if limit is None else limit)
     except UnicodeDecodeError as error:
         raise CorpusError(
@@ -76,18 +76,18 @@ def _refuse_text(name: str, what: str, limit: int | None) -> str:
 
 
 def _chat_ids(messages: Sequence[Mapping[str, Any]], name: str, tokenizer: Any) -> list[int]:
-    """The ids of a chat as its template writes it: the template brings its own special tokens, so none are added."""
+    """The ids of a chat as its template writes it; the template includes special tokens, so no others are added."""
     from jinja2 import TemplateError
 
     if not getattr(tokenizer, "chat_template", None):
         raise CorpusError(
-            f"{name} holds chats, and the tokenizer has no chat template to write them with. Give a tokenizer that has "
-            "one (of a chat model), or write the chats as text yourself and name that column."
+            f"{name} holds chats, but the tokenizer has no chat template. Give the tokenizer of a chat model, or write "
+            "the chats as text yourself and name that column."
         )
-    # In tables, every message has all keys that any has; a template asks whether there is one.
-    said = [{key: value for key, value in message.items() if value is not None} for message in messages]
+    # In a table, every message has the keys of all messages; a template tests whether a key exists.
+    present = [{key: value for key, value in message.items() if value is not None} for message in messages]
     try:
-        return encode(tokenizer, tokenizer.apply_chat_template(said, tokenize=False))
+        return encode(tokenizer, tokenizer.apply_chat_template(present, tokenize=False))
     except (TemplateError, ValueError, TypeError, LookupError) as error:
         raise CorpusError(
             f"The chat template of the tokenizer cannot write a chat of {name}: {one_line(error)}"
@@ -95,12 +95,12 @@ def _chat_ids(messages: Sequence[Mapping[str, Any]], name: str, tokenizer: Any) 
 
 
 def _checked_ids(ids: list[int], name: str, tokenizer: Any) -> list[int]:
-    """The ids, where the tokenizer has them all."""
+    """Return the ids, or refuse them if the tokenizer does not have them all."""
     size = len(tokenizer) if hasattr(tokenizer, "__len__") else None
     if ids and (min(ids) < 0 or (size is not None and max(ids) >= size)):
         wrong, last = min(ids) if min(ids) < 0 else max(ids), "" if size is None else f" to {size - 1}"
         raise CorpusError(
-            f"{name} holds the token id {wrong}, but the tokenizer's are from 0{last}. Give ids of the model's own "
+            f"{name} holds the token id {wrong}, but the tokenizer's ids are from 0{last}. Give ids of the model's own "
             "tokenizer, or the text."
         )
     return ids

@@ -1,7 +1,7 @@
 """Where text comes from: files, folders, datasets, strings, or the Python standard library's own source.
 
-Every source becomes a `Source`: a name for the report and documents in a fixed order, read lazily, so that no more of a
-large file or of a streamed dataset is read than is needed.
+Every source becomes a `Source`: a name for the report, and documents in a fixed order. Documents are read lazily, so
+that only the needed part of a large file or of a streamed dataset is read.
 """
 
 import os
@@ -39,11 +39,11 @@ LONGEST_PATH = 1024
 
 
 def find_source(source: Any, dataset: Any = None, column: str | None = None, split: str | None = None) -> Source:
-    """Say which documents a user means; see `load_blocks` for what may be given.
+    """Find the documents of a source; `load_blocks` lists the possible sources.
 
     Raises:
         CorpusError: the source does not exist or cannot be read.
-        SettingsError: options that do not go together.
+        SettingsError: the options exclude each other.
     """
     if dataset is not None:
         if source is not None:
@@ -52,7 +52,7 @@ def find_source(source: Any, dataset: Any = None, column: str | None = None, spl
             )
         if isinstance(dataset, (str, os.PathLike)):
             if not os.fspath(dataset).strip():
-                raise CorpusError("The name of the dataset is empty. Give name, name:config, or a file.")
+                raise CorpusError("The name of the dataset is empty. Give a name, name:config, or a file.")
             path = Path(dataset)
             return _paths([path], column) if path.is_file() else named_dataset(os.fspath(dataset), column, split)
         source = dataset
@@ -78,11 +78,11 @@ def find_source(source: Any, dataset: Any = None, column: str | None = None, spl
 
 
 def _as_paths(source: Any) -> list[Path]:
-    """The paths that a user means, or an empty list for documents.
+    """The paths in a source, or an empty list for documents.
 
-    One string is a path. In a list, strings are paths only where every one of them exists or has a known file suffix.
+    A single string is a path. In a list, strings are paths only if every one exists or has a known file suffix.
     """
-    if isinstance(source, str) and not source.strip():  # Path("") would be the current folder
+    if isinstance(source, str) and not source.strip():  # Path("") is the current folder
         raise CorpusError(
             f"The text is {source!r}; give the path of a text file, or leave it out for the embedded text."
         )
@@ -99,7 +99,7 @@ def _looks_like_path(item: Any) -> bool:
     if not isinstance(item, str) or not item.strip() or "\n" in item or "\0" in item or len(item) > LONGEST_PATH:
         return False
     path = Path(item).expanduser()
-    # Not path.exists(), which raises where a text is longer than any name.
+    # Not path.exists(), which raises if a text is longer than any file name.
     return path.suffix.lower() in TEXT_SUFFIXES | TABLE_FORMATS.keys() or os.path.exists(path)
 
 
@@ -116,13 +116,13 @@ def _check_exists(path: Path) -> None:
     text = str(path)
     if "\n" in text or "\0" in text or len(text) > LONGEST_PATH:
         raise CorpusError(
-            f"A string is taken as the path of a text file, but {_brief(text)} cannot be one. "
+            f"A string must be the path of a text file, but {_brief(text)} cannot be a path. "
             "To give the text itself, put it in a list: [text]."
         )
     if not os.path.exists(path):
         raise CorpusError(
-            f"There is no file or folder {text!r}. Check the path; a dataset of the Hugging Face Hub is given as a "
-            "dataset, not as a text file, and the text itself as a list of strings."
+            f"There is no file or folder {text!r}. Check the path. Give a dataset of the Hub as a dataset, "
+            "not as a text file, and give the text itself as a list of strings."
         )
 
 
@@ -143,11 +143,10 @@ def _text_files(folder: Path) -> list[Path]:
     visible = [path for path in relative if not any(part.startswith(".") for part in path.parts)]
     texts = [folder / path for path in visible if path.suffix.lower() in TEXT_SUFFIXES]
     if not texts:
-        found = ", ".join(sorted({path.suffix or "no suffix" for path in visible})) or "nothing"
+        suffixes = ", ".join(sorted({path.suffix or "no suffix" for path in visible})) or "nothing"
         raise CorpusError(
-            f"The folder {str(folder)!r} holds no text file (.txt, .md, .py and the like; found: {found}). "
-            "Name the files themselves to have them read whatever their suffix, or give the folder of a data set as a "
-            "dataset."
+            f"The folder {str(folder)!r} holds no text file (.txt, .md, .py and the like; found: {suffixes}). "
+            "Files with other suffixes are read if you name them one by one. Give the folder of a dataset as a dataset."
         )
     return texts
 
@@ -157,9 +156,7 @@ def _text_files(folder: Path) -> list[Path]:
 
 def _strings(source: Any) -> Iterator[Document]:
     if isinstance(source, (bytes, Mapping)) or not isinstance(source, Iterable):
-        raise CorpusError(
-            f"Text was expected as a path, a dataset or an iterable of strings, not as {type(source).__name__}."
-        )
+        raise CorpusError(f"Text must be a path, a dataset or an iterable of strings, not {type(source).__name__}.")
     return _string_documents(source)
 
 

@@ -1,9 +1,9 @@
-"""Special tokens of a tokenizer: which ids are, and which begin a sequence.
+"""The special tokens of a tokenizer, and those at the start of a sequence.
 
-A model is used to sequences that begin as in its training. Some (Gemma's) are far off where the beginning-of-sequence
-token, BOS, is missing; others (GPT-2's, SmolLM2's) were trained without one, though their tokenizers have its name.
-What tells the two apart is what the tokenizer puts before a text by itself: BOS from a post-processor or
-`add_bos_token`, [CLS], several tokens, or nothing.
+Sequences must begin as in the model's training. Some models (Gemma) have a far higher loss without the
+beginning-of-sequence token, BOS; others (GPT-2, SmolLM2) were trained without it, although their tokenizers have one.
+The difference shows in the tokens that the tokenizer adds before a text by default: BOS from a post-processor or
+`add_bos_token`, [CLS], several tokens, or none.
 """
 
 from collections.abc import Sequence
@@ -14,17 +14,18 @@ from depthscope.errors import SettingsError
 
 __all__ = ["SpecialTokens", "encode"]
 
-# Texts whose tokens with and without special ones are held against each other.
+# Texts that are tokenized with and without special tokens, for comparison.
 PROBES = ("a", "The layers of a model", "\n12")
 MARKS = ("bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id", "pad_token_id")
 
 
 @dataclass(frozen=True)
 class SpecialTokens:
-    """What a tokenizer has of special tokens.
+    """The special tokens of a tokenizer.
 
-    `ids` are those that mark a sequence's start or end, or pad it. `own_start` is what the tokenizer puts before every
-    text by itself, None where that depends on the text; `bos` is its beginning-of-sequence token, None without one.
+    `ids` are the tokens that mark the start or end of a sequence, or pad it. `own_start` are the tokens that the
+    tokenizer adds before every text by default, None if they depend on the text. `bos` is its beginning-of-sequence
+    token, None without one.
     """
 
     ids: frozenset[int]
@@ -33,45 +34,45 @@ class SpecialTokens:
 
     @classmethod
     def of(cls, tokenizer: Any) -> "SpecialTokens":
-        """Ask a tokenizer of transformers."""
+        """Find the special tokens of a tokenizer of transformers."""
         bos, own_start = getattr(tokenizer, "bos_token_id", None), _own_start(tokenizer)
         marks = {getattr(tokenizer, mark, None) for mark in MARKS}
-        # An unknown word is no mark of a sequence, unless it doubles as one.
+        # The unknown token is not included, unless it is also one of the marks.
         others = set(getattr(tokenizer, "all_special_ids", ())) - {getattr(tokenizer, "unk_token_id", None)}
         ids = frozenset(int(index) for index in marks | others | set(own_start or ()) if index is not None)
         return cls(ids, own_start, None if bos is None else int(bos))
 
     def start(self, bos: str, first: Sequence[int] = ()) -> tuple[int, ...]:
-        """Choose the ids that every block begins with.
+        """Choose the ids at the start of every block.
 
         Args:
-            bos: "no" for none; "auto" for what the tokenizer puts before a text by itself; "yes" for the same, or for
-                its BOS where it puts none.
-            first: the ids of the first document where they do not come from plain text: "auto" is BOS also where these
-                begin with it, as what a chat template writes may.
+            bos: "no" for none; "auto" for the tokens that the tokenizer adds before a text by default; "yes" for these,
+                or for its BOS if it adds none.
+            first: the ids of the first document if it is not plain text. If they begin with BOS, as those of a chat
+                template may, "auto" is BOS too.
 
         Raises:
-            SettingsError: "yes" without a BOS, or "auto" where what the tokenizer adds depends on the text.
+            SettingsError: "yes" without a BOS, or "auto" if the added tokens depend on the text.
         """
         named = () if self.bos is None else (self.bos,)
         if bos == "no":
             return ()
         if bos == "yes":
-            if not (found := self.own_start or named):
+            if not (chosen := self.own_start or named):
                 raise SettingsError(
-                    'bos is "yes", but the tokenizer has no beginning-of-sequence token. Set its bos_token, or take '
+                    'bos is "yes", but the tokenizer has no beginning-of-sequence token. Set its bos_token, or use '
                     '"no".'
                 )
-            return found
+            return chosen
         if self.own_start is None:
             raise SettingsError(
-                'bos is "auto", but what the tokenizer puts before a text depends on the text. Take "yes" or "no" (on '
-                "the command line --bos yes or --bos no)."
+                'bos is "auto", but the tokens that the tokenizer adds before a text depend on the text. Use "yes" or '
+                '"no" (on the command line: --bos yes or --bos no).'
             )
         return self.own_start or (named if tuple(first[:1]) == named else ())
 
     def without_start(self, ids: list[int]) -> list[int]:
-        """Leave out the special tokens that ids begin with: the tokenizer's own start, or else BOS."""
+        """Remove the special tokens at the start of ids: the tokenizer's own start, or else BOS."""
         for start in (list(self.own_start or ()), [self.bos]):
             if start and ids[: len(start)] == start:
                 return ids[len(start) :]
@@ -79,15 +80,17 @@ class SpecialTokens:
 
 
 def encode(tokenizer: Any, text: str, special: bool = False) -> list[int]:
-    """Tokenize a text, without special tokens unless they are asked for."""
-    # verbose=False: a text is longer than the model's maximum, and that is no reason to warn.
+    """Tokenize a text, by default without special tokens."""
+    # verbose=False: no warning about a text that is longer than the model's maximum.
     return list(tokenizer(text, add_special_tokens=special, verbose=False).input_ids) if text else []
 
 
 def _own_start(tokenizer: Any) -> tuple[int, ...] | None:
-    """What stands before every probe's own ids; None where it is not always the same, or the ids are not there."""
+    """The tokens before the ids of every probe; None if they differ, or if the ids of a probe are not found."""
     pairs = [(encode(tokenizer, text), encode(tokenizer, text, special=True)) for text in PROBES]
-    starts = {_before(plain, whole) for plain, whole in pairs if plain}  # without ids, a start is not told from an end
+    starts = {
+        _before(plain, whole) for plain, whole in pairs if plain
+    }  # without ids, start and end tokens look the same
     if not starts:
         bos = getattr(tokenizer, "bos_token_id", None)
         starts = {(bos,) if bos is not None and all(whole[:1] == [bos] for _, whole in pairs) else ()}

@@ -1,7 +1,7 @@
 """The embedded corpus: the source of Python's own standard library, found at run time.
 
-It is there without a network, ships nothing, and is English (docstrings, comments) and code, the same for everybody
-with the same version of Python.
+It needs no network and no file in this package. It is English (docstrings, comments) and code, and the same for
+everybody with the same version of Python.
 """
 
 import sys
@@ -16,7 +16,7 @@ __all__ = ["python_stdlib"]
 
 SLICE_CHARACTERS = 4000
 
-# Interactive programs, tests and tables that a program wrote: neither prose nor code that a person would write.
+# Interactive programs, tests and generated tables: neither prose nor code written by people.
 LEFT_OUT = frozenset({"idlelib", "turtledemo", "pydoc_data", "encodings", "stringprep"})
 LEFT_OUT_FOLDERS = frozenset({"test", "tests", "idle_test", "__pycache__", "site-packages", "_bundled"})
 
@@ -24,34 +24,34 @@ LEFT_OUT_FOLDERS = frozenset({"test", "tests", "idle_test", "__pycache__", "site
 def python_stdlib(root: Path | None = None) -> Source:
     """The source of Python's standard library, found at run time: English docstrings and code, the same for everybody.
 
-    Modules come in sorted order, in slices of about 4,000 characters at line boundaries, served round robin (the first
-    slice of every module, then the second of every module, ...), so that even a few thousand tokens have variety.
+    Modules are in sorted order and cut at line boundaries into slices of about 4,000 characters. The first slices of
+    all modules come first, then all second slices, and so on, so that even a few thousand tokens have variety.
 
     Raises:
-        CorpusError: this Python comes without the source of its library.
+        CorpusError: this Python has no source of its library.
     """
     root = root or Path(sysconfig.get_path("stdlib"))
     modules = _modules(root)
     name = f"python-stdlib-{sys.version_info.major}.{sys.version_info.minor}"
     if not modules:
         raise CorpusError(
-            "The embedded corpus is the source of Python's standard library, but this Python comes without it (looked "
+            "The embedded corpus is the source of Python's standard library, but this Python does not have it (looked "
             f"in {str(root)!r}). Give a text file or a dataset instead."
         )
     return Source(name, _round_robin([_slices(path, path.relative_to(root).as_posix()) for path in modules]))
 
 
 def _modules(root: Path) -> list[Path]:
-    """The public modules, by dotted name; only names that Python itself lists, so nothing installed beside them."""
-    found: list[Path] = []
+    """The public modules by dotted name; only names that Python itself lists, so no installed packages."""
+    modules: list[Path] = []
     for name in sorted(sys.stdlib_module_names - LEFT_OUT):
         if name.startswith("_"):
             continue
         if (module := root / f"{name}.py").is_file():
-            found.append(module)
+            modules.append(module)
         elif (package := root / name).is_dir():
-            found.extend(path for path in sorted(package.rglob("*.py")) if _is_public(path.relative_to(root)))
-    return found
+            modules.extend(path for path in sorted(package.rglob("*.py")) if _is_public(path.relative_to(root)))
+    return modules
 
 
 def _is_public(module: Path) -> bool:

@@ -402,7 +402,7 @@ def test_the_commands_at_the_head_of_the_sweep_do_what_they_say(
     assert commands[1].startswith(launched)
     assert f"`{commands[1].partition('sweep.yaml')[0]}" in planned.output
     assert f"{made.request.kind.name} at {made.request.utilisation:.0%}" in planned.output
-    assert f"among {made.request.gpus} GPUs" in planned.output or made.request.gpus == 1
+    assert f"over {made.request.gpus} GPUs" in planned.output or made.request.gpus == 1
     listed = CliRunner().invoke(app, [*run, "--dry-run"])
     assert listed.exit_code == 0, listed.output
 

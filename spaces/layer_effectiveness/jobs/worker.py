@@ -119,7 +119,8 @@ def _problems(folder: Path, task: Task) -> Iterator[None]:
 
 
 def _is_about_memory(error: BaseException) -> bool:
-    from depthscope.loading.failures import causes, is_out_of_memory  # torch takes seconds
+    from depthscope.layers.memory import is_out_of_memory  # torch takes seconds
+    from depthscope.loading.failures import causes
 
     return any(isinstance(cause, OutOfMemoryError) or is_out_of_memory(cause) for cause in causes(error))
 

@@ -4,7 +4,8 @@ The outer loop is over batches of blocks, the inner ones over experiments, so th
 one batch whatever the number of tokens. What the scores gather stays in their sums by block.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Hashable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from depthscope.console.progress import Progress
 from depthscope.errors import AnalysisInterrupted, NonFiniteError
+from depthscope.layers.lanes import Lane, LanePass, Lanes, Step
 from depthscope.layers.stack import LayerStack
 from depthscope.layers.tracing import PLACEHOLDER
 from depthscope.processes import Processes
@@ -19,14 +21,12 @@ from depthscope.scores.base import (
     Array,
     Batch,
     Score,
-    SkippedRun,
     block_losses,
     extent_of,
     head_work,
-    run_from,
 )
 from depthscope.scores.usefulness import Usefulness
-from depthscope.scores.work import shared_work, skip_work
+from depthscope.scores.work import shared_skip_work, shared_work
 from depthscope.settings import Settings
 from depthscope.text.blocks import Blocks
 
@@ -39,10 +39,7 @@ def total_work(stack: LayerStack, scores: Mapping[str, Score], settings: Setting
     """What the whole analysis takes, in forward passes of one layer over one block."""
     extent = extent_of(stack, experiments=runs_experiments(scores))
     each = sum(score.work() for score in scores.values())
-    losses = any(score.skip_losses for score in scores.values())
-    if losses or any(score.skip_updates for score in scores.values()):
-        each += sum(skip_work(extent, losses=losses))
-    return each * settings.eval_blocks + shared_work(extent, scores, settings)
+    return (each + shared_skip_work(extent, scores)) * settings.eval_blocks + shared_work(extent, scores, settings)
 
 
 def runs_experiments(scores: Mapping[str, Score]) -> bool:
@@ -63,14 +60,14 @@ def measure(
     parts = blocks[: settings.fit_blocks or 1], blocks[settings.fit_blocks :][: settings.eval_blocks]
     fitting, measured = (part.behind(PLACEHOLDER, stack.virtual_tokens) for part in parts)
     baseline = {name: np.zeros(settings.eval_blocks) for name in ("loss", "targets")}
-    done = 0
+    lanes, done = Lanes(stack), 0
     try:
         if isinstance(useful := scores.get("usefulness"), Usefulness):
             shown.at("fitting linear maps")
             fitted = measured if settings.fits_in_sample else fitting
             useful.fit(lambda: _fit_batches(fitted, size, stack, processes, shown), processes.add_up)
         for rows in _chunks(processes.share(range(settings.eval_blocks)), size):
-            batch = _measure_batch(stack, scores, measured, rows, shown)
+            batch = _measure_batch(lanes, scores, measured, rows, shown)
             baseline["loss"][rows], baseline["targets"][rows] = batch.loss, batch.target_mask.sum(1).cpu().numpy()
             done += len(rows)
     except KeyboardInterrupt as interrupt:
@@ -83,20 +80,46 @@ def measure(
 
 
 def _measure_batch(
-    stack: LayerStack, scores: Mapping[str, Score], measured: Blocks, rows: list[int], shown: Progress
+    lanes: Lanes, scores: Mapping[str, Score], measured: Blocks, rows: list[int], shown: Progress
 ) -> Batch:
-    """The baseline pass of some evaluation blocks, and what every score makes of them."""
-    place = f"block {rows[0] + 1} of {len(measured)}: "
-    shown.at(place + "baseline")
+    """The baseline pass of some evaluation blocks with all experiments beside it, and what every score makes of it."""
+    stack, place = lanes.stack, f"block {rows[0] + 1} of {len(measured)}: "
     batch = Batch.of(measured.select(torch.tensor(rows)), np.array(rows))
-    _run_baseline(stack, scores, batch)
-    shown.advance(len(rows) * (stack.num_layers + head_work(stack)))
+    experiments = _experiments(scores.values(), batch.rows)
+    shown.at(place + ("baseline and experiments" if experiments else "baseline"))
+    run = _run_baseline(lanes, scores, experiments, batch, shown)
+    readers = {experiment.lane: experiment.reading for experiment in experiments}
+    for lane, logits in run.logits():
+        some = slice(None) if lane.rows is None else lane.rows
+        loss = block_losses(logits, batch.blocks.input_ids[some], batch.target_mask[some])
+        for score in readers[lane]:
+            score.measure_loss(batch, lane, loss)
+        shown.advance(len(logits) * head_work(stack))
     for name, score in scores.items():
         shown.at(place + name)
         score.measure(batch, shown.advance)
-    shown.at(place + "skipping layers")
-    _skip_layers(stack, list(scores.values()), batch, shown)
     return batch
+
+
+@dataclass
+class _Experiment:
+    """A lane, with the scores that want its losses and those that watch its residual stream."""
+
+    lane: Lane
+    reading: list[Score]
+    watching: list[Score]
+
+
+def _experiments(scores: Iterable[Score], rows: Array) -> list[_Experiment]:
+    """What the scores want to be run on some blocks, each experiment once."""
+    wanted: dict[Hashable, _Experiment] = {}
+    for score in scores:
+        for lane in score.lanes(rows):
+            one = wanted.setdefault(lane.key, _Experiment(lane, [], []))
+            one.lane = replace(lane, logits=lane.logits or one.lane.logits, watched=lane.watched or one.lane.watched)
+            one.reading += [score] * lane.logits
+            one.watching += [score] * lane.watched
+    return list(wanted.values())
 
 
 def require_finite(stack: LayerStack) -> None:
@@ -124,9 +147,12 @@ def _fit_batches(
         shown.advance(len(rows) * stack.num_layers)
 
 
-def _run_baseline(stack: LayerStack, scores: Mapping[str, Score], batch: Batch) -> None:
-    """Run the unchanged model on a batch: scores observe it, and what experiments need is kept."""
-    ids, mask = batch.blocks.input_ids, batch.blocks.attention_mask
+def _run_baseline(
+    lanes: Lanes, scores: Mapping[str, Score], experiments: list[_Experiment], batch: Batch, shown: Progress
+) -> LanePass:
+    """Run the unchanged model on a batch, and experiments beside it; scores observe both."""
+    stack, ids, mask = lanes.stack, batch.blocks.input_ids, batch.blocks.attention_mask
+    watching = {score.name: score for experiment in experiments for score in experiment.watching}
 
     def on_layer(layer: int, before: Tensor, after: Tensor) -> None:
         for score in scores.values():
@@ -136,17 +162,24 @@ def _run_baseline(stack: LayerStack, scores: Mapping[str, Score], batch: Batch) 
         for score in scores.values():
             score.observe_part(batch, layer, part, output)
 
-    kept = runs_experiments(scores)
-    parts = any(score.parts for score in scores.values())
+    def on_step(step: Step) -> None:
+        for score in watching.values():
+            score.measure_step(batch, step)
+
+    kept, parts = (any(getattr(score, name) for score in scores.values()) for name in ("states", "parts"))
+    run = lanes.over(ids, mask, [each.lane for each in experiments], observe=on_step, tick=shown.advance)
     with (
         stack.observing(on_layer, on_part if parts else None),
-        stack.capture(resid_pre=kept, resid_post=kept) as capture,
+        stack.capture(resid_pre=kept, resid_post=False) as capture,
+        run.beside(),
     ):
         logits = stack.logits(ids, mask)
     batch.loss = block_losses(logits, ids, batch.target_mask)
     if not np.isfinite(batch.loss).all():
         raise NonFiniteError(_not_finite(stack, ids, mask))
-    batch.resid_pre, batch.resid_post = capture.resid_pre, capture.resid_post
+    batch.resid_pre = capture.resid_pre
+    shown.advance(len(ids) * (stack.num_layers + head_work(stack)))
+    return run
 
 
 def _not_finite(stack: LayerStack, ids: Tensor, mask: Tensor | None = None) -> str:
@@ -165,32 +198,3 @@ def _not_finite(stack: LayerStack, ids: Tensor, mask: Tensor | None = None) -> s
 
 def _finite(hidden: Tensor) -> bool:
     return bool(torch.isfinite(hidden).all())
-
-
-def _skip_layers(stack: LayerStack, scores: list[Score], batch: Batch, shown: Progress) -> None:
-    """Run the batch with each layer skipped in turn, once for all the scores that look at that."""
-    updates, losses = any(score.skip_updates for score in scores), any(score.skip_losses for score in scores)
-    if not (updates or losses):
-        return
-    last = stack.num_layers - 1
-    for layer, work in enumerate(skip_work(extent_of(stack, experiments=True), losses=losses)):
-        if layer not in stack.unskippable and (losses or layer < last):
-            with (
-                stack.skipping(layer),
-                run_from(stack, layer, batch.resid_pre[layer]),
-                stack.capture(resid_pre=updates, resid_post=updates, first=layer + 1) as capture,
-            ):
-                loss = _loss_or_nothing(stack, batch, losses)
-            run = SkippedRun(layer, capture.resid_pre, capture.resid_post, loss)
-            for score in scores:
-                if score.skip_updates or score.skip_losses:
-                    score.measure_skip(batch, run)
-        shown.advance(len(batch.rows) * work)
-
-
-def _loss_or_nothing(stack: LayerStack, batch: Batch, wanted: bool) -> Array | None:
-    ids, mask = batch.blocks.input_ids, batch.blocks.attention_mask
-    if wanted:
-        return block_losses(stack.logits(ids, mask), ids, batch.target_mask)
-    stack.run_through(stack.num_layers - 1, ids, mask)
-    return None

@@ -18,7 +18,17 @@ from torch import Tensor, nn
 from depthscope.errors import AnalysisError, NoLayerStackError
 from depthscope.layers.compiled import as_written, class_name, is_compiled
 from depthscope.layers.modes import evaluating
-from depthscope.layers.stand_ins import Feed, PassThrough, StandIn, StopForward, Stopper, hidden_among, hidden_of
+from depthscope.layers.stand_ins import (
+    Feed,
+    Moved,
+    PassThrough,
+    StandIn,
+    StopForward,
+    Stopper,
+    hidden_among,
+    hidden_of,
+    with_hidden,
+)
 from depthscope.layers.tracing import MODEL_FAILURES, Trace, input_device, run, text_config, trace_layers
 from depthscope.wording.messages import counted
 
@@ -70,6 +80,7 @@ class LayerStack:
         self.path: str = self._trace.path
         self.layers: nn.ModuleList = self._trace.layers
         self._written = False  # whether passes run as the model is written now
+        self._is_aside = False  # whether a layer is run for something else than the model's own pass
         self._awaited: list[Callable[[int], list[int]]] = []  # each names the layers up to one that it did not see
 
     def __len__(self) -> int:
@@ -143,6 +154,21 @@ class LayerStack:
         return self._require_logits(self._trace.logits)
 
     @property
+    def vocabulary(self) -> int:
+        """The number of logits of a token, V."""
+        return self.example_logits.shape[-1]
+
+    @property
+    def batch_axis(self) -> int:
+        """The axis of the residual stream that holds the sequences of a batch."""
+        return self._trace.axes.batch
+
+    @property
+    def changes_in_place(self) -> bool:
+        """Whether a layer writes into the tensor that it is given."""
+        return self._trace.changes_in_place
+
+    @property
     def virtual_tokens(self) -> int:
         """How many tokens the model puts before the text by itself (prompt tuning); the stream begins with them."""
         return self._trace.virtual_tokens
@@ -208,7 +234,7 @@ class LayerStack:
         before = {index: self.layers[index] for index in replacements}
         try:
             for index, module in replacements.items():
-                self.layers[index] = self._as_stand_in(module, index)
+                self.layers[index] = self.bound(module, index)
             with self.as_written():
                 yield
         finally:
@@ -223,13 +249,13 @@ class LayerStack:
 
     @contextmanager
     def swapped(self, first: int, second: int) -> Iterator[None]:
-        """Let two layers of equal kind change places.
+        """Let two layers of equal type change places.
 
         What belongs to a place and not to a layer stays where it is: the attributes that the layer's class names in
         `positional_attributes` (DepthLM's LayerNorm Scaling factor, for one).
 
         Raises:
-            NoLayerStackError: the two are of different kinds, so that the model would give each the other's mask.
+            NoLayerStackError: the two are of different types, so that the model would give each the other's mask.
         """
         self._check(first)
         self._check(second)
@@ -239,15 +265,8 @@ class LayerStack:
                 f"Layers {first} ({one}) and {second} ({other}) are of different types and cannot change places; swap "
                 "layers whose entries in `layer_types` are equal."
             )
-        at_first, at_second = self.layers[first], self.layers[second]
-        try:
-            self.layers[first], self.layers[second] = at_second, at_first
-            _exchange_positional(at_first, at_second)
-            with self.as_written():
-                yield
-        finally:
-            self.layers[first], self.layers[second] = at_first, at_second
-            _exchange_positional(at_first, at_second)
+        with self.replacing({first: Moved(self.layers[second]), second: Moved(self.layers[first])}):
+            yield
 
     @contextmanager
     def resume_from(self, index: int, hidden: Tensor) -> Iterator[None]:
@@ -319,11 +338,15 @@ class LayerStack:
                 layer = self.layers[index]
                 if resid_pre:
                     handle = layer.register_forward_pre_hook(
-                        _keep_input(capture.resid_pre, index, keep), with_kwargs=True
+                        self._unless_aside(_keep_input(capture.resid_pre, index, keep)), with_kwargs=True
                     )
                     stack.callback(handle.remove)
                 if resid_post:
-                    stack.callback(layer.register_forward_hook(_keep_output(capture.resid_post, index, keep)).remove)
+                    stack.callback(
+                        layer.register_forward_hook(
+                            self._unless_aside(_keep_output(capture.resid_post, index, keep))
+                        ).remove
+                    )
                 if sublayers:
                     self._capture_sublayers(capture, index, stack, torch.clone if sublayers is True else sublayers)
             watched = list(self.layers)
@@ -361,12 +384,13 @@ class LayerStack:
 
         with ExitStack() as stack:
             for index, layer in enumerate(self.layers):
-                into = _keep_input(before, index, keep)
+                into = self._unless_aside(_keep_input(before, index, keep))
                 stack.callback(layer.register_forward_pre_hook(into, with_kwargs=True).remove)
-                stack.callback(layer.register_forward_hook(_tell_output(partial(returned, index))).remove)
+                out = self._unless_aside(_tell_output(partial(returned, index)))
+                stack.callback(layer.register_forward_hook(out).remove)
                 for part in ("attention", "mlp") if on_part is not None else ():
                     if on_part is not None and (module := self.sublayer(index, part)) is not None:
-                        tell = _tell_output(partial(on_part, index, part))
+                        tell = self._unless_aside(_tell_output(partial(on_part, index, part)))
                         stack.callback(module.register_forward_hook(tell).remove)
             watched = list(self.layers)
             stack.enter_context(
@@ -388,9 +412,14 @@ class LayerStack:
         for part, store in (("attention", capture.attn_out), ("mlp", capture.mlp_out)):
             module = self.sublayer(index, part)
             if module is not None:
-                stack.callback(module.register_forward_hook(_keep_output(store, index, keep)).remove)
+                hook = self._unless_aside(_keep_output(store, index, keep))
+                stack.callback(module.register_forward_hook(hook).remove)
 
-    def _as_stand_in(self, module: nn.Module, index: int) -> nn.Module:
+    def _unless_aside(self, hook: Callable[..., None]) -> Callable[..., None]:
+        return lambda *args: None if self._is_aside else hook(*args)
+
+    def bound(self, module: nn.Module, index: int) -> nn.Module:
+        """A module in the place of a layer: it takes the layer's arguments and returns its shape of result."""
         if any(module is layer for layer in self._trace.originals):
             return module  # a decoder layer already speaks the model's language
         stand_in = module if isinstance(module, StandIn) else StandIn(module)
@@ -407,6 +436,15 @@ class LayerStack:
                 yield
         finally:
             handle.remove()
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Run layers without `capture` taking notice: for what is run beside the model's own pass."""
+        before, self._is_aside = self._is_aside, True
+        try:
+            yield
+        finally:
+            self._is_aside = before
 
     @contextmanager
     def as_written(self) -> Iterator[None]:
@@ -449,9 +487,13 @@ class LayerStack:
                 resumed = self.logits(self.example_ids)
         except MODEL_FAILURES:
             return False
-        # Half precision and kernels that depend on what ran before leave rounding; a broken resume is far off.
-        scale = baseline[torch.isfinite(baseline)].abs().max().item() if torch.isfinite(baseline).any() else 0.0
-        return torch.allclose(resumed.float(), baseline.float(), rtol=1e-2, atol=1e-3 * scale, equal_nan=True)
+        return self.is_close(resumed, baseline)
+
+    def is_close(self, logits: Tensor, expected: Tensor) -> bool:
+        """Whether two ways to the same logits agree: one that does not fit the model is far off."""
+        # Half precision and kernels that depend on what ran before leave rounding.
+        scale = expected[torch.isfinite(expected)].abs().max().item() if torch.isfinite(expected).any() else 0.0
+        return torch.allclose(logits.float(), expected.float(), rtol=1e-2, atol=1e-3 * scale, equal_nan=True)
 
     def _require_logits(self, logits: Tensor | None) -> Tensor:
         if logits is None:
@@ -466,22 +508,12 @@ class LayerStack:
             raise IndexError(f"Layer {index} was asked for; this model has layers 0 to {self.num_layers - 1}.")
 
 
-def _exchange_positional(one: nn.Module, other: nn.Module) -> None:
-    """Give each of two layers the other's values of what belongs to the place in the stack."""
-    for name in getattr(one, "positional_attributes", ()):
-        ours, theirs = getattr(one, name), getattr(other, name)
-        setattr(one, name, theirs)
-        setattr(other, name, ours)
-
-
 def _replace_input(hidden: Tensor, called: Callable[[], None]) -> Callable[..., tuple[tuple[Any, ...], dict[str, Any]]]:
     def hook(
         module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         called()
-        if args:
-            return (hidden, *args[1:]), kwargs
-        return args, {**kwargs, "hidden_states": hidden}
+        return with_hidden(args, kwargs, hidden)
 
     return hook
 

@@ -23,6 +23,15 @@ def hidden_among(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     return args[0] if args else kwargs["hidden_states"]
 
 
+def with_hidden(
+    args: tuple[Any, ...], kwargs: dict[str, Any], hidden: Tensor
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """A decoder layer's arguments with another residual stream among them."""
+    if args:
+        return (hidden, *args[1:]), kwargs
+    return args, {**kwargs, "hidden_states": hidden}
+
+
 def result_like(example: LayerResult) -> Callable[[Tensor], LayerResult]:
     """A function that gives a hidden state the shape of the layer's own result: its container, other entries empty."""
     if isinstance(example, tuple | list):
@@ -35,7 +44,12 @@ class StandIn(nn.Module):
     """Stands in for a decoder layer: applies `inner` to the hidden state, ignores the layer's other arguments.
 
     It is bound to a layer's place by `bound_to`, which `LayerStack.replacing` calls.
+
+    Class attribute:
+        layer_forwards: how many layers it runs, for estimates of the work.
     """
+
+    layer_forwards = 0
 
     def __init__(self, inner: nn.Module) -> None:
         super().__init__()
@@ -66,6 +80,32 @@ class PassThrough(StandIn):
 
     def __init__(self) -> None:
         super().__init__(nn.Identity())
+
+
+class Moved(StandIn):
+    """A layer of the model at the place of another, with what belongs to that place and not to a layer.
+
+    That is what the layer's class names in `positional_attributes` (DepthLM's LayerNorm Scaling factor, for one).
+    """
+
+    layer_forwards = 1
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__(nn.Identity())
+        layer = layer._moved if isinstance(layer, Moved) else layer
+        object.__setattr__(self, "_moved", layer)  # it stays a submodule of the model alone
+
+    def forward(self, *args: Any, **kwargs: Any) -> LayerResult:
+        """Run the layer as if it had been here all the time."""
+        names = getattr(self._moved, "positional_attributes", ())
+        own = {name: getattr(self._moved, name) for name in names}
+        try:
+            for name in names:
+                setattr(self._moved, name, getattr(self._layer, name))
+            return self._moved(*args, **kwargs)
+        finally:
+            for name, value in own.items():
+                setattr(self._moved, name, value)
 
 
 class Feed(StandIn):

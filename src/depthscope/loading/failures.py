@@ -1,27 +1,26 @@
 """Why a model could not be loaded or run: exceptions of other libraries become one message per cause.
 
 The cause is found by the class of the exception, and by checking the files after a failure, not by the wording of a
-message, which changes between versions. The exception is memory: PyTorch has an exception class for CUDA only.
+message, which changes between versions.
 """
 
-import errno
 import struct
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import torch
 import transformers
 from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalEntryNotFoundError, StrictDataclassError
 from safetensors import SafetensorError
 
 from depthscope.errors import ModelLoadError, OutOfMemoryError
+from depthscope.layers.memory import is_out_of_memory
 from depthscope.loading.checkpoint import CONFIG, Checkpoint, damaged_file, explain_hub_error
 from depthscope.loading.gguf.header import read_header
 from depthscope.wording.messages import listed, one_line
 
-__all__ = ["LOAD_FAILURES", "causes", "is_out_of_memory", "load_errors", "memory_errors"]
+__all__ = ["LOAD_FAILURES", "causes", "load_errors", "memory_errors"]
 
 # The exceptions of transformers for a config, weights or a tokenizer that it cannot load.
 LOAD_FAILURES = (
@@ -40,8 +39,6 @@ LOAD_FAILURES = (
     SafetensorError,
 )
 HUB_FAILURES = (HfHubHTTPError, HTTPError, LocalEntryNotFoundError, ConnectionError, TimeoutError)
-# On a CPU (Linux, macOS; Windows), on MPS and in a CUDA call outside the allocator, in cuBLAS and cuDNN.
-OUT_OF_MEMORY_SIGNS = ("allocate memory", "not enough memory", "out of memory", "_ALLOC_FAILED")
 
 
 @contextmanager
@@ -69,15 +66,6 @@ def memory_errors(lower: str, *others: str) -> Iterator[None]:
         steps = [f"Lower {lower}", "use a narrower dtype (bfloat16)", 'split the model over devices with device="auto"']
         *steps, last = *steps, *others
         raise OutOfMemoryError(f"The device ran out of memory. {', '.join(steps)}, or {last}.") from error
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error means that a device ran out of memory."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    if isinstance(error, OSError):
-        return error.errno == errno.ENOMEM
-    return isinstance(error, RuntimeError | SafetensorError) and any(sign in str(error) for sign in OUT_OF_MEMORY_SIGNS)
 
 
 def causes(error: BaseException | None) -> Iterator[BaseException]:

@@ -14,14 +14,14 @@ groups of consecutive blocks, which are left out together.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from depthscope.layers.lanes import Lane, Step
 from depthscope.layers.precision import precise, wide
 from depthscope.layers.stack import LayerStack
 from depthscope.layers.tracing import output_embeddings
@@ -58,9 +58,8 @@ class Batch:
     token_mask: Tensor  # [B, T] the tokens that count
     target_mask: Tensor  # [B, T - 1] the predictions that count
     loss: Array  # [B] sum of the next-token losses of each block, nats
-    # Where a score runs experiments, else empty:
+    # Where a score reads the states of all layers, else empty:
     resid_pre: dict[int, Tensor] = field(default_factory=dict)  # layer -> residual stream before it
-    resid_post: dict[int, Tensor] = field(default_factory=dict)  # layer -> residual stream after it
 
     @classmethod
     def of(cls, blocks: Blocks, rows: Array) -> "Batch":
@@ -71,22 +70,12 @@ class Batch:
         return cls(rows, blocks, tokens, targets, np.full(len(rows), np.nan))
 
     def token_sums(self, per_token: Tensor) -> Tensor:
-        """Sum a quantity [B, T] over the tokens that count: [B], in float64, on its device if that has it."""
-        return precise(torch.where(self.token_mask.to(per_token.device), per_token, 0)).sum(1)
+        """Sum a quantity [..., B, T] over the tokens that count: [..., B], in float64, on its device if that has it."""
+        return precise(torch.where(self.token_mask.to(per_token.device), per_token, 0)).sum(-1)
 
     def masked_sum(self, per_token: Tensor) -> Array:
         """The same, as an array."""
         return self.token_sums(per_token).cpu().numpy()
-
-
-@dataclass
-class SkippedRun:
-    """What the model did on a batch with one layer skipped."""
-
-    layer: int
-    resid_pre: dict[int, Tensor]
-    resid_post: dict[int, Tensor]
-    loss: Array | None  # [B] nats, or None where no score asked for it
 
 
 class Score(ABC):
@@ -94,18 +83,16 @@ class Score(ABC):
 
     Class attributes:
         name: of its record in `depthscope.report.measures`.
-        skip_updates: it wants the later layers' inputs and outputs of every skipped-layer run.
-        skip_losses: it wants the loss of every skipped-layer run.
-        experiments: it runs the model with something changed, or wants such runs, and reads the baseline's states of
-            all layers. What looks at one layer at a time gets its states in `observe`, and they are not kept.
+        experiments: it runs the model with something changed, or wants such runs.
+        states: it reads the baseline's residual stream at all layers. What looks at one layer at a time gets that
+            layer's in `observe`, and none is kept.
         parts: it wants to see, in `observe_part`, what attention and MLP return.
     """
 
     name: str
     experiments = False
     parts = False
-    skip_updates = False
-    skip_losses = False
+    states = False
 
     def __init__(self, stack: LayerStack, settings: Settings, num_blocks: int) -> None:
         self.stack = stack
@@ -135,11 +122,19 @@ class Score(ABC):
         return
 
     def measure(self, batch: Batch, tick: Callable[[float], None]) -> None:
-        """Add a batch to the sums, running what experiments it takes; `tick` counts the work done."""
+        """Add a batch to the sums, running what it takes beside lanes; `tick` counts the work done."""
         return
 
-    def measure_skip(self, batch: Batch, run: SkippedRun) -> None:
-        """Add the run of a batch with one layer skipped to the sums."""
+    def lanes(self, rows: Array) -> Iterable[Lane]:
+        """The experiments that it wants of the evaluation blocks `rows`; those of equal keys are run once."""
+        return ()
+
+    def measure_step(self, batch: Batch, step: Step) -> None:
+        """Add what passes a layer in lanes that it wanted watched."""
+        return
+
+    def measure_loss(self, batch: Batch, lane: Lane, loss: Array) -> None:
+        """Add the losses of a lane of which it wanted the logits: by block, of the lane's rows, nats."""
         return
 
     @abstractmethod
@@ -232,21 +227,6 @@ def extent_of(stack: LayerStack, *, experiments: bool) -> Extent:
     """What the work of an analysis of this stack depends on; whether it can resume is tried for experiments only."""
     resumable = stack.resumable if experiments else True
     return Extent(stack.num_layers, stack.width, head_work(stack), stack.layer_types, resumable)
-
-
-def run_from(stack: LayerStack, index: int, hidden: Tensor) -> AbstractContextManager[None]:
-    """Start the model at layer `index` from the kept `hidden` where it allows that, else run it from the start."""
-    return stack.resume_from(index, hidden) if stack.resumable else nullcontext()
-
-
-def experiment_loss(stack: LayerStack, batch: Batch, index: int, rows: Tensor | None = None) -> Array:
-    """The loss sums [B] of a batch (or of some of its rows), as the model stands now, from layer `index` on."""
-    hidden, blocks, mask = batch.resid_pre[index], batch.blocks, batch.target_mask
-    if rows is not None:
-        hidden, blocks, mask = stack.select(hidden, rows), blocks.select(rows), mask[rows]
-    with run_from(stack, index, hidden):
-        logits = stack.logits(blocks.input_ids, blocks.attention_mask)
-    return block_losses(logits, blocks.input_ids, mask)
 
 
 def ratio(above: Array, below: Array) -> Array:

@@ -9,39 +9,44 @@ No unit. arXiv 2603.15389, causal score. An untrained model already has a high c
 useful work.
 """
 
-from collections.abc import Callable
+from collections.abc import Iterable
 
 import numpy as np
 from torch import Tensor
 
-from depthscope.scores.base import Batch, Score, SkippedRun, Sums, Values, mean, ratio
+from depthscope.layers.lanes import Lane, Step
+from depthscope.scores.base import Array, Batch, Score, Sums, Values, mean, ratio
+from depthscope.scores.skip import skipping_lanes
 
 
 class Causal(Score):
     """The relative change of every later layer's update when a layer is skipped, [L, L]."""
 
     name = "causal"
-    skip_updates = True
     experiments = True
 
-    def measure(self, batch: Batch, tick: Callable[[float], None]) -> None:
-        """Keep the baseline's updates, which every skipped layer's run is held against."""
+    def lanes(self, rows: Array) -> Iterable[Lane]:
+        """Each layer skipped, and the later layers watched."""
+        return skipping_lanes(self.stack, watched=True)
+
+    def observe(self, batch: Batch, layer: int, before: Tensor, after: Tensor) -> None:
+        """Add the length of the baseline's update."""
         count = self.stack.num_layers
         self.table("change", count, count)  # stays empty in a model of one layer
-        self._updates = [self._update(batch.resid_pre, batch.resid_post, layer) for layer in range(count)]
-        for layer, update in enumerate(self._updates):
-            self.table("length", count)[batch.rows, layer] = batch.masked_sum(update.norm(dim=-1))
+        length = self._update(before, after).norm(dim=-1)
+        self.table("length", count)[batch.rows, layer] = batch.masked_sum(length)
 
-    def measure_skip(self, batch: Batch, run: SkippedRun) -> None:
-        """Add the changes of all later layers' updates."""
+    def measure_step(self, batch: Batch, step: Step) -> None:
+        """Add the changes of a later layer's update."""
         count = self.stack.num_layers
-        for layer in range(run.layer + 1, count):
-            change = self._update(run.resid_pre, run.resid_post, layer).sub_(self._updates[layer])
-            self.table("change", count, count)[batch.rows, run.layer, layer] = batch.masked_sum(change.norm(dim=-1))
+        changed = self._update(step.resid_pre, step.resid_post).unflatten(0, (len(step.lanes), -1))
+        change = (changed - self._update(step.model_pre, step.model_post)).norm(dim=-1)  # [K, B, T]
+        skipped = [lane.start for lane in step.lanes]
+        self.table("change", count, count)[batch.rows[:, None], skipped, step.layer] = batch.masked_sum(change).T
 
-    def _update(self, inputs: dict[int, Tensor], outputs: dict[int, Tensor], layer: int) -> Tensor:
+    def _update(self, before: Tensor, after: Tensor) -> Tensor:
         """What a layer adds to the stream, [B, T, S * d], in at least float32."""
-        return self.stack.flat(outputs[layer].float() - inputs[layer].float())
+        return self.stack.flat(after.float() - before.float())
 
     def finish(self, sums: Sums) -> Values:
         """Divide, and average over the pairs that are defined."""

@@ -44,6 +44,7 @@ class Jacobian(Score):
 
     name = "jacobian"
     experiments = True
+    states = True
 
     def __init__(self, stack: LayerStack, settings: Settings, num_blocks: int) -> None:
         super().__init__(stack, settings, num_blocks)

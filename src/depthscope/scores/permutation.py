@@ -11,22 +11,15 @@ block, which is little beside how differently pairs behave; the sampling error s
 more than one block a pair, or less, leave pairs out, at random.
 """
 
-from collections.abc import Callable
+from collections.abc import Iterable
 
 import numpy as np
 import torch
 
+from depthscope.layers.lanes import Lane
 from depthscope.layers.stack import LayerStack
-from depthscope.scores.base import (
-    Array,
-    Batch,
-    Score,
-    Sums,
-    Values,
-    experiment_loss,
-    mean,
-    ratio,
-)
+from depthscope.layers.stand_ins import Moved
+from depthscope.scores.base import Array, Batch, Score, Sums, Values, mean, ratio
 from depthscope.scores.work import forwards_from, swappable_pairs
 from depthscope.settings import Settings
 
@@ -49,18 +42,21 @@ class Permutation(Score):
         each = [forwards_from(self.extent, first) + self.head for first, _ in self.pairs]
         return float(np.dot(share, each))
 
-    def measure(self, batch: Batch, tick: Callable[[float], None]) -> None:
-        """Add the loss of the batch with each pair swapped in turn, on the blocks that are the pair's."""
-        count = self.stack.num_layers
-        base, swapped = self.table("base", count, count), self.table("swapped", count, count)
-        for (first, second), cells in zip(self.pairs, self.cells[:, batch.rows], strict=True):
-            if not cells.any():
-                continue
-            rows = None if cells.all() else torch.from_numpy(np.flatnonzero(cells))
-            with self.stack.swapped(first, second):
-                swapped[batch.rows[cells], first, second] = experiment_loss(self.stack, batch, first, rows)
-            base[batch.rows[cells], first, second] = batch.loss[cells]
-            tick(int(cells.sum()) * (forwards_from(self.extent, first) + self.head))
+    def lanes(self, rows: Array) -> Iterable[Lane]:
+        """Each pair swapped, on the blocks that are the pair's."""
+        layers = self.stack.layers
+        for (first, second), cells in zip(self.pairs, self.cells[:, rows], strict=True):
+            if cells.any():
+                swapped = {first: Moved(layers[second]), second: Moved(layers[first])}
+                some = None if cells.all() else torch.from_numpy(np.flatnonzero(cells))
+                yield Lane(("swap", first, second), swapped, some, logits=True)
+
+    def measure_loss(self, batch: Batch, lane: Lane, loss: Array) -> None:
+        """Add the loss of one swapped pair, and the baseline's on the same blocks."""
+        count, (first, second) = self.stack.num_layers, lane.replacements
+        cells = slice(None) if lane.rows is None else lane.rows.numpy()
+        self.table("base", count, count)[batch.rows[cells], first, second] = batch.loss[cells]
+        self.table("swapped", count, count)[batch.rows[cells], first, second] = loss
 
     def finish(self, sums: Sums) -> Values:
         """Divide by the baseline's loss on the same blocks; average over the pairs that were measured."""

@@ -5,21 +5,28 @@ l's output is its input. It comes for the price of the causal score's pass plus 
 effective depth (by skipping).
 """
 
-from depthscope.scores.base import Batch, Score, SkippedRun, Sums, Values, effective_depth, mean, ratio
+from collections.abc import Iterable
+
+from depthscope.layers.lanes import Lane
+from depthscope.layers.stack import LayerStack
+from depthscope.layers.stand_ins import PassThrough
+from depthscope.scores.base import Array, Batch, Score, Sums, Values, effective_depth, mean, ratio
 
 
 class Skip(Score):
     """The loss ratio of skipping each layer."""
 
     name = "skip"
-    skip_losses = True
     experiments = True
 
-    def measure_skip(self, batch: Batch, run: SkippedRun) -> None:
+    def lanes(self, rows: Array) -> Iterable[Lane]:
+        """Each layer skipped."""
+        return skipping_lanes(self.stack, logits=True)
+
+    def measure_loss(self, batch: Batch, lane: Lane, loss: Array) -> None:
         """Add the loss of one skipped layer."""
-        assert run.loss is not None
         self.table("loss")[batch.rows] = batch.loss
-        self.table("skip_loss", self.stack.num_layers)[batch.rows, run.layer] = run.loss
+        self.table("skip_loss", self.stack.num_layers)[batch.rows, lane.start] = loss
 
     def finish(self, sums: Sums) -> Values:
         """Divide by the baseline's loss."""
@@ -30,3 +37,9 @@ class Skip(Score):
             scores={"skip_ratio": mean(ratios), "effective_depth_skip": effective_depth(ratios)},
             layers={"skip_ratio": ratios},
         )
+
+
+def skipping_lanes(stack: LayerStack, *, logits: bool = False, watched: bool = False) -> Iterable[Lane]:
+    """A lane for each layer that can be skipped, with what is wanted of it."""
+    layers = (layer for layer in range(stack.num_layers) if layer not in stack.unskippable)
+    return [Lane(("skip", layer), {layer: PassThrough()}, logits=logits, watched=watched) for layer in layers]

@@ -17,20 +17,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from depthscope.layers.lanes import Lane
 from depthscope.layers.least_squares import Fit, LeastSquares
 from depthscope.layers.stack import LayerStack
 from depthscope.layers.stand_ins import AffineMap
-from depthscope.scores.base import (
-    Batch,
-    Score,
-    Sums,
-    Values,
-    effective_depth,
-    experiment_loss,
-    mean,
-    ratio,
-)
-from depthscope.scores.work import forwards_from
+from depthscope.scores.base import Array, Batch, Score, Sums, Values, effective_depth, mean, ratio
 from depthscope.text.blocks import Blocks
 
 # The sums of a fit take 16 d^2 bytes per layer; more layers than fit in here take another pass.
@@ -70,14 +61,17 @@ class Usefulness(Score):
         for start in range(0, len(layers), at_once):
             self._fit_some(layers[start : start + at_once], batches(), add_up)
 
-    def measure(self, batch: Batch, tick: Callable[[float], None]) -> None:
-        """Add the loss of the batch with each layer linearised in turn."""
+    def lanes(self, rows: Array) -> Iterable[Lane]:
+        """Each layer linearised."""
+        return [
+            Lane(("linear", layer), {layer: OnFlat(self.stack, affine)}, logits=True)
+            for layer, affine in self.maps.items()
+        ]
+
+    def measure_loss(self, batch: Batch, lane: Lane, loss: Array) -> None:
+        """Add the loss of one linearised layer."""
         self.table("loss")[batch.rows] = batch.loss
-        for layer, affine in self.maps.items():
-            with self.stack.replacing({layer: OnFlat(self.stack, affine)}):
-                loss = experiment_loss(self.stack, batch, layer)
-            self.table("linear_loss", self.stack.num_layers)[batch.rows, layer] = loss
-            tick(len(batch.rows) * (forwards_from(self.extent, layer + 1) + self.head))
+        self.table("linear_loss", self.stack.num_layers)[batch.rows, lane.start] = loss
 
     def _fit_some(self, layers: list[int], batches: Iterable[Blocks], add_up: Callable[..., None]) -> None:
         sums = {layer: LeastSquares(self.stack.width) for layer in layers}

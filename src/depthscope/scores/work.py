@@ -15,6 +15,7 @@ __all__ = [
     "forwards_from",
     "jacobian_work",
     "own_work",
+    "shared_skip_work",
     "shared_work",
     "skip_work",
     "swappable_pairs",
@@ -51,10 +52,13 @@ class Extent:
 def estimated_work(extent: Extent, scores: Collection[str], settings: Settings) -> float:
     """What an analysis of all blocks takes, by the names of its scores."""
     each = sum(own_work(name, extent, settings) for name in scores)
+    return (each + shared_skip_work(extent, scores)) * settings.eval_blocks + shared_work(extent, scores, settings)
+
+
+def shared_skip_work(extent: Extent, scores: Collection[str]) -> float:
+    """What skipping every layer takes for one block, where a score wants it."""
     losses, updates = OF_SKIPPED_LOSSES.intersection(scores), OF_SKIPPED_UPDATES.intersection(scores)
-    if losses or updates:
-        each += sum(skip_work(extent, losses=bool(losses)))
-    return each * settings.eval_blocks + shared_work(extent, scores, settings)
+    return sum(skip_work(extent, losses=bool(losses))) if losses or updates else 0.0
 
 
 def shared_work(extent: Extent, scores: Collection[str], settings: Settings) -> float:

@@ -1,0 +1,424 @@
+"""Many experiments in one pass over the layers: each is a lane beside the model's own pass.
+
+An experiment changes some layers and leaves the others as they are. Until its first changed layer it does what the
+model does, so it begins there, with the model's own state:
+
+    layer        0    1    2    3    4    -> final norm, head
+    model        o -- o -- o -- o -- o
+    lane A            x -- o -- o -- o       layer 1 skipped
+    lane B                 x -- o -- x       layers 2 and 4 swapped
+
+A stand-in at every layer runs the model's own rows, and then all lanes that have begun, many in one batch: the weights
+of a layer are read once for all of them. The model's own code makes masks and positions; how each of a layer's
+arguments grows with the batch is learnt from two passes over the embeddings alone. Where a layer cannot take a larger
+batch, its lanes run in turn. Where a lane would not be what the experiment is alone (layers that read what earlier ones
+left behind), each experiment has a pass of its own. Which of the three is right is tried on a small example.
+"""
+
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from depthscope.layers.arguments import Arguments, learn_arguments
+from depthscope.layers.memory import is_out_of_memory
+from depthscope.layers.modes import evaluating
+from depthscope.layers.stack import LayerStack
+from depthscope.layers.stand_ins import LayerResult, PassThrough, StandIn, hidden_among, hidden_of, with_hidden
+from depthscope.layers.tracing import MODEL_FAILURES
+
+__all__ = ["Lane", "LanePass", "Lanes", "Step"]
+
+# Tokens that go through a layer at once: on a CPU few enough to stay in its caches, elsewhere enough to fill it.
+CHUNK_TOKENS = {"cpu": 2048, "elsewhere": 1 << 15}
+# States of all lanes together; lanes beyond it take another pass.
+STATE_BYTES = {"cpu": 512 << 20, "elsewhere": 4 << 30}
+# Logits that are made at once.
+LOGITS_BYTES = {"cpu": 128 << 20, "elsewhere": 1 << 30}
+
+Way = Literal["batched", "in turn", "alone"]
+Args: TypeAlias = tuple[Any, ...]
+Kwargs: TypeAlias = dict[str, Any]
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, eq=False)
+class Lane:
+    """One experiment: the model with other modules in the places of some of its layers.
+
+    Attributes:
+        key: names the experiment.
+        replacements: by layer, what stands there, as `LayerStack.replacing` takes it; at least one.
+        rows: which sequences of the batch take part, [R] in rising order; None for all of them.
+        logits: whether its logits are wanted.
+        watched: whether its residual stream is wanted at the layers after its first.
+    """
+
+    key: Hashable
+    replacements: Mapping[int, nn.Module]
+    rows: Tensor | None = None
+    logits: bool = False
+    watched: bool = False
+
+    @property
+    def start(self) -> int:
+        """The first layer that is changed."""
+        return min(self.replacements)
+
+
+@dataclass(frozen=True)
+class Step:
+    """What passes one layer in some lanes of all rows, and in the model itself.
+
+    Attributes:
+        lanes: the K lanes.
+        layer: the layer, after the first changed layer of each lane.
+        resid_pre: K residual streams before it, one after the other along the axis of the batch.
+        resid_post: and after it.
+        model_pre: the model's own residual stream before it.
+        model_post: and after it.
+    """
+
+    lanes: Sequence[Lane]
+    layer: int
+    resid_pre: Tensor
+    resid_post: Tensor
+    model_pre: Tensor
+    model_post: Tensor
+
+
+class Lanes:
+    """Runs experiments on a layer stack, as many at a time as the model and the memory allow.
+
+    Args:
+        stack: the layers.
+        way: "batched", "in turn" or "alone"; by default the first of them that is right on a small example.
+
+    Attributes:
+        chunk_tokens: how many tokens go through a layer at once; halved where memory runs out.
+        logits_bytes: how large the logits may be that are made at once; halved where memory runs out.
+        state_bytes: how large the residual streams of all lanes in one pass may be.
+        halved: whether memory ran out and less is done at once since.
+    """
+
+    def __init__(self, stack: LayerStack, way: Way | None = None) -> None:
+        self.stack = stack
+        kind = "cpu" if stack.device.type == "cpu" else "elsewhere"
+        self.chunk_tokens, self.state_bytes = CHUNK_TOKENS[kind], STATE_BYTES[kind]
+        self.logits_bytes = LOGITS_BYTES[kind]
+        self.halved = False
+        self._way = way
+
+    @property
+    def way(self) -> Way:
+        """How experiments run here: all at once, in turn at each layer, or each in a pass of its own."""
+        if self._way is None:
+            with evaluating(self.stack.model), torch.no_grad():
+                self._way = self._right_way()
+        return self._way
+
+    def over(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        lanes: Iterable[Lane],
+        *,
+        observe: Callable[[Step], None] | None = None,
+        tick: Callable[[float], None] | None = None,
+    ) -> "LanePass":
+        """Prepare lanes over a batch.
+
+        Args:
+            input_ids: the batch, [B, T].
+            attention_mask: [B, T], or None where all tokens are there.
+            lanes: the experiments.
+            observe: gets the residual streams of the lanes that are watched.
+            tick: counts the work as it is done, in passes of one sequence through one layer.
+        """
+        kind = _OneByOne if self.way == "alone" else LanePass
+        return kind(self, input_ids, attention_mask, list(lanes), observe or _ignore, tick or _ignore)
+
+    def _right_way(self) -> Way:
+        expected = {}
+        for index in self._places():
+            with suppress(*MODEL_FAILURES), self.stack.skipping(index):
+                expected[Lane(index, {index: PassThrough()}, logits=True)] = self.stack.logits(self.stack.example_ids)
+        ways: tuple[Way, ...] = ("batched", "in turn")
+        return next((way for way in ways if Lanes(self.stack, way)._gives(expected)), "alone")
+
+    def _places(self) -> list[int]:
+        """Layers to try: the second, one in the middle, and wherever another type of layer begins."""
+        types, count = self.stack.layer_types, self.stack.num_layers
+        first_of_type = {kind: index for index, kind in reversed(list(enumerate(types))) if index}
+        return sorted({min(1, count - 1), count // 2, *first_of_type.values()})
+
+    def _gives(self, expected: Mapping[Lane, Tensor]) -> bool:
+        """Whether lanes give what each experiment gives alone, and leave the model's own pass as it is."""
+        stack, ids = self.stack, self.stack.example_ids
+        self.state_bytes = stack.width * ids.numel() * 4 * max(1, len(expected) - 1)  # two passes
+        try:
+            lanes = self.over(ids, None, expected)
+            with lanes.beside():
+                own = stack.logits(ids)
+            if self.way == "batched" and not lanes.is_batched:
+                return False
+            results = dict(lanes.logits())
+            return stack.is_close(own, stack.example_logits) and all(
+                stack.is_close(results[lane], logits) for lane, logits in expected.items()
+            )
+        except MODEL_FAILURES:
+            return False
+
+    def do_less_at_once(self) -> None:
+        """Halve the chunks, because memory ran out."""
+        self.halved = True
+        self.chunk_tokens //= 2
+        self.logits_bytes //= 2
+
+
+class LanePass:
+    """The lanes of one batch.
+
+    The pass of the model that is made inside `beside` runs the first lanes, as many as memory holds; `logits` gives
+    what they came to, and runs those that are left.
+    """
+
+    def __init__(
+        self,
+        lanes: Lanes,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        experiments: list[Lane],
+        observe: Callable[[Step], None],
+        tick: Callable[[float], None],
+    ) -> None:
+        self.lanes, self.stack = lanes, lanes.stack
+        self.input_ids, self.attention_mask = input_ids, attention_mask
+        self.observe, self.tick = observe, tick
+        self.experiments = sorted(experiments, key=lambda lane: lane.start)
+        self._arguments: list[Arguments] | None = None
+        if self.experiments and lanes.way == "batched":
+            self._arguments = learn_arguments(self.stack, input_ids, attention_mask)
+        self._groups = self._grouped()
+        self._states: dict[Lane, Tensor] = {}
+        self._kept: dict[int, Tensor] = {}  # the model's own state where a later group begins
+
+    @property
+    def is_batched(self) -> bool:
+        """Whether a layer takes several lanes at once."""
+        return self._arguments is not None
+
+    @contextmanager
+    def beside(self) -> Iterator[None]:
+        """Run the first lanes beside the pass of the model that is made inside."""
+        with self._beside(self._groups[0], keep={group[0].start for group in self._groups[1:]}):
+            yield
+
+    def logits(self) -> Iterator[tuple[Lane, Tensor]]:
+        """Each lane that wants them with its logits, [R, T, V]; `beside` must have been left."""
+        for number, group in enumerate(self._groups):
+            if number:
+                start = group[0].start
+                with self._beside(group), self.stack.resume_from(start, self._kept[start]):
+                    self.stack.run_through(self.stack.num_layers - 1, self.input_ids, self.attention_mask)
+            yield from self._logits_of(lane for lane in group if lane.logits)
+            self._states.clear()
+
+    def _grouped(self) -> list[list[Lane]]:
+        """Lanes in the order of their first layers, in groups whose states fit in memory."""
+        groups: list[list[Lane]] = [[]]
+        room = self.lanes.state_bytes
+        for lane in self.experiments:
+            size = self._rows(lane) * self.input_ids.shape[1] * self.stack.width * 4
+            if groups[-1] and room < size:
+                groups.append([])
+                room = self.lanes.state_bytes
+            groups[-1].append(lane)
+            room -= size
+        return groups
+
+    def _rows(self, lane: Lane) -> int:
+        """How many sequences of the batch are carried along for a lane: all, where layers take no others."""
+        return len(self.input_ids) if lane.rows is None or not self.is_batched else len(lane.rows)
+
+    def _which(self, lanes: Sequence[Lane]) -> Tensor:
+        """The rows of the batch that lanes carry, one lane after the other."""
+        every = torch.arange(len(self.input_ids))
+        return torch.cat([every if lane.rows is None else lane.rows for lane in lanes])
+
+    @contextmanager
+    def _beside(self, group: list[Lane], keep: Collection[int] = ()) -> Iterator[None]:
+        if not group:
+            yield
+            return
+        layers = enumerate(self.stack.layers)
+        with self.stack.replacing({i: _Position(self, i, layer, group, i in keep) for i, layer in layers}):
+            yield
+
+    def advance(self, position: "_Position", args: Args, kwargs: Kwargs, before: Tensor, after: Tensor) -> None:
+        """Take the lanes through a layer that the model's own rows have just gone through.
+
+        Args:
+            position: the layer's place.
+            args: what the layer got, by position.
+            kwargs: and by name.
+            before: the model's own residual stream before the layer.
+            after: and after it.
+        """
+        index, own = position.index, (before, after)
+        if position.keep:
+            self._kept[index] = before
+        unchanged = []
+        for lane in position.group:
+            if lane.start == index:
+                everything = lane.rows is None or not self.is_batched
+                self._states[lane] = before if everything else self.stack.select(before, self._which([lane]))
+            if index in lane.replacements:
+                module = self.stack.bound(lane.replacements[index], index)
+                self._run(module, [lane], index, args, kwargs, own)
+                self.tick(self._rows(lane) * getattr(module, "layer_forwards", 1))
+            elif lane.start < index:
+                unchanged.append(lane)
+        unchanged.sort(key=lambda lane: not lane.watched)
+
+        def run(lanes: list[Lane]) -> None:
+            self._run(position.layer, lanes, index, args, kwargs, own)
+
+        for lanes, _ in self._some_at_a_time(unchanged, self._rows_of_chunk, run):
+            self.tick(sum(map(self._rows, lanes)))
+
+    def _run(
+        self, module: nn.Module, lanes: list[Lane], index: int, args: Args, kwargs: Kwargs, own: tuple[Tensor, Tensor]
+    ) -> None:
+        """Run some lanes through a module at a layer's place, in one batch."""
+        axis, rows = self.stack.batch_axis, [self._rows(lane) for lane in lanes]
+        entered = _joined([self._states[lane] for lane in lanes], axis)
+        if self._arguments is not None and (len(lanes) > 1 or lanes[0].rows is not None):
+            args, kwargs = self._arguments[index].of_rows(args, kwargs, self._which(lanes))
+        # Of a layer that writes into what it gets, the model and other lanes must see nothing.
+        hidden = entered.clone() if self.stack.changes_in_place else entered
+        args, kwargs = with_hidden(args, kwargs, hidden)
+        left = hidden_of(module(*args, **kwargs))
+        watched = [lane for lane in lanes if lane.watched and lane.start < index]
+        if watched:  # they come first
+            length = sum(map(self._rows, watched))
+            self.observe(Step(watched, index, entered.narrow(axis, 0, length), left.narrow(axis, 0, length), *own))
+        self._states.update(zip(lanes, left.split(rows, axis), strict=True))
+
+    def _logits_of(self, lanes: Iterable[Lane]) -> Iterator[tuple[Lane, Tensor]]:
+        """The model's own final norm and head on the final states of lanes."""
+
+        def run(lanes: list[Lane]) -> Tensor:
+            which = self._which(lanes) if self.is_batched else torch.arange(len(self.input_ids))
+            states = _joined([self._states[lane] for lane in lanes], self.stack.batch_axis)
+            mask = None if self.attention_mask is None else self.attention_mask[which]
+            with self.stack.resume_after(self.stack.num_layers - 1, states):
+                return self.stack.logits(self.input_ids[which], mask)
+
+        for some, logits in self._some_at_a_time(list(lanes), self._rows_of_head, run):
+            for lane, part in zip(some, logits.split([self._rows(lane) for lane in some]), strict=True):
+                yield lane, part if lane.rows is None or self.is_batched else part[lane.rows]
+                del self._states[lane]
+
+    def _some_at_a_time(
+        self, lanes: list[Lane], at_once: Callable[[], int], run: Callable[[list[Lane]], T]
+    ) -> Iterator[tuple[list[Lane], T]]:
+        """Do something with lanes, as many at a time as a number of rows allows; with fewer where memory runs out."""
+        done = 0
+        while done < len(lanes):
+            some, room = [lanes[done]], at_once() - self._rows(lanes[done])
+            for lane in lanes[done + 1 :]:
+                room -= self._rows(lane)
+                if room < 0 or not self.is_batched:
+                    break
+                some.append(lane)
+            try:
+                result = run(some)
+            except (MemoryError, RuntimeError) as error:
+                if len(some) == 1 or not is_out_of_memory(error):
+                    raise
+                self.lanes.do_less_at_once()
+                continue
+            yield some, result
+            done += len(some)
+
+    def _rows_of_chunk(self) -> int:
+        return self.lanes.chunk_tokens // self.input_ids.shape[1]
+
+    def _rows_of_head(self) -> int:
+        return self.lanes.logits_bytes // (4 * self.input_ids.shape[1] * self.stack.vocabulary)
+
+
+class _OneByOne(LanePass):
+    """Gives each experiment a pass of its own, from its first changed layer where the model can be resumed there."""
+
+    @contextmanager
+    def beside(self) -> Iterator[None]:
+        """Keep what the model's own pass shows of itself."""
+        with self.stack.capture(resid_post=any(lane.watched for lane in self.experiments)) as self._own:
+            yield
+
+    def logits(self) -> Iterator[tuple[Lane, Tensor]]:
+        """Run each experiment."""
+        for lane in self.experiments:
+            logits = self._experiment(lane)
+            if logits is not None:
+                yield lane, logits
+
+    def _experiment(self, lane: Lane) -> Tensor | None:
+        stack, start, own = self.stack, lane.start, self._own
+        ids, mask, hidden = self.input_ids, self.attention_mask, own.resid_pre[start]
+        if lane.rows is not None:
+            ids, mask, hidden = (
+                ids[lane.rows],
+                None if mask is None else mask[lane.rows],
+                stack.select(hidden, lane.rows),
+            )
+        with ExitStack() as around:
+            around.enter_context(stack.replacing(lane.replacements))
+            if stack.resumable:
+                around.enter_context(stack.resume_from(start, hidden))
+            first = start + 1 if lane.watched else stack.num_layers
+            seen = around.enter_context(stack.capture(first=first))
+            logits = stack.logits(ids, mask) if lane.logits else None
+            if not lane.logits:
+                stack.run_through(stack.num_layers - 1, ids, mask)
+        for index in sorted(seen.resid_post):
+            streams = (seen.resid_pre[index], seen.resid_post[index], own.resid_pre[index], own.resid_post[index])
+            self.observe(Step([lane], index, *streams))
+        ran = stack.num_layers - (start + 1 if stack.resumable else 1)
+        ran += sum(getattr(module, "layer_forwards", 1) for module in lane.replacements.values())
+        self.tick(len(ids) * ran)
+        return logits
+
+
+class _Position(StandIn):
+    """A layer's place: runs the layer on the model's own rows, then the lanes that have begun."""
+
+    def __init__(self, owner: LanePass, index: int, layer: nn.Module, group: list[Lane], keep: bool) -> None:
+        super().__init__(nn.Identity())
+        self.index, self.group, self.keep = index, [lane for lane in group if lane.start <= index], keep
+        object.__setattr__(self, "layer", layer)  # it stays a submodule of the model alone
+        object.__setattr__(self, "owner", owner)
+
+    def forward(self, *args: Any, **kwargs: Any) -> LayerResult:
+        """Return what the layer returns."""
+        stack = self.owner.stack
+        before = hidden_among(args, kwargs)
+        before = before.clone() if stack.changes_in_place else before
+        result: LayerResult = self.layer(*args, **kwargs)
+        after = hidden_of(result)
+        with stack.aside():
+            self.owner.advance(self, args, kwargs, before, after)
+        return result
+
+
+def _joined(states: list[Tensor], axis: int) -> Tensor:
+    return states[0] if len(states) == 1 else torch.cat(states, axis)
+
+
+def _ignore(_: Any) -> None:
+    return

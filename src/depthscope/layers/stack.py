@@ -20,7 +20,6 @@ from depthscope.layers.compiled import as_written, class_name, is_compiled
 from depthscope.layers.modes import evaluating
 from depthscope.layers.stand_ins import (
     Feed,
-    Moved,
     PassThrough,
     StandIn,
     StopForward,
@@ -265,8 +264,15 @@ class LayerStack:
                 f"Layers {first} ({one}) and {second} ({other}) are of different types and cannot change places; swap "
                 "layers whose entries in `layer_types` are equal."
             )
-        with self.replacing({first: Moved(self.layers[second]), second: Moved(self.layers[first])}):
-            yield
+        at_first, at_second = self.layers[first], self.layers[second]
+        try:
+            self.layers[first], self.layers[second] = at_second, at_first
+            _exchange_positional(at_first, at_second)
+            with self.as_written():
+                yield
+        finally:
+            self.layers[first], self.layers[second] = at_first, at_second
+            _exchange_positional(at_first, at_second)
 
     @contextmanager
     def resume_from(self, index: int, hidden: Tensor) -> Iterator[None]:
@@ -506,6 +512,14 @@ class LayerStack:
     def _check(self, index: int) -> None:
         if not 0 <= index < self.num_layers:
             raise IndexError(f"Layer {index} was asked for; this model has layers 0 to {self.num_layers - 1}.")
+
+
+def _exchange_positional(one: nn.Module, other: nn.Module) -> None:
+    """Give each of two layers the other's values of what belongs to the place in the stack."""
+    for name in getattr(one, "positional_attributes", ()):
+        ours, theirs = getattr(one, name), getattr(other, name)
+        setattr(one, name, theirs)
+        setattr(other, name, ours)
 
 
 def _replace_input(hidden: Tensor, called: Callable[[], None]) -> Callable[..., tuple[tuple[Any, ...], dict[str, Any]]]:

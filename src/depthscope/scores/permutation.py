@@ -44,7 +44,9 @@ class Permutation(Score):
 
     def lanes(self, rows: Array) -> Iterable[Lane]:
         """Each pair swapped, on the blocks that are the pair's."""
-        layers = self.stack.layers
+        layers, count = self.stack.layers, self.stack.num_layers
+        self.table("base", count, count)  # stays empty where there are no pairs
+        self.table("swapped", count, count)
         for (first, second), cells in zip(self.pairs, self.cells[:, rows], strict=True):
             if cells.any():
                 swapped = {first: Moved(layers[second]), second: Moved(layers[first])}

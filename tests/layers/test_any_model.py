@@ -10,6 +10,7 @@ from packaging import version
 
 from depthscope import LayerStack, analyze
 from depthscope.errors import NoLayerStackError, NotCausalError
+from depthscope.layers.lanes.lanes import Lanes
 from zoo import NO_PLAIN_STACK, NOT_BUILT, NOT_CAUSAL, decoder_only_types, example_ids, tiny_model
 
 # What layers leave behind for later ones, beside the stream: every experiment runs these models from the start.
@@ -18,6 +19,16 @@ NOT_RESUMABLE = {
     "hy_v4": "later layers reuse the choice of tokens to attend to",
     "inkling2_text": "later layers attend to the outputs of earlier ones",
     "zaya": "the router's state goes from layer to layer",
+}
+
+# Models whose experiments do not run side by side, many in one batch.
+NOT_BATCHED = {
+    "gemma4": "in turn",
+    "gemma4_text": "in turn",
+    "gemma4_unified": "in turn",
+    "gemma4_unified_text": "in turn",
+    "rwkv": "alone",
+    **dict.fromkeys(NOT_RESUMABLE, "alone"),
 }
 
 ANALYSED = sorted(set(decoder_only_types()) - set(NOT_BUILT) - set(NO_PLAIN_STACK) - set(NOT_CAUSAL))
@@ -36,6 +47,7 @@ needs_documented_version = pytest.mark.skipif(not CURRENT, reason=f"the counts a
 @needs_documented_version
 def test_the_exceptions_are_few() -> None:
     assert len(ANALYSED) >= 147
+    assert len(set(ANALYSED) - set(NOT_BATCHED)) >= 139
     assert set(NOT_BUILT) | set(NO_PLAIN_STACK) | set(NOT_CAUSAL) <= set(decoder_only_types())
 
 
@@ -48,6 +60,7 @@ def test_a_model_of_any_type_is_analysed(model_type: str) -> None:
         with stack.capture() as seen:
             baseline = stack.logits(ids)
         assert stack.resumable == (model_type not in NOT_RESUMABLE)
+        assert Lanes(stack).way == NOT_BATCHED.get(model_type, "batched")
         if stack.resumable:
             torch.testing.assert_close(_resumed(stack, ids, seen.resid_pre), baseline, atol=1e-4, rtol=1e-4)
         _skip_replace_and_swap(stack, ids, seen.resid_pre, seen.resid_post, baseline)

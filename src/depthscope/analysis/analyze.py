@@ -16,6 +16,7 @@ from depthscope.analysis.measure import measure, require_finite, total_work
 from depthscope.console.progress import Listener, showing_progress, showing_status
 from depthscope.errors import CorpusError, SettingsError
 from depthscope.layers.facts import model_facts, text_only_notes
+from depthscope.layers.lanes.lanes import Lanes
 from depthscope.layers.modes import evaluating
 from depthscope.layers.stack import LayerStack
 from depthscope.layers.tracing import input_embeddings, text_config
@@ -140,13 +141,14 @@ def analyze_blocks(
         _require_positions(model, settings.block_size, stack.virtual_tokens)
         _require_maps(stack, settings)
         compiled.enter_context(stack.as_written())
+        lanes = Lanes(stack)
         require_finite(stack)
         scores = {name: SCORES[name](stack, settings, settings.eval_blocks) for name in settings.scores}
         total = total_work(stack, scores, settings) / processes.count
         listener = progress if callable(progress) else None
         with showing_progress(total, visible=bool(progress) and processes.is_main, listener=listener) as shown:
-            baseline = measure(stack, scores, blocks, settings, processes, shown)
-        return assemble(stack, scores, baseline, blocks, settings, facts)
+            baseline = measure(lanes, scores, blocks, settings, processes, shown)
+        return assemble(lanes, scores, baseline, blocks, settings, facts)
 
 
 def _settings(settings: Settings | None, options: dict[str, Any]) -> Settings:

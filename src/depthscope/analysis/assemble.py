@@ -9,6 +9,7 @@ from typing import Any, cast
 import numpy as np
 
 from depthscope.analysis.measure import runs_experiments
+from depthscope.layers.lanes.lanes import Lanes
 from depthscope.layers.stack import LayerStack
 from depthscope.report.report import SCHEMA_VERSION, DataFacts, LayerReport, ModelFacts
 from depthscope.scores.base import Array, Score, Values, values_with_errors
@@ -24,7 +25,7 @@ VISIBLE = 1e-2
 
 
 def assemble(
-    stack: LayerStack,
+    lanes: Lanes,
     scores: Mapping[str, Score],
     baseline: dict[str, Array],
     blocks: Blocks,
@@ -32,6 +33,7 @@ def assemble(
     facts: dict[str, Any],
 ) -> LayerReport:
     """Turn the sums into the report."""
+    stack = lanes.stack
     pairs: dict[str, Any] = {}
     loss, loss_error = values_with_errors(
         lambda sums: Values(scores={"loss": float(sums["loss"] / sums["targets"])}), baseline
@@ -58,7 +60,7 @@ def assemble(
         data=_data_facts(blocks, settings),
         settings=settings.to_dict(),
         versions=_versions(),
-        notes=_notes(stack, scores, blocks, settings),
+        notes=_notes(lanes, scores, blocks, settings),
         scores=singles,
         layers=rows,
         pairs=pairs,
@@ -90,9 +92,9 @@ def _estimation_errors(scores: Mapping[str, Score]) -> dict[str, float | None]:
     return found
 
 
-def _notes(stack: LayerStack, scores: Mapping[str, Score], blocks: Blocks, settings: Settings) -> list[str]:
+def _notes(lanes: Lanes, scores: Mapping[str, Score], blocks: Blocks, settings: Settings) -> list[str]:
     """What a reader of the report must know."""
-    notes = []
+    stack, notes = lanes.stack, []
     if settings.paper_code and "usefulness" in scores:
         notes.append(
             "paper_code: usefulness is what the paper's released code computes (linear map applied un-transposed, "
@@ -116,6 +118,8 @@ def _notes(stack: LayerStack, scores: Mapping[str, Score], blocks: Blocks, setti
             notes.append(
                 "Later layers of this model read what earlier ones left behind; every experiment ran from the start."
             )
+    if lanes.limits.halved:
+        notes.append("Memory ran out, so fewer experiments ran side by side from then on; the scores are the same.")
     if stack.virtual_tokens:
         verbs = ("stands", "it counts") if stack.virtual_tokens == 1 else ("stand", "they count")
         notes.append(

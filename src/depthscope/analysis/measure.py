@@ -13,7 +13,9 @@ from torch import Tensor
 
 from depthscope.console.progress import Progress
 from depthscope.errors import AnalysisInterrupted, NonFiniteError
-from depthscope.layers.lanes import Lane, LanePass, Lanes, Step
+from depthscope.layers.lanes.lane import Lane, Step
+from depthscope.layers.lanes.lanes import Lanes
+from depthscope.layers.lanes.passes import LanePass
 from depthscope.layers.stack import LayerStack
 from depthscope.layers.tracing import PLACEHOLDER
 from depthscope.processes import Processes
@@ -48,7 +50,7 @@ def runs_experiments(scores: Mapping[str, Score]) -> bool:
 
 
 def measure(
-    stack: LayerStack,
+    lanes: Lanes,
     scores: Mapping[str, Score],
     blocks: Blocks,
     settings: Settings,
@@ -56,11 +58,12 @@ def measure(
     shown: Progress,
 ) -> dict[str, Array]:
     """Fill every score's sums; returns the sums of the unchanged model's loss and number of predictions by block."""
+    stack = lanes.stack
     size = settings.batch_size or _batch_size(stack, settings)
     parts = blocks[: settings.fit_blocks or 1], blocks[settings.fit_blocks :][: settings.eval_blocks]
     fitting, measured = (part.behind(PLACEHOLDER, stack.virtual_tokens) for part in parts)
     baseline = {name: np.zeros(settings.eval_blocks) for name in ("loss", "targets")}
-    lanes, done = Lanes(stack), 0
+    done = 0
     try:
         if isinstance(useful := scores.get("usefulness"), Usefulness):
             shown.at("fitting linear maps")

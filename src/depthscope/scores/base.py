@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from depthscope.layers.lanes import Lane, Step
+from depthscope.layers.lanes.lane import Lane, Step
 from depthscope.layers.precision import precise, wide
 from depthscope.layers.stack import LayerStack
 from depthscope.layers.tracing import output_embeddings

@@ -14,7 +14,7 @@ from collections.abc import Iterable
 import numpy as np
 from torch import Tensor
 
-from depthscope.layers.lanes import Lane, Step
+from depthscope.layers.lanes.lane import Lane, Step
 from depthscope.scores.base import Array, Batch, Score, Sums, Values, mean, ratio
 from depthscope.scores.skip import skipping_lanes
 

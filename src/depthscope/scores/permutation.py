@@ -16,7 +16,7 @@ from collections.abc import Iterable
 import numpy as np
 import torch
 
-from depthscope.layers.lanes import Lane
+from depthscope.layers.lanes.lane import Lane
 from depthscope.layers.stack import LayerStack
 from depthscope.layers.stand_ins import Moved
 from depthscope.scores.base import Array, Batch, Score, Sums, Values, mean, ratio

@@ -7,7 +7,7 @@ effective depth (by skipping).
 
 from collections.abc import Iterable
 
-from depthscope.layers.lanes import Lane
+from depthscope.layers.lanes.lane import Lane
 from depthscope.layers.stack import LayerStack
 from depthscope.layers.stand_ins import PassThrough
 from depthscope.scores.base import Array, Batch, Score, Sums, Values, effective_depth, mean, ratio

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from depthscope.layers.lanes import Lane
+from depthscope.layers.lanes.lane import Lane
 from depthscope.layers.least_squares import Fit, LeastSquares
 from depthscope.layers.stack import LayerStack
 from depthscope.layers.stand_ins import AffineMap

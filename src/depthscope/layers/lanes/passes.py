@@ -1,184 +1,23 @@
-"""Many experiments in one pass over the layers: each is a lane beside the model's own pass.
+"""The passes over the layers that run lanes: side by side, in turn, or one after the other."""
 
-An experiment changes some layers and leaves the others as they are. Until its first changed layer it does what the
-model does, so it begins there, with the model's own state:
-
-    layer        0    1    2    3    4    -> final norm, head
-    model        o -- o -- o -- o -- o
-    lane A            x -- o -- o -- o       layer 1 skipped
-    lane B                 x -- o -- x       layers 2 and 4 swapped
-
-A stand-in at every layer runs the model's own rows, and then all lanes that have begun, many in one batch: the weights
-of a layer are read once for all of them. The model's own code makes masks and positions; how each of a layer's
-arguments grows with the batch is learnt from two passes over the embeddings alone. Where a layer cannot take a larger
-batch, its lanes run in turn. Where a lane would not be what the experiment is alone (layers that read what earlier ones
-left behind), each experiment has a pass of its own. Which of the three is right is tried on a small example.
-"""
-
-from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias, TypeVar
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from depthscope.layers.arguments import Arguments, learn_arguments
+from depthscope.layers.lanes.arguments import learn_arguments
+from depthscope.layers.lanes.lane import Lane, Limits, Step
 from depthscope.layers.memory import is_out_of_memory
-from depthscope.layers.modes import evaluating
 from depthscope.layers.stack import LayerStack
-from depthscope.layers.stand_ins import LayerResult, PassThrough, StandIn, hidden_among, hidden_of, with_hidden
-from depthscope.layers.tracing import MODEL_FAILURES
+from depthscope.layers.stand_ins import LayerResult, StandIn, hidden_among, hidden_of, with_hidden
 
-__all__ = ["Lane", "LanePass", "Lanes", "Step"]
+__all__ = ["LanePass", "OneByOne"]
 
-# Tokens that go through a layer at once: on a CPU few enough to stay in its caches, elsewhere enough to fill it.
-CHUNK_TOKENS = {"cpu": 2048, "elsewhere": 1 << 15}
-# States of all lanes together; lanes beyond it take another pass.
-STATE_BYTES = {"cpu": 512 << 20, "elsewhere": 4 << 30}
-# Logits that are made at once.
-LOGITS_BYTES = {"cpu": 128 << 20, "elsewhere": 1 << 30}
-
-Way = Literal["batched", "in turn", "alone"]
 Args: TypeAlias = tuple[Any, ...]
 Kwargs: TypeAlias = dict[str, Any]
 T = TypeVar("T")
-
-
-@dataclass(frozen=True, eq=False)
-class Lane:
-    """One experiment: the model with other modules in the places of some of its layers.
-
-    Attributes:
-        key: names the experiment.
-        replacements: by layer, what stands there, as `LayerStack.replacing` takes it; at least one.
-        rows: which sequences of the batch take part, [R] in rising order; None for all of them.
-        logits: whether its logits are wanted.
-        watched: whether its residual stream is wanted at the layers after its first.
-    """
-
-    key: Hashable
-    replacements: Mapping[int, nn.Module]
-    rows: Tensor | None = None
-    logits: bool = False
-    watched: bool = False
-
-    @property
-    def start(self) -> int:
-        """The first layer that is changed."""
-        return min(self.replacements)
-
-
-@dataclass(frozen=True)
-class Step:
-    """What passes one layer in some lanes of all rows, and in the model itself.
-
-    Attributes:
-        lanes: the K lanes.
-        layer: the layer, after the first changed layer of each lane.
-        resid_pre: K residual streams before it, one after the other along the axis of the batch.
-        resid_post: and after it.
-        model_pre: the model's own residual stream before it.
-        model_post: and after it.
-    """
-
-    lanes: Sequence[Lane]
-    layer: int
-    resid_pre: Tensor
-    resid_post: Tensor
-    model_pre: Tensor
-    model_post: Tensor
-
-
-class Lanes:
-    """Runs experiments on a layer stack, as many at a time as the model and the memory allow.
-
-    Args:
-        stack: the layers.
-        way: "batched", "in turn" or "alone"; by default the first of them that is right on a small example.
-
-    Attributes:
-        chunk_tokens: how many tokens go through a layer at once; halved where memory runs out.
-        logits_bytes: how large the logits may be that are made at once; halved where memory runs out.
-        state_bytes: how large the residual streams of all lanes in one pass may be.
-        halved: whether memory ran out and less is done at once since.
-    """
-
-    def __init__(self, stack: LayerStack, way: Way | None = None) -> None:
-        self.stack = stack
-        kind = "cpu" if stack.device.type == "cpu" else "elsewhere"
-        self.chunk_tokens, self.state_bytes = CHUNK_TOKENS[kind], STATE_BYTES[kind]
-        self.logits_bytes = LOGITS_BYTES[kind]
-        self.halved = False
-        self._way = way
-
-    @property
-    def way(self) -> Way:
-        """How experiments run here: all at once, in turn at each layer, or each in a pass of its own."""
-        if self._way is None:
-            with evaluating(self.stack.model), torch.no_grad():
-                self._way = self._right_way()
-        return self._way
-
-    def over(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None,
-        lanes: Iterable[Lane],
-        *,
-        observe: Callable[[Step], None] | None = None,
-        tick: Callable[[float], None] | None = None,
-    ) -> "LanePass":
-        """Prepare lanes over a batch.
-
-        Args:
-            input_ids: the batch, [B, T].
-            attention_mask: [B, T], or None where all tokens are there.
-            lanes: the experiments.
-            observe: gets the residual streams of the lanes that are watched.
-            tick: counts the work as it is done, in passes of one sequence through one layer.
-        """
-        kind = _OneByOne if self.way == "alone" else LanePass
-        return kind(self, input_ids, attention_mask, list(lanes), observe or _ignore, tick or _ignore)
-
-    def _right_way(self) -> Way:
-        expected = {}
-        for index in self._places():
-            with suppress(*MODEL_FAILURES), self.stack.skipping(index):
-                expected[Lane(index, {index: PassThrough()}, logits=True)] = self.stack.logits(self.stack.example_ids)
-        ways: tuple[Way, ...] = ("batched", "in turn")
-        return next((way for way in ways if Lanes(self.stack, way)._gives(expected)), "alone")
-
-    def _places(self) -> list[int]:
-        """Layers to try: the second, one in the middle, and wherever another type of layer begins."""
-        types, count = self.stack.layer_types, self.stack.num_layers
-        first_of_type = {kind: index for index, kind in reversed(list(enumerate(types))) if index}
-        return sorted({min(1, count - 1), count // 2, *first_of_type.values()})
-
-    def _gives(self, expected: Mapping[Lane, Tensor]) -> bool:
-        """Whether lanes give what each experiment gives alone, and leave the model's own pass as it is."""
-        stack, ids = self.stack, self.stack.example_ids
-        self.state_bytes = stack.width * ids.numel() * 4 * max(1, len(expected) - 1)  # two passes
-        try:
-            lanes = self.over(ids, None, expected)
-            with lanes.beside():
-                own = stack.logits(ids)
-            if self.way == "batched" and not lanes.is_batched:
-                return False
-            results = dict(lanes.logits())
-            return stack.is_close(own, stack.example_logits) and all(
-                stack.is_close(results[lane], logits) for lane, logits in expected.items()
-            )
-        except MODEL_FAILURES as error:
-            if is_out_of_memory(error):
-                raise
-            return False
-
-    def do_less_at_once(self) -> None:
-        """Halve the chunks, because memory ran out."""
-        self.halved = True
-        self.chunk_tokens //= 2
-        self.logits_bytes //= 2
 
 
 class LanePass:
@@ -190,20 +29,20 @@ class LanePass:
 
     def __init__(
         self,
-        lanes: Lanes,
-        input_ids: Tensor,
-        attention_mask: Tensor | None,
-        experiments: list[Lane],
-        observe: Callable[[Step], None],
-        tick: Callable[[float], None],
+        stack: LayerStack,
+        limits: Limits,
+        batch: tuple[Tensor, Tensor | None],
+        lanes: list[Lane],
+        observe: Callable[[Step], None] | None,
+        tick: Callable[[float], None] | None,
+        *,
+        is_batched: bool,
     ) -> None:
-        self.lanes, self.stack = lanes, lanes.stack
-        self.input_ids, self.attention_mask = input_ids, attention_mask
-        self.observe, self.tick = observe, tick
-        self.experiments = sorted(experiments, key=lambda lane: lane.start)
-        self._arguments: list[Arguments] | None = None
-        if self.experiments and lanes.way == "batched":
-            self._arguments = learn_arguments(self.stack, input_ids, attention_mask)
+        self.stack, self.limits = stack, limits
+        self.input_ids, self.attention_mask = batch
+        self.observe, self.tick = observe or _ignore, tick or _ignore
+        self.lanes = sorted(lanes, key=lambda lane: lane.start)
+        self._arguments = learn_arguments(stack, *batch) if is_batched else None
         self._groups = self._grouped()
         self._states: dict[Lane, Tensor] = {}
         self._kept: dict[int, Tensor] = {}  # the model's own state where a later group begins
@@ -232,12 +71,12 @@ class LanePass:
     def _grouped(self) -> list[list[Lane]]:
         """Lanes in the order of their first layers, in groups whose states fit in memory."""
         groups: list[list[Lane]] = [[]]
-        room = self.lanes.state_bytes
-        for lane in self.experiments:
+        room = self.limits.state_bytes
+        for lane in self.lanes:
             size = self._rows(lane) * self.input_ids.shape[1] * self.stack.width * 4
             if groups[-1] and room < size:
                 groups.append([])
-                room = self.lanes.state_bytes
+                room = self.limits.state_bytes
             groups[-1].append(lane)
             room -= size
         return groups
@@ -342,30 +181,30 @@ class LanePass:
             except (MemoryError, RuntimeError) as error:
                 if len(some) == 1 or not is_out_of_memory(error):
                     raise
-                self.lanes.do_less_at_once()
+                self.limits.halve()
                 continue
             yield some, result
             done += len(some)
 
     def _rows_of_chunk(self) -> int:
-        return self.lanes.chunk_tokens // self.input_ids.shape[1]
+        return self.limits.chunk_tokens // self.input_ids.shape[1]
 
     def _rows_of_head(self) -> int:
-        return self.lanes.logits_bytes // (4 * self.input_ids.shape[1] * self.stack.vocabulary)
+        return self.limits.logits_bytes // (4 * self.input_ids.shape[1] * self.stack.vocabulary)
 
 
-class _OneByOne(LanePass):
+class OneByOne(LanePass):
     """Gives each experiment a pass of its own, from its first changed layer where the model can be resumed there."""
 
     @contextmanager
     def beside(self) -> Iterator[None]:
         """Keep what the model's own pass shows of itself."""
-        with self.stack.capture(resid_post=any(lane.watched for lane in self.experiments)) as self._own:
+        with self.stack.capture(resid_post=any(lane.watched for lane in self.lanes)) as self._own:
             yield
 
     def logits(self) -> Iterator[tuple[Lane, Tensor]]:
         """Run each experiment."""
-        for lane in self.experiments:
+        for lane in self.lanes:
             logits = self._experiment(lane)
             if logits is not None:
                 yield lane, logits

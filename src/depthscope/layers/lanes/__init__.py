@@ -1,0 +1,1 @@
+"""Many experiments in one pass over the layers."""

@@ -33,7 +33,7 @@ def test_a_checkpoint_becomes_native_with_its_tokenizer(scaled: Path, tmp_path: 
     result = convert(scaled, tmp_path / "native")
     assert result.exit_code == 0, result.output
     assert "DepthLMForCausalLM -> LlamaForCausalLM" in result.output
-    assert "The same function" in result.output
+    assert "computes the same function" in result.output
     native = AutoModelForCausalLM.from_pretrained(tmp_path / "native")
     assert largest_logit_difference(native, AutoModelForCausalLM.from_pretrained(scaled)) < 1e-5
     assert AutoTokenizer.from_pretrained(tmp_path / "native")("a text").input_ids
@@ -48,7 +48,7 @@ def test_a_native_checkpoint_becomes_a_depthlm_of_another_shape(tmp_path: Path) 
         "--layers", 6, "--preserve-function",
     )  # fmt: skip
     assert result.exit_code == 0, result.output
-    assert "The same function" in result.output
+    assert "computes the same function" in result.output
     assert "Without a tokenizer" in result.output
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     config = model.config
@@ -85,7 +85,7 @@ def test_the_dtype_is_the_checkpoints_own_where_that_loses_nothing(tmp_path: Pat
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["--to", "gpt2"], "'gpt2' is not something to convert to"),
+        (["--to", "gpt2"], "'gpt2' is not a target of conversion"),
         (["--kv-heads", 3], "key and value heads can become 1, 2 or 4, not 3"),
         (["--experts", 4], "experts and top_k belong together"),
         (["--experts", 2, "--top-k", 3], "num_experts_per_tok must be from 1 to num_experts (2), got 3"),

@@ -113,7 +113,7 @@ def test_a_stacked_model_repeats_its_layers(kind: str) -> None:
 
 
 def test_what_cannot_be_deepened_is_refused() -> None:
-    with pytest.raises(ConversionError, match="has 4 layers; deepen needs more than that, got 4"):
+    with pytest.raises(ConversionError, match="has 4 layers; deepen needs more than that, not 4"):
         deepen(tiny_depthlm(), 4)
     with pytest.raises(ConversionError, match="Post-LN"):
         deepen(tiny_depthlm("post"), 6, preserve_function=True)

@@ -1,4 +1,4 @@
-"""A model as another class that computes the same, or nearly: DepthLM from and to other architectures, and reshaped."""
+"""Conversion of models: DepthLM to and from other architectures, and DepthLMs of another shape."""
 
 from typing import TYPE_CHECKING
 

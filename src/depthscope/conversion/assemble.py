@@ -17,10 +17,10 @@ __all__ = ["assemble", "changed", "largest_logit_difference"]
 def assemble(config: PreTrainedConfig, weights: Mapping[str, Tensor], like: PreTrainedModel) -> Any:
     """The model of `config` with a copy of `weights`, in the dtype, on the device and in the mode of `like`.
 
-    Raises `RuntimeError` where a weight is missing, left over or of another shape: that is a mistake of the caller.
+    Raises `RuntimeError` if a weight is missing, has no place or has another shape, which is an error of the caller.
     """
     with no_init_weights():
-        # A copy: a configuration holds choices (of attention, of experts) that are made on the model.
+        # A copy: choices on the model (of attention, of experts) are stored in its configuration.
         model = AutoModelForCausalLM.from_config(deepcopy(config), dtype=like.dtype)
     model.load_state_dict(dict(weights), strict=True)
     model.tie_weights()
@@ -30,7 +30,7 @@ def assemble(config: PreTrainedConfig, weights: Mapping[str, Tensor], like: PreT
 
 
 def changed(config: DepthLMConfig, **changes: Any) -> DepthLMConfig:
-    """A copy of a configuration with other values, checked like a new one."""
+    """A copy of a configuration with other values, validated like a new one."""
     kept = {
         name: value
         for name, value in config.to_dict().items()

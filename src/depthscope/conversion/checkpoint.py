@@ -1,4 +1,4 @@
-"""A checkpoint in, a converted checkpoint out: what `depthscope convert` does.
+"""Conversion of a checkpoint into another checkpoint: `depthscope convert`.
 
 Weights are converted in float32 and the result is compared with the source before anything is written. The folder
 appears complete or not at all.
@@ -33,7 +33,7 @@ MOST_EXPERTS = 65_536  # or heads; each is a matrix at least
 
 @dataclass(frozen=True)
 class TargetShape:
-    """What is to be changed about the shape of a model; None leaves it as it is."""
+    """The changes to the shape of a model; None changes nothing."""
 
     kv_heads: int | None = None
     experts: int | None = None
@@ -48,11 +48,11 @@ class TargetShape:
         if (self.experts is None) != (self.top_k is None):
             raise SettingsError("experts and top_k belong together: give both or neither.")
         if self.preserve_function and self.layers is None:
-            raise SettingsError("preserve_function is about added layers: give the number of layers too.")
+            raise SettingsError("preserve_function applies to added layers: give the number of layers too.")
 
     @property
     def is_changed(self) -> bool:
-        """Whether there is anything to change."""
+        """Whether anything is to be changed."""
         return any(value is not None for value in (self.kv_heads, self.experts, self.layers))
 
 
@@ -62,15 +62,15 @@ def convert(model: PreTrainedModel, to: str = "native", shape: TargetShape | Non
     Args:
         model: a DepthLM, or a model that [`to_depthlm`] reads.
         to: "depthlm", "native", or the `model_type` of one native architecture.
-        shape: what to change; applied in the order KV heads, experts, layers.
+        shape: the changes of shape, applied in the order KV heads, experts, layers.
 
     Raises:
-        ConversionError: it cannot be done exactly, or the shape cannot be had.
+        ConversionError: an exact conversion, or the shape, is impossible.
     """
     shape = shape or TargetShape()
     if to not in ("depthlm", "native", *(form.model_type for form in FORMS)):
         known = ", ".join(form.model_type for form in FORMS)
-        raise ConversionError(f"{to!r} is not something to convert to: depthlm, native, or one of {known}.")
+        raise ConversionError(f"{to!r} is not a target of conversion; choose from depthlm, native, {known}.")
     depthlm = to_depthlm(model)
     if shape.kv_heads is not None:
         depthlm = to_gqa(depthlm, shape.kv_heads)
@@ -101,22 +101,22 @@ def convert_checkpoint(
         out: the folder to write; it must not exist.
         to: as for [`convert`].
         shape: as for [`convert`].
-        dtype: of the weights written; "auto" is the checkpoint's own where that loses nothing, otherwise float32.
+        dtype: dtype of the written weights; "auto" is the checkpoint's own if that is exact, otherwise float32.
         revision: a branch, tag or commit of the repository.
         trust_remote_code: whether code from the model's repository may run.
         attn_implementation: as for [`load_model`].
         base_model: as for [`load_model`].
-        stage: told what is being done now, in a word or two.
+        stage: called with the name of each stage, for progress.
 
     Returns:
-        What was done, in lines for people.
+        A summary, in lines of text.
 
     Raises:
-        ConversionError: it cannot be done exactly, the shape cannot be had, or `out` cannot be written.
+        ConversionError: an exact conversion, or the shape, is impossible; or `out` cannot be written.
         ModelLoadError: the checkpoint cannot be loaded.
     """
     shape = shape or TargetShape()
-    wanted = find_dtype(dtype, torch.device("cpu")) if dtype != "auto" else None
+    requested = find_dtype(dtype, torch.device("cpu")) if dtype != "auto" else None
     _require_new(out)
     stage("Loading")
     loaded = load_model(
@@ -134,7 +134,7 @@ def convert_checkpoint(
         result = convert(source, to, shape)
     stage("Comparing")
     lines = [*loaded.notes, f"{type(source).__name__} -> {type(result).__name__}", _compare(source, result, shape)]
-    lines += _cast(result, wanted, loaded.stored_dtype or torch.float32)
+    lines += _cast(result, requested, loaded.stored_dtype or torch.float32)
     stage("Writing")
     with new_folder(out, ConversionError) as folder, quiet():
         result.save_pretrained(folder)
@@ -150,27 +150,27 @@ def _without_adapter(model: Any) -> Any:
     if not hasattr(model, "get_base_model"):
         return model
     if not hasattr(model, "merge_and_unload"):
-        kind = getattr(model.active_peft_config.peft_type, "value", "kind")
+        peft_type = getattr(model.active_peft_config.peft_type, "value", "unknown")
         raise ConversionError(
-            f"An adapter of the kind {kind} cannot be merged into the weights of its base model (virtual tokens, "
-            "prefixes and prompts inside the attention are no weights of it), so it cannot be converted. Convert the "
-            "base model alone."
+            f"An adapter of the type {peft_type} cannot be merged into the weights of its base model (virtual tokens, "
+            "prefixes and prompts in the attention are not weights of the base model), so it cannot be converted. "
+            "Convert the base model alone."
         )
     return model.merge_and_unload()
 
 
 def _compare(source: PreTrainedModel, result: PreTrainedModel, shape: TargetShape) -> str:
-    """Measure that a conversion that claims to be exact is so."""
+    """Compare the logits before and after; refuse a conversion that should be exact and is not."""
     difference = largest_logit_difference(source, result)
     measured = f"largest difference between the logits, on 64 random tokens in float32: {difference:.1e}"
     repeated = shape.kv_heads is None or shape.kv_heads >= (source.config.num_key_value_heads or 0)
     if not repeated or (shape.layers is not None and not shape.preserve_function):
-        return f"Another function than before, to be trained on ({measured})."
+        return f"The new model computes another function and needs training ({measured})."
     if not difference <= TOLERANCE * max(1.0, _largest_logit(source)):
         raise ConversionError(
             f"The conversion is not exact ({measured}); nothing was written. Please report this model."
         )
-    return f"The same function ({measured})."
+    return f"The new model computes the same function ({measured})."
 
 
 def _largest_logit(model: PreTrainedModel) -> float:
@@ -179,15 +179,15 @@ def _largest_logit(model: PreTrainedModel) -> float:
         return model(ids, use_cache=False).logits.abs().max().item()
 
 
-def _cast(model: PreTrainedModel, wanted: torch.dtype | None, stored: torch.dtype) -> list[str]:
-    """Bring the weights into the dtype to be written, and say so where it is not what they came in."""
-    dtype = wanted or stored
+def _cast(model: PreTrainedModel, requested: torch.dtype | None, stored: torch.dtype) -> list[str]:
+    """Cast the weights to the dtype to be written; return a note if they are rounded or kept in float32."""
+    dtype = requested or stored
     exact = all(torch.equal(weight.to(dtype).float(), weight) for weight in model.state_dict().values())
-    if not exact and wanted is None:
-        return [f"The weights are written in float32: {_short(stored)} would round the new ones."]
+    if not exact and requested is None:
+        return [f"The weights are written in float32, because {_short(stored)} would round the new ones."]
     model.to(dtype)  # type: ignore[arg-type]
     if not exact:
-        return [f"The weights are rounded to {_short(dtype)}; float32 would keep them as they are."]
+        return [f"The weights are rounded to {_short(dtype)}; float32 would keep them exact."]
     return []
 
 
@@ -197,6 +197,6 @@ def _short(dtype: torch.dtype) -> str:
 
 def _require_new(out: Path) -> None:
     if out.exists():
-        raise ConversionError(f"{out} exists already; give the name of a folder that does not.")
+        raise ConversionError(f"{out} exists already; give the name of a new folder.")
     if not out.absolute().parent.is_dir():
-        raise ConversionError(f"The folder {out.absolute().parent} does not exist; create it, or write elsewhere.")
+        raise ConversionError(f"The folder {out.absolute().parent} does not exist; create it, or choose another.")

@@ -1,4 +1,4 @@
-"""What the native architectures can express, and how a DepthLM is written in each of them."""
+"""The native architectures: which DepthLMs each can express, and their configuration and weights for it."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ __all__ = ["FORMS", "OUTPUT_NORMS", "SHARED_SETTINGS", "Form", "State", "output_
 
 State = dict[str, Tensor]
 
-# What all of them call by the same name.
+# Settings with the same name in all of them.
 SHARED_SETTINGS = (
     "vocab_size",
     "hidden_size",
@@ -33,7 +33,7 @@ SHARED_SETTINGS = (
     "rope_parameters",
     "attention_dropout",
 )
-# DepthLM's names for the norms of what a sublayer returns -> OLMo 2's.
+# DepthLM's names of the norms after the sublayers -> OLMo 2's.
 OUTPUT_NORMS = {
     "attention_output_layernorm": "post_attention_layernorm",
     "mlp_output_layernorm": "post_feedforward_layernorm",
@@ -61,7 +61,7 @@ class Form:
     raw_routing: bool = True  # whether the weights of a token's experts may sum to less than 1
 
     def lacks(self, config: DepthLMConfig, state: State) -> list[str]:
-        """What the model of `config` and `state` has that cannot be expressed here; empty where all of it can."""
+        """The traits of a model that this architecture cannot express; empty if it can express all."""
         layers = config.num_hidden_layers
         with_experts, sliding = len(config.moe_layer_indices), (config.layer_types or []).count("sliding_attention")
         usual_head = config.head_dim == config.hidden_size / config.num_attention_heads
@@ -92,17 +92,17 @@ class Form:
 
 
 def output_biases(state: State) -> State:
-    """The biases of the attention's output projections."""
+    """The biases of the output projections of the attention."""
     return {name: bias for name, bias in state.items() if name.endswith("self_attn.o_proj.bias")}
 
 
 def without(state: State, unwanted: State) -> State:
-    """`state` less the entries of `unwanted`."""
+    """`state` without the entries of `unwanted`."""
     return {name: weight for name, weight in state.items() if name not in unwanted}
 
 
 def renamed(state: State, names: dict[str, str]) -> State:
-    """`state` with each part of a name that `names` holds replaced."""
+    """`state` with the parts of its names replaced according to `names`."""
     return {".".join(names.get(part, part) for part in name.split(".")): weight for name, weight in state.items()}
 
 
@@ -130,7 +130,7 @@ def _qwen_moe(config: DepthLMConfig, **others: Any) -> dict[str, Any]:
 
 
 def _qwen2_weights(state: State, config: DepthLMConfig) -> State:
-    """Without biases of the output projection, and with zeros where the other projections have none."""
+    """Remove the biases of the output projection, and add biases of zero to other projections without biases."""
     state = without(state, output_biases(state))
     for name in [name for name in state if name.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight"))]:
         state.setdefault(name.replace(".weight", ".bias"), state[name].new_zeros(state[name].shape[0]))
@@ -138,7 +138,7 @@ def _qwen2_weights(state: State, config: DepthLMConfig) -> State:
 
 
 def _qwen2_moe_weights(state: State, config: DepthLMConfig) -> State:
-    """A gate of zeros weighs the shared expert by sigmoid(0) = 1/2, which twice its output makes good exactly."""
+    """Add a gate of zeros, which weighs the shared expert by sigmoid(0) = 1/2, and double its output to compensate."""
     state = without(state, output_biases(state))
     for layer in config.moe_layer_indices:
         prefix = f"model.layers.{layer}.mlp."
@@ -156,7 +156,7 @@ def _shared_expert_shapes(width: int, hidden: int) -> dict[str, tuple[int, int]]
     return {"gate_proj": (width, hidden), "up_proj": (width, hidden), "down_proj": (hidden, width)}
 
 
-# The plainest and most widely supported first: a model takes the first form that can express it.
+# The simplest and most widely supported first: a model gets the first form that can express it.
 FORMS = (
     Form(
         "llama",
@@ -250,7 +250,7 @@ FORMS = (
 
 
 def exactly_scaled(weight: Tensor, factor: float) -> Tensor | None:
-    """`weight * factor` in the weight's dtype; None where a dtype of low precision rounds it."""
+    """`weight * factor` in the weight's dtype; None if a dtype of low precision would round it."""
     exact = weight.double() * factor
     scaled = exact.to(weight.dtype)
     if weight.dtype in (torch.float32, torch.float64) or torch.equal(scaled.double(), exact):

@@ -1,10 +1,10 @@
-"""Exact ways from DepthLM to the architectures that every tool runs, and back.
+"""Exact conversion of DepthLM to the architectures that other tools run, and back.
 
     native = to_native(model)      # a LlamaForCausalLM, Qwen3ForCausalLM, MixtralForCausalLM, ...
     model = to_depthlm(native)     # a DepthLMForCausalLM with the same logits
 
-A conversion is exact (in float32 the logits differ by rounding at most) or refused with the reason. LayerNorm Scaling
-needs no support from the other side: a norm's constant factor is folded into its weight.
+A conversion is exact (in float32 the logits differ only by rounding), or it is refused with the reason. LayerNorm
+Scaling needs no support in the other architecture: the constant factor of a norm is folded into its weight.
 """
 
 from transformers import CONFIG_MAPPING, PreTrainedModel
@@ -20,18 +20,18 @@ __all__ = ["to_depthlm", "to_native"]
 
 
 def to_native(model: DepthLMForCausalLM, architecture: str | None = None) -> PreTrainedModel:
-    """The same model as one of transformers' own architectures; `model` stays as it is.
+    """Convert a DepthLM to one of transformers' own architectures; `model` is not changed.
 
     Dense models become Llama, Mistral, Qwen2, Qwen3 or OLMo 2, models with experts Mixtral, OLMoE, Qwen3-MoE or
     Qwen2-MoE: the first of them that expresses the model exactly, or the one that `architecture` names by its
     `model_type`. LayerNorm Scaling is folded into the weights of the norms.
 
     Raises:
-        ConversionError: no native architecture (or not the one named) expresses this model exactly; the message says
-            what each of them lacks.
+        ConversionError: no native architecture (or not the named one) expresses this model exactly; the message names
+            the traits that each lacks.
     """
     if not isinstance(model, DepthLMForCausalLM):
-        raise ConversionError(f"to_native takes a DepthLMForCausalLM, got a {type(model).__name__}.")
+        raise ConversionError(f"to_native takes a DepthLMForCausalLM, not a {type(model).__name__}.")
     config, state = model.config, model.state_dict()
     form = _choose(config, state, architecture)
     weights = form.weights(_with_factors_folded(config, state), config)
@@ -39,33 +39,33 @@ def to_native(model: DepthLMForCausalLM, architecture: str | None = None) -> Pre
 
 
 def to_depthlm(model: PreTrainedModel) -> DepthLMForCausalLM:
-    """The same model as a DepthLM; `model` stays as it is.
+    """Convert a model to a DepthLM; `model` is not changed.
 
     Takes Llama, Mistral, Qwen2, Qwen3, OLMo 2, Mixtral, OLMoE, Qwen3-MoE, and Qwen2-MoE without a gate on its shared
     expert.
 
     Raises:
-        ConversionError: the model is of another architecture, or has something that DepthLM does not.
+        ConversionError: the model has another architecture, or a trait that DepthLM lacks.
     """
     if isinstance(model, DepthLMForCausalLM):
         return assemble(model.config, model.state_dict(), like=model)
     model_type = getattr(getattr(model, "config", None), "model_type", None)
     if model_type not in SOURCES or not type(model).__name__.endswith("ForCausalLM"):
         raise ConversionError(
-            f"A {type(model).__name__} ({model_type}) cannot be read as a DepthLM. What can be: the causal language "
-            f"models of {', '.join(SOURCES)}."
+            f"A {type(model).__name__} ({model_type}) cannot be read as a DepthLM. Convert a causal language "
+            f"model of {', '.join(SOURCES)}."
         )
     settings, weights = SOURCES[model_type](model.config, model.state_dict())
     return assemble(DepthLMConfig(**settings), weights, like=model)
 
 
 def _choose(config: DepthLMConfig, state: State, architecture: str | None) -> Form:
-    """The first form that expresses the model, of all or of the one named."""
+    """The first form that expresses the model, of all forms or only the named one."""
     forms = [form for form in FORMS if architecture in (None, form.model_type)]
     if not forms:
         known = ", ".join(form.model_type for form in FORMS)
         raise ConversionError(
-            f"{architecture!r} is not an architecture that DepthLM is exported to; those are: {known}."
+            f"{architecture!r} is not an architecture that DepthLM can be converted to; choose from {known}."
         )
     if architecture is None:
         forms = [form for form in forms if (form.experts != "none") == (config.num_experts is not None)]
@@ -73,7 +73,7 @@ def _choose(config: DepthLMConfig, state: State, architecture: str | None) -> Fo
     for form, traits in lacking.items():
         if not traits:
             return form
-    # What is nearest says most: the forms that lack the fewest traits, together where they lack the same.
+    # Name the nearest forms only: those that lack the fewest traits, grouped by the traits.
     fewest = min(len(traits) for traits in lacking.values())
     nearest: dict[str, list[str]] = {}
     for form, traits in lacking.items():
@@ -88,7 +88,7 @@ def _enumerated(items: list[str], word: str) -> str:
 
 
 def _with_factors_folded(config: DepthLMConfig, state: State) -> State:
-    """LayerNorm Scaling's factors, which multiply what the norms return, in the weights of those norms."""
+    """The weights with LayerNorm Scaling's factors folded into the norms."""
     folded = dict(state)
     for layer in range(config.num_hidden_layers):
         factor = config.norm_factor_of(layer)
@@ -97,7 +97,7 @@ def _with_factors_folded(config: DepthLMConfig, state: State) -> State:
             scaled = exactly_scaled(state[name], factor)
             if scaled is None:
                 raise ConversionError(
-                    f"LayerNorm Scaling's factors cannot be folded exactly into weights in {state[name].dtype}: "
+                    f"LayerNorm Scaling's factors cannot be folded exactly into {state[name].dtype} weights: "
                     "convert in float32 (model.float(), or --dtype float32)."
                 )
             folded[name] = scaled

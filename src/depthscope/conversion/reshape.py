@@ -1,6 +1,6 @@
-"""DepthLMs of another shape made from one that is trained: fewer KV heads, experts, more layers.
+"""Trained DepthLMs in another shape: fewer KV heads, experts, more layers.
 
-Each returns a new model in the dtype, on the device and in the mode of the one given, which stays as it is.
+Each function returns a new model in the dtype, on the device and in the mode of the given model, which is not changed.
 """
 
 from typing import Any
@@ -22,16 +22,16 @@ __all__ = ["deepen", "to_gqa", "upcycle"]
 def to_gqa(model: DepthLMForCausalLM, num_key_value_heads: int) -> DepthLMForCausalLM:
     """Change the number of key and value heads.
 
-    Fewer heads: each is the mean of those it stands for (Ainslie et al. 2023), which changes what the model computes;
-    it is meant to be trained on. More heads: each is repeated, which changes nothing, and pooling them again gives the
-    same model back.
+    Fewer heads: each is the mean of the heads that it replaces (Ainslie et al. 2023). This changes the function of the
+    model, so train it afterwards. More heads: each is repeated, which does not change the function; pooling them again
+    restores the model.
 
     Args:
         model: the model.
-        num_key_value_heads: a divisor or a multiple of the number it has, dividing `num_attention_heads`.
+        num_key_value_heads: a divisor or a multiple of the present number; it must divide `num_attention_heads`.
 
     Raises:
-        ConversionError: no such number of heads can be had.
+        ConversionError: the number of heads is impossible.
     """
     config: Any = model.config
     heads, old, new = config.num_attention_heads, config.num_key_value_heads, num_key_value_heads
@@ -53,21 +53,21 @@ def upcycle(
     moe_layers: str | int | list[int] = "all",
     seed: int = 0,
 ) -> DepthLMForCausalLM:
-    """Make a dense model one with experts, each a copy of the MLP in its place (Komatsuzaki et al. 2023).
+    """Replace the MLPs of a dense model by experts that are copies of them (Komatsuzaki et al. 2023).
 
-    The weights of a token's experts sum to 1, so the output is unchanged at the start, whatever the routers choose; the
-    routers are drawn from normal(0, `initializer_range`).
+    The weights of a token's experts sum to 1, so at the start the output is unchanged for any choice of the routers.
+    The routers are drawn from normal(0, `initializer_range`).
 
     Args:
         model: a dense DepthLM.
-        num_experts: experts in a layer.
-        top_k: experts that see each token.
+        num_experts: experts per layer.
+        top_k: experts per token.
         moe_layers: which layers get experts, as in [`DepthLMConfig`].
         seed: seed of the routers.
 
     Raises:
-        ConversionError: the model has experts already, or biases in its MLPs, which experts do not have; or the numbers
-            do not fit one another.
+        ConversionError: the model has experts already, or biases in its MLPs, which experts cannot have; or the numbers
+            exclude each other.
     """
     config = model.config
     if config.num_experts is not None:
@@ -95,26 +95,25 @@ def upcycle(
 
 
 def deepen(model: DepthLMForCausalLM, num_layers: int, *, preserve_function: bool = False) -> DepthLMForCausalLM:
-    """Add layers on top by stacking copies of those there are: layer l of the result is a copy of layer l mod L.
+    """Add layers on top by stacking copies of the present layers: layer l of the result is a copy of layer l mod L.
 
     Args:
         model: the model, of L layers.
         num_layers: layers of the result, more than L.
-        preserve_function: let the added layers start as the identity, by setting to zero what they write to the stream
-            (the output projections; the output norms where `norm_placement` has them), so that the result computes what
-            `model` does.
+        preserve_function: let the added layers start as the identity, so that the result computes the same as `model`.
+            Their output projections (or output norms, if `norm_placement` has them) are set to zero.
 
     Raises:
         ConversionError: the model has as many layers already; or its function cannot be preserved, because a Post-LN
-            layer that adds nothing still normalises the stream.
+            layer that adds nothing still normalises the residual stream.
     """
     config: Any = model.config
     old = config.num_hidden_layers
     if num_layers <= old:
-        raise ConversionError(f"This model has {counted(old, 'layer')}; deepen needs more than that, got {num_layers}.")
+        raise ConversionError(f"This model has {counted(old, 'layer')}; deepen needs more than that, not {num_layers}.")
     if preserve_function and config.norm_placement == "post":
         raise ConversionError(
-            "Post-LN layers normalise the stream even where they add nothing to it: none is an identity."
+            "Post-LN layers normalise the residual stream even if they add nothing to it, so none can be the identity."
         )
     deeper = changed(
         config,
@@ -150,7 +149,7 @@ def _is_of_kv_heads(name: str, config: DepthLMConfig) -> bool:
 
 
 def _regrouped(weight: Tensor, old: int, new: int) -> Tensor:
-    """The rows of `old` heads as those of `new` heads: pooled by their mean (taken in float64), or repeated."""
+    """The rows of `old` heads as rows of `new` heads: pooled by their mean (in float64), or repeated."""
     by_head = weight.reshape(old, -1, *weight.shape[1:])
     if new > old:
         by_head = by_head.repeat_interleave(new // old, dim=0)
@@ -170,7 +169,7 @@ def _layer_state(model: DepthLMForCausalLM, layer: int) -> State:
 
 
 def _fitted(weights: State, config: DepthLMConfig, layer: int) -> State:
-    """A layer's weights for its new place: in Mix-LN, a Post-LN layer's norms become those of a Pre-LN layer."""
+    """A layer's weights at its new position: in Mix-LN, a Post-LN layer's norms become those of a Pre-LN layer."""
     if config.norm_placement != "mix" or config.norm_placement_of(layer) == "post":
         return weights
     return renamed(
@@ -179,8 +178,8 @@ def _fitted(weights: State, config: DepthLMConfig, layer: int) -> State:
 
 
 def _silenced(weights: State) -> State:
-    """A layer's weights with zeros where it writes to the stream."""
-    # Zeros before an output norm would do as well, but its derivative there is as large as 1 / sqrt(eps).
+    """A layer's weights with zeros in the output projections or output norms."""
+    # Zeros before an output norm would also work, but the norm's derivative there is as large as 1 / sqrt(eps).
     norms = ("attention_output_layernorm.weight", "mlp_output_layernorm.weight")
     projections = ("o_proj.weight", "o_proj.bias", "down_proj.weight", "down_proj.bias", "experts.down_proj")
     written = norms if norms[0] in weights else projections

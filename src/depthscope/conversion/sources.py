@@ -1,4 +1,4 @@
-"""How checkpoints of native architectures are read as a DepthLM."""
+"""The native architectures as sources: their settings and weights as those of a DepthLM."""
 
 from collections.abc import Callable
 from typing import Any
@@ -14,7 +14,7 @@ Reading = tuple[dict[str, Any], State]
 
 
 def _shared(config: PreTrainedConfig, *more: str, **others: Any) -> dict[str, Any]:
-    """What both sides call by the same name; `head_dim` where the source has one of its own."""
+    """The settings with the same name on both sides; `head_dim` only if the source has one."""
     names = {*SHARED_SETTINGS, "head_dim", *more}
     return {name: getattr(config, name) for name in names if hasattr(config, name)} | others
 
@@ -60,7 +60,7 @@ def _qwen3_moe(config: PreTrainedConfig, state: State) -> Reading:
 
 
 def _qwen2_moe(config: PreTrainedConfig, state: State) -> Reading:
-    """Only with a gate of zeros, which weighs the shared expert by 1/2; one of zeros is no expert at all."""
+    """Read only a gate of zeros, which weighs the shared expert by 1/2; a shared expert of zeros is left out."""
     _refuse_sliding_experts(config)
     gates = {name: gate for name, gate in state.items() if name.endswith("shared_expert_gate.weight")}
     if any(gate.any() for gate in gates.values()):
@@ -90,7 +90,7 @@ def _sliding(config: PreTrainedConfig) -> dict[str, Any]:
 
 def _refuse_sliding_experts(config: PreTrainedConfig) -> None:
     if config.use_sliding_window:
-        raise ConversionError("This model has sliding windows beside its experts, which is not read yet.")
+        raise ConversionError("This model has both sliding windows and experts, which is not supported yet.")
 
 
 def _with_output_biases(config: PreTrainedConfig, state: State) -> State:

@@ -1,9 +1,8 @@
-"""Accuracy on downstream tasks through lm-eval, with documents of the Hugging Face Hub or of a folder.
+"""Accuracy on downstream tasks with lm-eval, on documents from the Hugging Face Hub or a folder.
 
-    record.py       Accuracy, Downstream: what was measured, and its JSON
-    tasks.py        names of tasks -> lm-eval's tasks, on the documents that were asked for
-    harness.py      a loaded model as lm-eval wants it
+    tasks.py        names of tasks -> lm-eval's tasks, with their documents
+    harness.py      a loaded model in the class that lm-eval needs
     evaluation.py   evaluate(): a model and names of tasks in, a Downstream out
 
-Nothing is imported here: lm-eval takes seconds, and a report only needs the record.
+Nothing is imported here, because importing lm-eval takes seconds.
 """

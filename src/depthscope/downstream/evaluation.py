@@ -31,7 +31,7 @@ from depthscope.wording.numeric import require_whole
 __all__ = ["evaluate"]
 
 PACKAGES = ("depthscope", "lm-eval", "datasets", "torch", "transformers")
-# What lm-eval says in numbers beside its metrics.
+# Numbers in lm-eval's results that are not metrics.
 NOT_METRICS = ("sample_len",)
 
 
@@ -59,9 +59,9 @@ def evaluate(
         tokenizer: for a loaded model, its tokenizer.
         tasks: names of lm-eval's tasks, or of a group such as `paper`, separated by commas or as a list.
         data: a folder with the documents as `<task>.jsonl`, so that nothing is downloaded; None reads the Hub.
-        limit: the first documents of each task only; None takes all.
-        shots: solved examples before each question; None leaves it to the task, which is 0 for those of `paper`.
-        batch_size: answers in a forward pass; accuracies do not depend on it, but for rounding.
+        limit: the number of documents per task, the first ones; None uses all.
+        shots: solved examples before each question; None uses the task's own number, which is 0 for those of `paper`.
+        batch_size: answers per forward pass; except for rounding, accuracies do not depend on it.
         revision: branch, tag or commit of a Hub id.
         dtype: "auto" (float32 on a CPU, else the checkpoint's), "float32", "bfloat16" or "float16".
         device: where to run; None chooses, "auto" splits a large model over all devices.
@@ -118,24 +118,24 @@ def _run(
     terminal = sys.stderr
     with evaluating(loaded.model), torch.no_grad(), _run_errors(batch_size), _silent(), _random_state_kept():
         _set_shots(tasks, shots)
-        asked = HarnessModel(loaded, batch_size=batch_size, progress=progress, terminal=terminal)
+        harness = HarnessModel(loaded, batch_size=batch_size, progress=progress, terminal=terminal)
         # Not simple_evaluate: it lists the packages of the machine, which takes seconds, and seeds every generator.
-        found = run(asked, {"tasks": dict(tasks)}, limit=limit)
-    if found is None:
+        results = run(harness, {"tasks": dict(tasks)}, limit=limit)
+    if results is None:
         raise AnalysisError("lm-eval gave no results; run depthscope evaluate in one process, without torchrun.")
     return Downstream(
         created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         model=loaded.facts,
-        accuracies=[row for name in found["results"] for row in _rows(found, name, selection)],
-        settings={"limit": limit, "batch_size": batch_size, "tasks": _definitions(found)},
+        accuracies=[row for name in results["results"] for row in _rows(results, name, selection)],
+        settings={"limit": limit, "batch_size": batch_size, "tasks": _definitions(results)},
         versions={**{name: version(name) for name in PACKAGES}, "python": platform.python_version()},
-        notes=[*loaded.notes, *selection.notes, *_notes(asked.truncated, asked.asked, limit)],
+        notes=[*loaded.notes, *selection.notes, *_notes(harness.truncated, harness.questions, limit)],
     )
 
 
-def _rows(found: Mapping[str, Any], task: str, selection: Selection) -> Iterator[Accuracy]:
+def _rows(results: Mapping[str, Any], task: str, selection: Selection) -> Iterator[Accuracy]:
     """The metrics of one task: lm-eval names them `metric,filter`, and their errors `metric_stderr,filter`."""
-    values, config = found["results"][task], found["configs"].get(task, {})
+    values, config = results["results"][task], results["configs"].get(task, {})
     for key, value in values.items():
         metric, _, chosen = key.partition(",")
         if metric in NOT_METRICS or metric.endswith("_stderr") or not isinstance(value, (int, float)):
@@ -146,15 +146,15 @@ def _rows(found: Mapping[str, Any], task: str, selection: Selection) -> Iterator
             metric=metric if chosen in ("", "none") else f"{metric} ({chosen})",
             value=float(value),
             stderr=float(error) if isinstance(error, (int, float)) else None,
-            chance=_chance(found["samples"].get(task, []), config),
+            chance=_chance(results["samples"].get(task, []), config),
             n=int(values["sample_len"]),
-            shots=int(found["n-shot"].get(task) or 0),
+            shots=int(results["n-shot"].get(task) or 0),
             documents=_documents(config, selection.files.get(task)),
         )
 
 
 def _chance(samples: Sequence[Mapping[str, Any]], config: Mapping[str, Any]) -> float | None:
-    """What guessing gives: the mean of 1 / number of answers, each of which is one request of a document."""
+    """The accuracy of guessing: the mean of 1 / number of answers; each answer is one request of a document."""
     if config.get("output_type") != "multiple_choice" or not samples:
         return None
     return sum(1 / len(sample["arguments"]) for sample in samples) / len(samples)
@@ -167,24 +167,24 @@ def _documents(config: Mapping[str, Any], file: Path | None) -> str | None:
     return ", ".join(filter(None, (config.get("dataset_path"), config.get("dataset_name"), split))) or None
 
 
-def _definitions(found: Mapping[str, Any]) -> dict[str, Any]:
-    """lm-eval's version of each task: results of different ones are not to be compared."""
-    return {task: {"version": str(number)} for task, number in found["versions"].items()}
+def _definitions(results: Mapping[str, Any]) -> dict[str, Any]:
+    """lm-eval's version of each task: results of different versions are not comparable."""
+    return {task: {"version": str(number)} for task, number in results["versions"].items()}
 
 
-def _notes(truncated: int, asked: int, limit: int | None) -> Iterator[str]:
+def _notes(truncated: int, questions: int, limit: int | None) -> Iterator[str]:
     if limit is not None:
         first = "document of each task was" if limit == 1 else f"{limit} documents of each task were"
         yield f"Only the first {first} evaluated; the accuracies are estimates."
     if truncated:
         yield (
-            f"{truncated} of {asked} questions with an answer are longer than the model's positions and lost their "
-            "beginning."
+            f"{truncated} of {questions} questions with an answer have more tokens than the model has positions; their "
+            "beginning was cut."
         )
 
 
 def _set_shots(tasks: Mapping[str, Any], shots: int | None) -> None:
-    """Set the number of solved examples as lm-eval's own command does: what a task fixes at 0 stays 0."""
+    """Set the number of solved examples like lm-eval's own command: a task with a fixed 0 keeps 0."""
     from lm_eval.defaults import DEFAULT_OTHER_SEED
 
     for task in tasks.values():
@@ -198,14 +198,12 @@ def _require_counts(limit: int | None, shots: int | None, batch_size: int) -> No
         if value is not None or name == "batch_size":
             require_whole(name, value, least)
     if Processes.here().count > 1:
-        raise SettingsError(
-            "Downstream tasks are evaluated in one process; start depthscope evaluate without torchrun."
-        )
+        raise SettingsError("Downstream tasks need a single process; start depthscope evaluate without torchrun.")
 
 
 @contextmanager
 def _silent() -> Iterator[None]:
-    """Keep lm-eval's log lines and bars off the terminal too."""
+    """Keep log lines and progress bars, also those of lm-eval, off the terminal."""
     logger = logging.getLogger("lm_eval")
     level = logger.level
     try:
@@ -218,7 +216,7 @@ def _silent() -> Iterator[None]:
 
 @contextmanager
 def _random_state_kept() -> Iterator[None]:
-    """Give Python's random numbers their state back: whoever evaluates amid a training must not change it by that."""
+    """Restore the state of Python's random numbers, so that an evaluation does not change a running training."""
     state = random.getstate()
     try:
         yield

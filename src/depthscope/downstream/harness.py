@@ -1,4 +1,4 @@
-"""A loaded model as lm-eval wants it: lm-eval's own class for transformers, with our progress bar and our errors."""
+"""A loaded model for lm-eval: its own class for transformers, with our progress bar and our errors."""
 
 import copy
 from collections.abc import Callable, Sequence
@@ -20,40 +20,40 @@ class HarnessModel(HFLM):
 
     Args:
         loaded: the model and its tokenizer.
-        batch_size: answers in a forward pass.
+        batch_size: answers per forward pass.
         progress: whether to show a bar.
-        terminal: where to show it; standard error itself is lm-eval's, which is kept quiet.
+        terminal: the stream of the bar; standard error itself is silenced for lm-eval.
 
     Attributes:
-        truncated: questions with an answer that had to lose their beginning, because the model has too few positions.
-        asked: all questions with an answer, each a pair that the model gave a log-likelihood to.
+        truncated: the number of questions whose beginning was cut, because the model has too few positions.
+        questions: the number of pairs of question and answer that the model has scored.
     """
 
     def __init__(self, loaded: LoadedModel, *, batch_size: int, progress: bool, terminal: TextIO) -> None:
-        # A copy, because lm-eval gives a tokenizer without a padding token one.
+        # A copy, because lm-eval adds a missing padding token to the tokenizer.
         tokenizer = copy.deepcopy(loaded.require_tokenizer())
         _give_padding(tokenizer, loaded.model)
         super().__init__(pretrained=loaded.model, tokenizer=tokenizer, backend="causal", batch_size=batch_size)
-        self.truncated = self.asked = 0
+        self.truncated = self.questions = 0
         self._visible, self._terminal = progress, terminal
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        """Give the log-likelihood of each answer after its question, in nats."""
+        """Compute the log-likelihood of each answer after its question, in nats."""
         if any(request.args[0] == "" for request in requests):
             self._require_prefix()
         return self._counted("scoring answers", super().loglikelihood, requests)
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
-        """Give the log-likelihood of each text, in nats."""
+        """Compute the log-likelihood of each text, in nats."""
         self._require_prefix()
         return self._counted("scoring texts", super().loglikelihood_rolling, requests)
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
-        """Write an answer after each question."""
+        """Generate an answer to each question."""
         return self._counted("writing answers", super().generate_until, requests)
 
-    # lm-eval looks for BOS at the start of a text, or else for EOS, and ends answers at EOS, without asking whether the
-    # tokenizer has either.
+    # lm-eval uses BOS, or else EOS, at the start of a text, and EOS at the end of answers, without a check that the
+    # tokenizer has them.
 
     def tok_encode(
         self,
@@ -62,17 +62,17 @@ class HarnessModel(HFLM):
         left_truncate_len: int | None = None,
         **options: Any,
     ) -> list[int]:
-        """Tokenize a text, with the special tokens that the tokenizer adds by itself unless said otherwise."""
+        """Tokenize a text, by default with the special tokens that the tokenizer adds."""
         if add_special_tokens is None and self.prefix_token_id is None:
             add_special_tokens = True
         return super().tok_encode(string, add_special_tokens, left_truncate_len, **options)
 
     def tok_decode(self, tokens: Any, skip_special_tokens: bool = True) -> Any:
-        """Write tokens as text; None, an EOS that is not there, stays None."""
+        """Convert tokens to text; None, a missing EOS, stays None."""
         return None if tokens is None else super().tok_decode(tokens, skip_special_tokens)
 
     def tok_batch_encode(self, strings: list[str], *positional: Any, **named: Any) -> tuple[Any, Any]:
-        """Tokenize questions to one length; padding, which is masked, is an id that the model has."""
+        """Tokenize questions to equal length; the padding id, which is masked, is one that the model has."""
         ids, mask = super().tok_batch_encode(strings, *positional, **named)
         return (ids, mask) if self.tokenizer.pad_token_id < self._size() else (ids.masked_fill(mask == 0, 0), mask)
 
@@ -82,15 +82,15 @@ class HarnessModel(HFLM):
     def _require_prefix(self) -> None:
         if self.prefix_token_id is None:
             raise SettingsError(
-                "A task scores texts without a question before them, which begin with BOS or EOS, and the tokenizer "
-                "has neither. Set its bos_token or eos_token to what the model was trained with, or leave the task out."
+                "A task scores texts without a question, which begin with BOS or EOS, but the tokenizer has neither. "
+                "Set its bos_token or eos_token to that of the model's training, or leave the task out."
             )
 
     def _loglikelihood_tokens(self, requests: list[Any], *positional: Any, **named: Any) -> list[tuple[float, bool]]:
         self._require_positions([continuation for _, _, continuation in requests])
-        self.asked += len(requests)
+        self.questions += len(requests)
         lengths = (len(context) + len(continuation) for _, context, continuation in requests)
-        # The last token of an answer is predicted and not read.
+        # The model does not read the last token of an answer.
         self.truncated += sum(length > self.max_length + 1 for length in lengths)
         return super()._loglikelihood_tokens(requests, *positional, **named)
 
@@ -103,9 +103,9 @@ class HarnessModel(HFLM):
             )
 
     def _counted(self, what: str, answer: Callable[..., Any], requests: list[Any]) -> Any:
-        with redirect_stderr(self._terminal), showing_progress(len(requests), visible=self._visible) as shown:
-            shown.at(what)
-            self.set_cache_hook(_Counter(shown))
+        with redirect_stderr(self._terminal), showing_progress(len(requests), visible=self._visible) as bar:
+            bar.at(what)
+            self.set_cache_hook(_Counter(bar))
             try:
                 return answer(requests, disable_tqdm=True)
             finally:
@@ -113,7 +113,7 @@ class HarnessModel(HFLM):
 
 
 def _give_padding(tokenizer: Any, model: Any) -> None:
-    """Pad with what ends the model's own answers where the tokenizer has no token for it; lm-eval would invent one."""
+    """Pad with the end token of the model if the tokenizer has no padding token; lm-eval would add a new one."""
     named = ("pad_token_id", "unk_token_id", "eos_token_id")
     end = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     if isinstance(end, int) and 0 <= end < len(tokenizer) and all(getattr(tokenizer, n, None) is None for n in named):
@@ -121,12 +121,12 @@ def _give_padding(tokenizer: Any, model: Any) -> None:
 
 
 class _Counter(CacheHook):
-    """Counts the requests as they are answered: lm-eval tells its cache of each."""
+    """Counts the answered requests, each of which lm-eval reports to its cache."""
 
-    def __init__(self, shown: Progress) -> None:
+    def __init__(self, bar: Progress) -> None:
         super().__init__(None)
-        self.shown = shown
+        self.bar = bar
 
     def add_partial(self, attr: str, req: Any, res: Any) -> None:
-        """One more is done."""
-        self.shown.advance(1)
+        """Count one request."""
+        self.bar.advance(1)

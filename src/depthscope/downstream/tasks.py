@@ -1,8 +1,7 @@
-"""Names of tasks -> lm-eval's own tasks, with documents of the Hugging Face Hub or of a folder of JSON lines.
+"""Names of tasks -> lm-eval's own tasks, with documents from the Hugging Face Hub or a folder of JSON lines.
 
-What a task asks and how it is scored always is the definition in the lm-eval that is installed; documents out of a file
-change where lm-eval reads them, and nothing else (`tasks.yaml` says what). Layers of names: a group of ours such as
-`paper`, then lm-eval's tasks, groups and tags.
+The questions and the scoring of a task are always those of the installed lm-eval; a file replaces only the documents
+(`tasks.yaml` has the changes). A name is one of our groups, such as `paper`, or a task, group or tag of lm-eval.
 """
 
 import json
@@ -40,48 +39,48 @@ class Selection:
 
 
 def require_lm_eval() -> None:
-    """Refuse early where lm-eval is not installed.
+    """Refuse early if lm-eval is not installed.
 
     Raises:
-        DepthscopeError: it is missing; the message says how to install it.
+        DepthscopeError: lm-eval is missing; the message says how to install it.
     """
     try:
         import lm_eval  # noqa: F401
     except ImportError as error:
         raise DepthscopeError(
-            f"Downstream tasks need the package lm-eval, which is not here ({error}). Install it: "
+            f"Downstream tasks need the package lm-eval, which is not installed ({error}). Install it: "
             'pip install "depthscope[eval]".'
         ) from error
 
 
 def select(names: str | Sequence[str], data: str | Path | None = None) -> Selection:
-    """Say which tasks are meant, and where their documents are.
+    """Find the tasks and their documents.
 
     Args:
         names: tasks or groups, separated by commas or as a list.
-        data: a folder with the documents, one file `<task>.jsonl` a task, in the columns of the original data set; of a
-            group, the tasks without a file are left out, with a note. None for the Hub.
+        data: a folder with the documents, one file `<task>.jsonl` per task, with the columns of the original dataset;
+            tasks of a group without a file are left out, with a note. None reads the Hub.
 
     Raises:
         SettingsError: no task is named.
         CorpusError: the folder does not exist, or a task that is named by itself has no file in it.
     """
-    asked = [name.strip() for name in (names.split(",") if isinstance(names, str) else names) if name.strip()]
-    if not asked:
+    requested = [name.strip() for name in (names.split(",") if isinstance(names, str) else names) if name.strip()]
+    if not requested:
         raise SettingsError(f"No task was given. Name tasks of lm-eval, or a group: {', '.join(GROUPS)}.")
-    tasks = list(dict.fromkeys(task for name in asked for task in GROUPS.get(name, [name])))
+    tasks = list(dict.fromkeys(task for name in requested for task in GROUPS.get(name, [name])))
     if data is None:
         return Selection(dict.fromkeys(tasks))
     folder = Path(data)
-    found = _files(folder)
-    missing = [name for name in asked if name not in GROUPS and name not in found]
-    chosen = {task: found[task] for task in tasks if task in found}
+    files = _files(folder)
+    missing = [name for name in requested if name not in GROUPS and name not in files]
+    chosen = {task: files[task] for task in tasks if task in files}
     if missing or not chosen:
         raise CorpusError(
-            f"{str(folder)!r} has no documents for {listed(missing or asked)}. It holds {', '.join(found)}; add "
+            f"{str(folder)!r} has no documents for {listed(missing or requested)}. It holds {', '.join(files)}; add "
             f"{(missing or tasks)[0]}{SUFFIX}, or leave out the folder to read from the Hugging Face Hub."
         )
-    left_out = [task for task in tasks if task not in found]
+    left_out = [task for task in tasks if task not in files]
     verbs = ("has", "was") if len(left_out) == 1 else ("have", "were")
     note = f"{counted(len(left_out), 'task')} {verbs[0]} no file in {folder.name}/ and {verbs[1]} left out: "
     note += f"{', '.join(left_out)}."
@@ -92,8 +91,8 @@ def load_tasks(selection: Selection) -> dict[str, "ConfigurableTask"]:
     """Load lm-eval's tasks with their documents.
 
     Raises:
-        SettingsError: a task that lm-eval does not know.
-        CorpusError: documents that cannot be read, or are not what the task needs.
+        SettingsError: lm-eval does not know a task.
+        CorpusError: the documents cannot be read, or do not fit the task.
     """
     manager = _manager(selection.files)
     tasks: dict[str, ConfigurableTask] = {}
@@ -108,7 +107,7 @@ def load_tasks(selection: Selection) -> dict[str, "ConfigurableTask"]:
 
 
 def _manager(names: Iterable[str]) -> "TaskManager":
-    """lm-eval's index of the folders that are needed; of all, which takes seconds, for a name not known here."""
+    """lm-eval's index of the needed folders; for a name not known here, of all folders, which takes seconds."""
     import lm_eval.tasks
 
     root = Path(lm_eval.tasks.__file__).parent
@@ -128,7 +127,7 @@ def _whole_index() -> "TaskManager":
 
 
 def _with_file(name: str, file: Path) -> dict[str, Any]:
-    """A group of one task whose definition is lm-eval's but for where the documents are."""
+    """A group of one task with lm-eval's definition but other documents."""
     changes = TABLE["file"] | KNOWN.get(name, {}).get("file", {})
     source = {"dataset_kwargs": {"data_files": {TABLE["file"]["validation_split"]: str(file)}}}
     return {"group": f"{name} from a file", "task": [{"task": name, **changes, **source}]}
@@ -137,35 +136,35 @@ def _with_file(name: str, file: Path) -> dict[str, Any]:
 def _files(folder: Path) -> dict[str, Path]:
     if not folder.is_dir():
         raise CorpusError(f"There is no folder {str(folder)!r}; give the folder that holds <task>{SUFFIX} files.")
-    found = {path.stem: path for path in sorted(folder.glob(f"*{SUFFIX}"))}
-    if not found:
+    files = {path.stem: path for path in sorted(folder.glob(f"*{SUFFIX}"))}
+    if not files:
         raise CorpusError(
-            f"The folder {str(folder)!r} holds no {SUFFIX} file, one for each task such as boolq{SUFFIX}."
+            f"The folder {str(folder)!r} holds no {SUFFIX} file; give one per task, such as boolq{SUFFIX}."
         )
-    return found
+    return files
 
 
 def _require_columns(name: str, file: Path) -> None:
-    """Refuse a file in other columns: lm-eval takes the name of a column that is not there for a text of its own."""
-    wanted = KNOWN.get(name, {}).get("columns", [])
+    """Refuse a file with other columns: lm-eval would use the name of a missing column as text."""
+    columns = KNOWN.get(name, {}).get("columns", [])
     try:
         with file.open(encoding="utf-8") as lines:
             first = json.loads(next(lines, ""))
     except (OSError, ValueError) as error:
         raise CorpusError(
-            f"{str(file)!r} is not a file of JSON lines ({one_line(error)}) Mend it or fetch it again."
+            f"{str(file)!r} is not a file of JSON lines ({one_line(error)}) Repair it or fetch it again."
         ) from error
-    missing = [column for column in wanted if column not in first] if isinstance(first, dict) else wanted
+    missing = [column for column in columns if column not in first] if isinstance(first, dict) else columns
     if missing:
         raise CorpusError(
-            f"The documents in {str(file)!r} have no {listed(missing)}, which {name} needs. Expected are the columns "
-            f"of the original data set: {', '.join(wanted)}."
+            f"The documents in {str(file)!r} have no {listed(missing)}, which {name} needs. Use the columns of the "
+            f"original dataset: {', '.join(columns)}."
         )
 
 
 @contextmanager
 def _task_errors(name: str, file: Path | None) -> Iterator[None]:
-    """Turn what reading the documents of a task raises into a `CorpusError`."""
+    """Turn exceptions in reading the documents of a task into a `CorpusError`."""
     from datasets.exceptions import DatasetsError
     from huggingface_hub.errors import HfHubHTTPError, HTTPError
     from jinja2 import TemplateError
@@ -179,7 +178,7 @@ def _task_errors(name: str, file: Path | None) -> Iterator[None]:
             f"network, or give a folder with {name}{SUFFIX} as --data (in Python: data=)."
         ) from error
     except (DatasetsError, TemplateError, OSError, ValueError, LookupError, TypeError, RuntimeError) as error:
-        raise CorpusError(f"{what} cannot be read: {one_line(error)} Check the file or the data set.") from error
+        raise CorpusError(f"{what} cannot be read: {one_line(error)} Check the file or the dataset.") from error
 
 
 def _unknown(name: str, manager: "TaskManager") -> str:
@@ -187,4 +186,4 @@ def _unknown(name: str, manager: "TaskManager") -> str:
     close = get_close_matches(name, known, n=3)
     hint = f" Did you mean {' or '.join(close)}?" if close else ""
     groups = ", ".join(GROUPS)
-    return f"lm-eval has no task {name!r}.{hint} Its tasks are listed by: lm-eval ls tasks. Groups here: {groups}."
+    return f"lm-eval has no task {name!r}.{hint} To list its tasks: lm-eval ls tasks. Groups of depthscope: {groups}."

@@ -1,7 +1,7 @@
-"""The settings of DepthLM: what kind of decoder to build.
+"""The configuration of DepthLM.
 
-This file, its sibling `modeling_depthlm.py` and `presets_depthlm.py` import nothing but transformers and one another: a
-saved model carries them along, so that it loads where depthscope is not installed.
+This file, `modeling_depthlm.py` and `presets_depthlm.py` import only transformers and one another. They are saved with
+a model, so that it loads without depthscope installed.
 """
 
 import difflib
@@ -21,7 +21,7 @@ NORM_PLACEMENTS = ("pre", "post", "peri", "mix", "output")
 NORM_SCALINGS = ("none", "depth")
 QK_NORMS = (None, "head", "full")
 ATTENTION_TYPES = ("full_attention", "sliding_attention")
-# Options that older configuration files may still bring, which are no misspelling of ours.
+# Options of older configuration files, which are not misspelt options of ours.
 _LEGACY_OPTIONS = ("rope_theta", "rope_scaling", "num_local_experts")
 
 
@@ -29,13 +29,13 @@ _LEGACY_OPTIONS = ("rope_theta", "rope_scaling", "num_local_experts")
 class DepthLMConfig(LlamaConfig):
     r"""Configuration of [`DepthLMModel`] and [`DepthLMForCausalLM`].
 
-    A Llama-style decoder with the options that decide how much its deep layers contribute. What is not listed here is
-    as in [`LlamaConfig`]. Layers count from 0. The defaults are the dense 1B model of "When Does Sparsity Mitigate the
+    A Llama-style decoder with options that change how much its deep layers contribute. Other options are those of
+    [`LlamaConfig`]. Layers count from 0. The defaults are the dense 1B model of "When Does Sparsity Mitigate the
     Curse of Depth in LLMs" (arXiv 2603.15389).
 
     Args:
-        num_key_value_heads (`int`, *optional*): heads of keys and values; must divide `num_attention_heads`. As many as
-            those (the default) is multi-head attention, fewer is grouped-query, 1 is multi-query attention.
+        num_key_value_heads (`int`, *optional*): heads of keys and values; must divide `num_attention_heads`. The same
+            number (the default) is multi-head attention, fewer is grouped-query, 1 is multi-query attention.
         head_dim (`int`, *optional*): width of one head, even; `hidden_size / num_attention_heads` by default.
         qk_norm (`str`, *optional*): RMSNorm of queries and keys before the rotation: "head" over each head by itself
             (Qwen3), "full" over all heads together (OLMo 2, OLMoE), or `None`.
@@ -43,9 +43,9 @@ class DepthLMConfig(LlamaConfig):
         layer_types (`list[str]`, *optional*): "full_attention" or "sliding_attention" for each layer. By default every
             layer slides where `sliding_window` is given, and none otherwise.
         num_experts (`int`, *optional*): experts of each mixture-of-experts layer; `None` is a dense model.
-        num_experts_per_tok (`int`, defaults to 8): experts that see each token.
+        num_experts_per_tok (`int`, defaults to 8): experts per token.
         moe_intermediate_size (`int`, *optional*): hidden width of one expert; `intermediate_size` by default.
-        shared_expert_intermediate_size (`int`, *optional*): hidden width of an expert that sees every token, added
+        shared_expert_intermediate_size (`int`, *optional*): hidden width of an expert for all tokens, added
             without a gate; none by default.
         moe_layers (`str`, `int` or `list[int]`, defaults to `"all"`): which layers have experts: "all", a number n for
             every n-th (layers n-1, 2n-1, ...), or their indices. The others have a dense MLP of `intermediate_size`.
@@ -54,21 +54,21 @@ class DepthLMConfig(LlamaConfig):
             eq. 4-6), the mean over layers. As transformers computes it: `num_experts_per_tok` where the load is even.
         router_z_loss_coef (`float`, defaults to 0.001): weight of the router z-loss (ST-MoE, eq. 5), the mean over
             layers.
-        output_router_logits (`bool`, defaults to `False`): return the router's logits, and outside of training too the
-            two losses. In training both are always part of the loss.
-        norm_placement (`str`, defaults to `"pre"`): where the RMSNorms of a sublayer F stand. "pre": `x + F(norm(x))`;
+        output_router_logits (`bool`, defaults to `False`): return the router logits, and the two router losses also in
+            evaluation. In training both are always part of the loss.
+        norm_placement (`str`, defaults to `"pre"`): the place of the RMSNorms of a sublayer F. "pre": `x + F(norm(x))`;
             "post": `norm(x + F(x))`; "peri": `x + norm(F(norm(x)))`; "output": `x + norm(F(x))` (OLMo 2); "mix": the
             first `mix_post_layers` layers "post" and the rest "pre" (Mix-LN, arXiv 2412.13795). A final norm follows in
             all of them.
         mix_post_layers (`int`, *optional*): number of Post-LN layers of "mix"; a quarter of the layers by default.
         norm_scaling (`str`, defaults to `"none"`): "depth" multiplies the output of each norm that precedes a sublayer
             by `1 / sqrt(l + 1)` (LayerNorm Scaling, arXiv 2502.05795); for "pre" and "peri" only.
-        depth_scaled_init (`bool`, defaults to `False`): initialise the projections that write to the stream with a
+        depth_scaled_init (`bool`, defaults to `False`): initialise the output projections of the sublayers with a
             standard deviation of `initializer_range / sqrt(2 * num_hidden_layers)` (GPT-2) instead of
             `initializer_range`.
 
-    Raises `huggingface_hub.errors.StrictDataclassError`, saying what is allowed, for a value of the wrong type or a
-    combination that cannot be built.
+    Raises `huggingface_hub.errors.StrictDataclassError`, with the allowed values, for a value of the wrong type or an
+    impossible combination.
     """
 
     model_type = "depthlm"
@@ -123,15 +123,15 @@ class DepthLMConfig(LlamaConfig):
         self.base_model_tp_plan = _tensor_parallel_plan(self)
         if self.depth_scaled_init and self.norm_scaling == "depth":
             logger.warning(
-                "norm_scaling='depth' loses its effect beside depth_scaled_init=True, which also shrinks what deep "
-                "layers write (arXiv 2502.05795): use a plain normal initialisation with it."
+                "norm_scaling='depth' loses its effect with depth_scaled_init=True, which also shrinks the output of "
+                "deep layers (arXiv 2502.05795): use a plain normal initialisation instead."
             )
 
     @classmethod
     def from_preset(cls, name: str, **overrides: Any) -> "DepthLMConfig":
-        """The named shape (`depthscope.models.PRESETS` lists them), with `overrides` in place of its own values.
+        """The configuration of a preset (`depthscope.models.PRESETS` lists them), with `overrides` of its values.
 
-        Raises `ValueError` for a name that is not a preset's.
+        Raises `ValueError` for an unknown preset.
         """
         if name not in PRESETS:
             raise ValueError(f"There is no preset {name!r}. The presets are: {', '.join(PRESETS)}.")
@@ -155,11 +155,11 @@ class DepthLMConfig(LlamaConfig):
         return "post" if layer < self.mix_post_layers else "pre"
 
     def norm_factor_of(self, layer: int) -> float:
-        """What the norms before the sublayers of one layer are multiplied by: 1, or LayerNorm Scaling's factor."""
+        """The factor on the output of the norms before the sublayers: 1, or LayerNorm Scaling's factor."""
         return (layer + 1) ** -0.5 if self.norm_scaling == "depth" else 1.0
 
     def validate_architecture(self) -> None:
-        """Refuse what cannot be built, saying what is allowed (called by `@strict` after construction)."""
+        """Refuse impossible combinations, with the allowed values (called by `@strict` after construction)."""
         _validate_names(self)
         _validate_attention(self)
         _validate_norms(self)
@@ -170,8 +170,8 @@ class DepthLMConfig(LlamaConfig):
 
 
 def _tensor_parallel_plan(config: DepthLMConfig) -> dict[str, str]:
-    """How `tp_plan="auto"` splits the weights of a layer, by the name of the weight; no more than the model has."""
-    # A norm over all heads together needs them all in one place.
+    """The split of a layer's weights by `tp_plan="auto"`, by the names of the weights that the model has."""
+    # A norm over all heads together needs them on one device.
     gather = config.qk_norm == "full"
     plan = {f"self_attn.{name}_proj": "colwise_gather_output" if gather else "colwise" for name in ("q", "k", "v")}
     plan["self_attn.o_proj"] = "rowwise_split_input" if gather else "rowwise"
@@ -194,10 +194,10 @@ def _tensor_parallel_plan(config: DepthLMConfig) -> dict[str, str]:
     return {f"layers.*.{name}": style for name, style in plan.items()}
 
 
-def _refuse_misspelt(given: dict[str, Any], known: Any) -> None:
-    """Transformers keeps unknown options as attributes; one that is nearly the name of an option is a mistake."""
+def _refuse_misspelt(options: dict[str, Any], known: Any) -> None:
+    """Refuse an unknown option with nearly the name of a known one; transformers would keep it as an attribute."""
     known = [*known, *_LEGACY_OPTIONS]
-    for name in given:
+    for name in options:
         near = difflib.get_close_matches(name, known, n=1, cutoff=0.85)
         if near and name not in known and not hasattr(PreTrainedConfig, name):
             raise ValueError(f"DepthLMConfig has no option {name!r}: did you mean {near[0]!r}?")
@@ -236,7 +236,7 @@ def _validate_attention(config: DepthLMConfig) -> None:
         )
     if config.head_dim % 2:
         raise ValueError(
-            f"head_dim must be even, because rotary embeddings turn pairs of features; got {config.head_dim}."
+            f"head_dim must be even, because rotary embeddings rotate pairs of features; got {config.head_dim}."
         )
     if not 0 <= config.attention_dropout < 1:
         raise ValueError(f"attention_dropout must be at least 0 and below 1, got {config.attention_dropout}.")
@@ -244,7 +244,9 @@ def _validate_attention(config: DepthLMConfig) -> None:
     if unknown:
         raise ValueError(f"layer_types may hold {' and '.join(ATTENTION_TYPES)}, got {', '.join(sorted(unknown))}.")
     if "sliding_attention" in config.layer_types and config.sliding_window is None:
-        raise ValueError("layer_types has sliding layers: give sliding_window, the number of tokens that they see.")
+        raise ValueError(
+            "layer_types has sliding layers: give sliding_window, the number of tokens that they attend to."
+        )
 
 
 def _validate_norms(config: DepthLMConfig) -> None:

@@ -1,6 +1,6 @@
-"""The defaults of `DepthLMConfig` for readers, who need neither torch nor transformers to name a setting's value.
+"""The defaults of `DepthLMConfig` as a table, for code that must not import torch or transformers.
 
-Settings whose default is none, such as `head_dim`, are not listed. A test holds the table against the class.
+Settings without a default, such as `head_dim`, are not listed. A test compares the table with the class.
 """
 
 __all__ = ["DEFAULTS"]

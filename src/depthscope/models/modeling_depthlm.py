@@ -1,7 +1,7 @@
 """DepthLM: a Llama-style decoder with grouped-query attention, experts, LayerNorm Scaling, and norms in several places.
 
-The parts are transformers' own classes; what stands here is only how they are put together. Like its siblings this file
-imports nothing of depthscope, because a saved model carries it along (`trust_remote_code=True`).
+The parts are transformers' own classes; this file combines them. It imports nothing from depthscope, because it is
+saved with a model (`trust_remote_code=True`).
 """
 
 import inspect
@@ -42,8 +42,8 @@ logger = logging.get_logger(__name__)
 # The name of one expert's weight in a checkpoint.
 _ONE_EXPERT = re.compile(r"(?P<experts>.*\.experts\.)(?P<index>\d+)\.(?P<part>gate|up|down)_proj\.weight")
 
-# Checkpoints keep one tensor an expert (as OLMoE's and Qwen's do), the model keeps them fused. This must run wherever
-# this file is imported, also as remote code: without it, experts load as fresh random numbers, and no error says so.
+# Checkpoints hold one tensor per expert (like those of OLMoE and Qwen); the model holds them fused. This must run
+# wherever this file is imported, also as remote code: without it, experts get random weights, without an error.
 register_checkpoint_conversion_mapping("depthlm", get_checkpoint_conversion_mapping("qwen2_moe"), overwrite=True)
 
 
@@ -53,7 +53,7 @@ class DepthLMJointRMSNorm(LlamaRMSNorm):
     `[..., heads, head_dim]` in and out.
     """
 
-    # Not the single RMSNorm kernel of the Hub: that one would normalise each head by itself.
+    # Not the RMSNorm kernel of the Hub, which would normalise each head separately.
     kernel_layer_name = None
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -61,7 +61,7 @@ class DepthLMJointRMSNorm(LlamaRMSNorm):
 
 
 class DepthLMAttention(Qwen3Attention):
-    """Qwen3's attention, with the norm of queries and keys that the configuration asks for."""
+    """Qwen3's attention, with the norm of queries and keys according to `qk_norm`."""
 
     def __init__(self, config: DepthLMConfig, layer_idx: int) -> None:
         super().__init__(config, layer_idx)
@@ -104,13 +104,13 @@ class DepthLMSparseMoeBlock(nn.Module):
 
 
 class DepthLMDecoderLayer(GradientCheckpointingLayer):
-    """One layer: attention, then an MLP or experts, each between the norms that `norm_placement` asks for.
+    """One layer: attention, then an MLP or experts, each with norms according to `norm_placement`.
 
-    `norm_factor` multiplies the output of the two norms that precede a sublayer (LayerNorm Scaling). It is a property
-    of the layer's place, not of its weights: where two layers change places, each takes the factor of its new place.
+    `norm_factor` multiplies the output of the two norms that precede a sublayer (LayerNorm Scaling). It belongs to the
+    position of the layer, not to its weights: if two layers are swapped, each gets the factor of its new position.
     """
 
-    # What stays behind when the layer moves to another place in the stack.
+    # Attributes that belong to the position in the stack and do not move with the layer.
     positional_attributes = ("norm_factor",)
 
     def __init__(self, config: DepthLMConfig, layer_idx: int) -> None:
@@ -131,15 +131,15 @@ class DepthLMDecoderLayer(GradientCheckpointingLayer):
 
         for name, module in self.named_modules():
             if name.endswith((".o_proj", ".down_proj")):
-                module.writes_to_stream = True  # what depth_scaled_init is about
+                module.writes_to_stream = True  # for depth_scaled_init
 
     def forward(self, hidden_states: torch.Tensor, **kwargs: Unpack[TransformersKwargs]) -> torch.Tensor:
-        """`[B, T, hidden_size]` in and out; the keyword arguments are the attention's."""
-        # Written out, because a step of decoding is short: calls to helpers took 4% of it.
+        """`[B, T, hidden_size]` in and out; the keyword arguments go to the attention."""
+        # Without helper functions: calling them took 4% of a decoding step.
         residual = hidden_states
         if (norm := self.input_layernorm) is not None:
             hidden_states = norm(hidden_states)
-        # The factor here and not in a norm of our own: kernels that replace RMSNorms would drop it without a word.
+        # Not in a norm class of our own: kernels that replace RMSNorms would drop the factor without an error.
         if self.norm_factor != 1.0:
             hidden_states = hidden_states * self.norm_factor
         hidden_states, _ = self.self_attn(hidden_states, **kwargs)
@@ -168,7 +168,7 @@ def _norm(config: DepthLMConfig, present: bool) -> nn.Module | None:
 
 
 class DepthLMPreTrainedModel(Qwen2MoePreTrainedModel):
-    """What the two models share: initialisation, and loading that refuses half a checkpoint."""
+    """The base class of both models: initialisation, and loading that refuses an incomplete checkpoint."""
 
     config: DepthLMConfig
     config_class = DepthLMConfig
@@ -185,8 +185,8 @@ class DepthLMPreTrainedModel(Qwen2MoePreTrainedModel):
         if not self.config.depth_scaled_init:
             return
         std = self.config.initializer_range / (2 * self.config.num_hidden_layers) ** 0.5
-        # Not by the module that holds a projection: for custom code transformers calls this only for modules that have
-        # weights of their own.
+        # Not in the module that holds a projection: for custom code, transformers calls this only for modules with
+        # their own weights.
         if isinstance(module, Qwen2MoeExperts):
             init.normal_(module.down_proj, std=std)
         elif getattr(module, "writes_to_stream", False):
@@ -194,21 +194,21 @@ class DepthLMPreTrainedModel(Qwen2MoePreTrainedModel):
 
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:
-        # transformers looks for its experts decorator in the text of this file; here it comes with Qwen2MoeExperts.
+        # transformers searches this file for its experts decorator, which Qwen2MoeExperts has.
         return True
 
     @classmethod
     def from_pretrained(
         cls, *args: Any, output_loading_info: bool = False, allow_missing_keys: bool = False, **kwargs: Any
     ) -> Any:
-        """[`PreTrainedModel.from_pretrained`], except that a checkpoint that does not fit the model is refused.
+        """[`PreTrainedModel.from_pretrained`], but a checkpoint that does not fit the model is refused.
 
-        Where weights are missing from the checkpoint, transformers fills them with random numbers and logs a table; a
-        language model that is random in parts is of no use to anyone. `allow_missing_keys=True` loads it all the same.
-        With `output_loading_info=True` nothing is refused either: the second value returned says what did not fit.
+        transformers gives random values to weights that are missing in the checkpoint and only logs a table.
+        `allow_missing_keys=True` does the same. With `output_loading_info=True` nothing is refused either: the second
+        return value lists the weights that do not fit.
 
-        Raises `OSError` naming the weights that are missing from the checkpoint, have no place in the model or do not
-        fit theirs, or the file that is damaged.
+        Raises `OSError` with the names of the weights that are missing in the checkpoint, have no place in the model or
+        have another shape, or with the name of the damaged file.
         """
         source = str(args[0] if args else kwargs.get("pretrained_model_name_or_path", "The checkpoint"))
         try:
@@ -223,47 +223,47 @@ class DepthLMPreTrainedModel(Qwen2MoePreTrainedModel):
 
     @staticmethod
     def _finalize_model_loading(*args: Any, **kwargs: Any) -> Any:
-        # transformers too refuses weights that do not fit, but leaves their names to the log. Where it stops calling
-        # this, its own RuntimeError is what comes.
-        given = [*args, *kwargs.values()]
-        info = next((value for value in given if hasattr(value, "conversion_errors")), None)
-        ignored = any(getattr(value, "ignore_mismatched_sizes", False) for value in given)
+        # transformers also refuses weights that do not fit, but only logs their names. If a later version does not call
+        # this method, its own RuntimeError is raised.
+        arguments = [*args, *kwargs.values()]
+        info = next((value for value in arguments if hasattr(value, "conversion_errors")), None)
+        ignored = any(getattr(value, "ignore_mismatched_sizes", False) for value in arguments)
         if info is not None:
             _refuse_misshapen(info, ignored)
         return PreTrainedModel._finalize_model_loading(*args, **kwargs)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """[`torch.nn.Module.load_state_dict`], which takes experts one by one too, as checkpoints keep them.
+        """[`torch.nn.Module.load_state_dict`], which also accepts one tensor per expert, as in checkpoints.
 
-        The Trainer goes on from a checkpoint, and takes the best one at the end, by handing its tensors to this method:
-        without this, the experts would stay as they are, and only a warning would say so.
+        The Trainer uses this method to resume from a checkpoint and to load the best one at the end. Without this
+        override the experts would not be loaded, with only a warning.
         """
         return super().load_state_dict(self._with_fused_experts(state_dict), strict=strict, assign=assign)
 
     @torch.no_grad()
     def _with_fused_experts(self, state_dict: Mapping[str, Any]) -> dict[str, Any]:
-        """Tensors by the names that the model has: those of single experts are put into their place at once."""
+        """The tensors by the model's names; the tensors of single experts are copied into the fused parameters."""
         parameters = dict(self.named_parameters())
         others, parts = {}, Counter[str]()
         for name, tensor in state_dict.items():
-            found = _ONE_EXPERT.fullmatch(name)
-            fused = found and found["experts"] + ("down_proj" if found["part"] == "down" else "gate_up_proj")
-            if found is None or fused not in parameters:
+            expert = _ONE_EXPERT.fullmatch(name)
+            fused = expert and expert["experts"] + ("down_proj" if expert["part"] == "down" else "gate_up_proj")
+            if expert is None or fused not in parameters:
                 others[name] = tensor
                 continue
-            place = parameters[fused][int(found["index"])]
-            if found["part"] != "down":
-                place = place.chunk(2)[found["part"] == "up"]
+            place = parameters[fused][int(expert["index"])]
+            if expert["part"] != "down":
+                place = place.chunk(2)[expert["part"] == "up"]
             place.copy_(tensor)
             parts[fused] += 1
         for fused, count in parts.items():
             whole = parameters[fused]
             if count == len(whole) * (1 if fused.endswith("down_proj") else 2):
-                others[fused] = whole.detach()  # not one too few: it is not missing
+                others[fused] = whole.detach()  # complete, so it is not reported as missing
         return others
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
-        """[`PreTrainedModel.save_pretrained`]; the saved code serves every Auto class, not only that of this model."""
+        """[`PreTrainedModel.save_pretrained`], with an `auto_map` for all Auto classes, not only that of this model."""
         self.config.auto_map = {
             "AutoConfig": "configuration_depthlm.DepthLMConfig",
             "AutoModel": "modeling_depthlm.DepthLMModel",
@@ -283,30 +283,31 @@ def _damaged_file(source: str) -> str:
 
 
 def _refuse_misshapen(info: Any, ignored: bool) -> None:
-    problems = [f"{name} (some of its experts are missing, or of another shape)" for name in info.conversion_errors]
+    problems = [f"{name} (some of its experts are missing or have another shape)" for name in info.conversion_errors]
     if not ignored:
         problems += [
-            f"{name} has the shape {tuple(found)}, not {tuple(wanted)}" for name, found, wanted in info.mismatched_keys
+            f"{name} has the shape {tuple(stored)}, not {tuple(expected)}"
+            for name, stored, expected in info.mismatched_keys
         ]
     if problems:
-        shown = ", ".join(sorted(problems)[:4]) + (f" and {len(problems) - 4} more" if len(problems) > 4 else "")
+        listed = ", ".join(sorted(problems)[:4]) + (f" and {len(problems) - 4} more" if len(problems) > 4 else "")
         raise OSError(
-            f"The checkpoint does not fit the model: {shown}. The files are incomplete or belong to another "
+            f"The checkpoint does not fit the model: {listed}. The files are incomplete or belong to another "
             "configuration."
         )
 
 
 def _refuse_misfit(info: dict[str, Any], source: str) -> None:
     problems = []
-    for kind, text in (("missing_keys", "lacks"), ("unexpected_keys", "has, without a place in the model,")):
+    for kind, text in (("missing_keys", "lacks"), ("unexpected_keys", "has, with no place in the model,")):
         keys = sorted(info.get(kind) or [])
         if keys:
-            shown = ", ".join(keys[:4]) + (f" and {len(keys) - 4} more" if len(keys) > 4 else "")
-            problems.append(f"{text} {len(keys)} weight{'s' if len(keys) > 1 else ''}: {shown}")
+            listed = ", ".join(keys[:4]) + (f" and {len(keys) - 4} more" if len(keys) > 4 else "")
+            problems.append(f"{text} {len(keys)} weight{'s' if len(keys) > 1 else ''}: {listed}")
     if problems:
         raise OSError(
             f"{source} {'; it '.join(problems)}. The files are incomplete or belong to another configuration: fetch "
-            "them again, or pass allow_missing_keys=True to fill what is missing with random numbers."
+            "them again, or pass allow_missing_keys=True to give missing weights random values."
         )
 
 
@@ -330,14 +331,14 @@ class DepthLMModel(DepthLMPreTrainedModel, Qwen3Model):
         self.has_sliding_layers = "sliding_attention" in config.layer_types
         self.post_init()
         if config.num_experts is not None:
-            # Training always records what the routers say. Left to the first forward, hooking them takes a lock, which
-            # torch.compile(fullgraph=True) cannot trace.
+            # Training always records the router logits. The hooks are installed here: in the first forward pass it
+            # would take a lock, which torch.compile(fullgraph=True) cannot trace.
             install_all_output_capturing_hooks(self)
 
 
 @dataclass
 class DepthLMCausalLMOutputWithPast(MoeCausalLMOutputWithPast):
-    """What [`DepthLMForCausalLM`] returns.
+    """The output of [`DepthLMForCausalLM`].
 
     `loss` is the mean next-token cross-entropy in nats, plus the weighted router losses in training; `aux_loss` and
     `z_loss` are the load-balancing loss and the router z-loss before weighting, each the mean over the MoE layers.
@@ -374,14 +375,14 @@ class DepthLMForCausalLM(DepthLMPreTrainedModel, GenerationMixin):
         logits_to_keep: int | torch.Tensor = 0,
         **kwargs: Unpack[TransformersKwargs],
     ) -> DepthLMCausalLMOutputWithPast:
-        """Next-token logits `[B, T, vocab_size]`, and the loss where `labels` `[B, T]` are given (-100 is left out).
+        """Next-token logits `[B, T, vocab_size]`, and the loss if `labels` `[B, T]` are given (-100 is ignored).
 
-        In training the router losses are part of `loss`, whatever `output_router_logits` says; elsewhere they are
-        computed, and as in transformers added to `loss`, only where it is set. Without labels they are returned alone.
+        In training the router losses are always part of `loss`. In evaluation they are computed, and as in transformers
+        added to `loss`, only with `output_router_logits`. Without labels they are returned separately.
         """
         if output_router_logits is None:
             output_router_logits = self.config.output_router_logits
-        # A step of decoding has no use for them, and masks made for a cache of fixed length do not fit them.
+        # A decoding step does not need the losses, and masks for a cache of fixed length do not fit them.
         has_experts = self.config.num_experts is not None
         with_router_losses = has_experts and (self.training or (output_router_logits and past_key_values is None))
         outputs = self.model(
@@ -422,20 +423,20 @@ class DepthLMForCausalLM(DepthLMPreTrainedModel, GenerationMixin):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Load-balancing loss (Switch Transformer, eq. 4-6) and router z-loss (ST-MoE, eq. 5).
 
-        Each is computed for every MoE layer and averaged. `router_logits` are `[B * T, num_experts]`, one tensor an MoE
-        layer; padding is left out.
+        Each is computed for every MoE layer and averaged. `router_logits` has one tensor `[B * T, num_experts]` per MoE
+        layer; padding is ignored.
         """
         if not router_logits:
             raise RuntimeError(
-                "The routers' logits were not recorded, so that there are no router losses: something has replaced the "
-                "class of model.model. Shard or wrap its layers and the whole model, not model.model."
+                "The router logits were not recorded, so there are no router losses, because the class of model.model "
+                "was replaced. Shard or wrap its layers and the whole model, not model.model."
             )
         if self.training and torch.is_grad_enabled() and not router_logits[0].requires_grad:
             self._refuse_detached_router()
         mask = attention_mask if isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2 else None
         if mask is not None and mask.numel() != router_logits[0].shape[0]:
             mask = None
-        # In float32, and gathered on one device, because device_map may have spread the layers.
+        # In float32 and on one device, because device_map may have placed layers on several.
         logits = [layer.to(router_logits[0].device, torch.float32) for layer in router_logits]
         experts, top_k = self.config.num_experts, self.config.num_experts_per_tok
         balance = [load_balancing_loss_func((layer,), experts, top_k, mask) for layer in logits]
@@ -448,16 +449,16 @@ class DepthLMForCausalLM(DepthLMPreTrainedModel, GenerationMixin):
         return torch.stack(balance).mean(), torch.stack(z).mean()
 
     def _warn_of_lone_router_losses(self) -> None:
-        """A training that computes its loss from the logits has to add the router losses itself: say so once."""
+        """Warn once that a training without labels must add the router losses itself."""
         weighed = self.config.router_aux_loss_coef or self.config.router_z_loss_coef
         if self.training and weighed and torch.is_grad_enabled() and not torch.compiler.is_compiling():
             logger.warning_once(
-                "This training pass has no labels, so the router losses are in no loss yet. Add them to yours: "
+                "This training pass has no labels, so no loss includes the router losses yet. Add them to yours: "
                 "router_aux_loss_coef * outputs.aux_loss + router_z_loss_coef * outputs.z_loss."
             )
 
     def _refuse_detached_router(self) -> None:
-        # Frozen routers (LoRA, for one) have no gradient to lose; with re-entrant checkpointing they would lose theirs.
+        # Frozen routers (with LoRA, for example) need no gradient; others would lose it with re-entrant checkpointing.
         gate = self.model.layers[self.config.moe_layer_indices[0]].mlp.gate
         if any(weight.requires_grad for weight in gate.parameters()):
             raise RuntimeError(
@@ -467,10 +468,10 @@ class DepthLMForCausalLM(DepthLMPreTrainedModel, GenerationMixin):
 
 
 def _share_of_step(labels: torch.Tensor, loss_kwargs: dict[str, Any]) -> torch.Tensor | float:
-    """The share that these labels are of the whole optimiser step.
+    """The share of these labels in the whole optimiser step.
 
-    With `num_items_in_batch`, the Trainer adds up the losses of a step's microbatches, each divided by the tokens of
-    the whole step; a router loss added in full in each would count once for every microbatch.
+    With `num_items_in_batch`, the Trainer sums the losses of a step's microbatches, each divided by the tokens of the
+    whole step. Without this factor, the router loss would be added once per microbatch.
     """
     items = loss_kwargs.get("num_items_in_batch")
     if items is None:
@@ -480,8 +481,7 @@ def _share_of_step(labels: torch.Tensor, loss_kwargs: dict[str, Any]) -> torch.T
     return (counted != loss_kwargs.get("ignore_index", -100)).sum() / items
 
 
-# generate asks custom code for the signature of its forward at every token, and to make one out of a function anew each
-# time took 1% of decoding.
+# generate reads the signature of forward at every token, and computing it each time took 1% of decoding.
 DepthLMForCausalLM.forward.__signature__ = inspect.signature(DepthLMForCausalLM.forward)
 
 DepthLMModel.register_for_auto_class("AutoModel")

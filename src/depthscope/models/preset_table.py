@@ -22,29 +22,29 @@ COLUMNS: dict[str, str | None] = {
     "experts": "experts",
     "parameters": "params",
     "active": "active",
-    "FLOPs a token": "FLOPs",
+    "FLOPs per token": "FLOPs",
     "at T": None,
 }
 
 
 def preset_table() -> Table:
-    """For a terminal of 80 columns."""
+    """The presets as a table for a terminal of 80 columns."""
     table = Table(
         box=None,
         padding=(0, 2, 0, 0),
         header_style="bold",
-        caption="active: parameters that one token meets\nFLOPs: of training, a token, at the longest sequence",
+        caption="active: parameters that process one token\nFLOPs: training FLOPs per token, at the longest sequence",
         caption_justify="left",
     )
     for title in filter(None, COLUMNS.values()):
         table.add_column(title, justify="left" if title == "preset" else "right", no_wrap=True)
     for row in _rows():
-        table.add_row(*(cell for cell, shown in zip(row, COLUMNS.values(), strict=True) if shown))
+        table.add_row(*(cell for cell, title in zip(row, COLUMNS.values(), strict=True) if title))
     return table
 
 
 def preset_markdown() -> str:
-    """For the documentation."""
+    """The presets as a table in Markdown."""
     lines = [f"| {' | '.join(COLUMNS)} |", "| --- |" + " ---: |" * (len(COLUMNS) - 1)]
     return "\n".join(lines + [f"| {' | '.join(row)} |" for row in _rows()])
 

@@ -18,7 +18,7 @@ _SMALL: dict[str, Any] = {"max_position_embeddings": 2048}
 PRESETS: dict[str, dict[str, Any]] = {
     # The depth sweep is this shape at 12, 16, 24 and 32 layers: from_preset("dense-1b", num_hidden_layers=32).
     "dense-1b": {**_PAPER, "hidden_size": 2048, "num_attention_heads": 16, "intermediate_size": 8192},
-    # The released file says 4608 for the width before SwiGLU halves it.
+    # The released file has 4608, the width before SwiGLU halves it.
     "dense-400m": {**_PAPER, "hidden_size": 1536, "num_attention_heads": 12, "intermediate_size": 2304},
     "moe-7b-1b": {
         **_PAPER_MOE,
@@ -39,7 +39,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "moe_intermediate_size": 1536,
         "shared_expert_intermediate_size": 1536,
     },
-    # Depth, long context, groups of two heads and experts together; its weight decay (0.3) belongs to the training.
+    # Depth, long context, groups of two heads and experts; the weight decay (0.3) is set in the training.
     "recipe": {
         **_PAPER_MOE,
         "hidden_size": 1120,

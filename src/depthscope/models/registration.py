@@ -1,9 +1,9 @@
-"""Make transformers' Auto classes know DepthLM as soon as both they and depthscope are imported, in either order.
+"""Register DepthLM with transformers' Auto classes as soon as they and depthscope are imported, in either order.
 
-`AutoConfig.register` and its like want the classes themselves, and those take torch and transformers to import:
-seconds, that `import depthscope` (so also `depthscope --help`) is not to cost. Importing the classes later, when the
-Auto classes come to be imported, goes in circles. So DepthLM is entered in the tables in which transformers keeps its
-own architectures: by name, the classes to be imported when a checkpoint first asks for them.
+`AutoConfig.register` and the like need the classes themselves, whose import takes seconds for torch and transformers;
+`import depthscope` (and `depthscope --help`) must not take so long. Importing the classes when the Auto classes are
+imported would be circular. So DepthLM is added to transformers' own tables of architectures by name, and the classes
+are imported when a checkpoint first needs them.
 """
 
 import sys
@@ -38,7 +38,7 @@ _STEPS: dict[str, Callable[[ModuleType], None]] = {
 
 
 def register() -> None:
-    """Enter DepthLM with the Auto classes: at once where they are imported, otherwise as soon as they are."""
+    """Register DepthLM with the Auto classes: now if they are imported, otherwise as soon as they are."""
     waiting = set()
     for name in _STEPS:
         if name in sys.modules:
@@ -55,14 +55,14 @@ def _take_step(module: ModuleType) -> None:
     except AttributeError as problem:
         # Never break the import of transformers itself.
         warnings.warn(
-            f"This version of transformers keeps its Auto classes differently ({problem}): load DepthLM checkpoints "
+            f"DepthLM cannot be registered in this version of transformers ({problem}): load DepthLM checkpoints "
             "with depthscope.DepthLMForCausalLM.from_pretrained instead of AutoModelForCausalLM.",
             stacklevel=2,
         )
 
 
 class _AfterImport(MetaPathFinder):
-    """Finds the modules that it waits for by the usual means, and has their step taken once they have run."""
+    """Finds the awaited modules with the usual finders, and runs their registration step after their import."""
 
     def __init__(self, waiting: set[str]) -> None:
         self._waiting = waiting
@@ -80,7 +80,7 @@ class _AfterImport(MetaPathFinder):
 
 
 class _StepLoader(Loader):
-    """A loader that takes the module's step once it has run."""
+    """A loader that runs the module's registration step after its code."""
 
     def __init__(self, loader: Loader) -> None:
         self._loader = loader
@@ -89,7 +89,7 @@ class _StepLoader(Loader):
         return self._loader.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
-        # The module keeps the loader that found it: inspect and others ask it for the source.
+        # The module keeps its original loader, from which inspect and others get the source.
         module.__loader__ = self._loader
         if module.__spec__ is not None:
             module.__spec__.loader = self._loader

@@ -1,7 +1,7 @@
-"""How large a model is and what it costs to train, counted from the model itself (built on `meta`: no memory).
+"""The size of a model and its training cost, counted from the model itself (built on `meta`, without memory).
 
-Of a DepthLM, whose layers are of two kinds at the most, one layer of each kind is built and counted as often as there
-are such layers: the count of a thousand layers takes no longer than that of two.
+A DepthLM has at most two types of layer. One layer of each type is built, and its count is multiplied by the number of
+such layers, so a thousand layers take no longer than two.
 """
 
 from copy import copy
@@ -22,11 +22,12 @@ _EXPERT_WEIGHTS = ("experts.gate_up_proj", "experts.down_proj")
 class ModelSize:
     """Numbers of parameters, and floating-point operations.
 
-    `active` parameters are those that one token meets: all but the experts that its routers do not choose.
-    `training_flops_per_token` are those of forward and backward, a multiplication and an addition counted as two: 6 for
-    each active parameter of a matrix product (the input embedding is none), and 12 for each feature of each head and
-    each position that a token attends to, on average over a sequence of `sequence_length` tokens. The backward pass
-    counts twice the forward pass; what checkpointing computes again does not count.
+    `active` parameters process one token: all but the experts that the routers do not choose.
+    `training_flops_per_token` are those of the forward and backward pass; a multiplication and an addition are two
+    operations. They are 6 per active parameter of a matrix product (not of the input embedding), plus 12 per feature of
+    each head and per position that a token attends to, on average over a sequence of `sequence_length` tokens. The
+    backward pass has twice the operations of the forward pass; the recomputation of gradient checkpointing is not
+    included.
     """
 
     total: int
@@ -41,7 +42,7 @@ def model_size(config: PreTrainedConfig, sequence_length: int | None = None) -> 
     Takes a [`DepthLMConfig`] or the configuration of a model with the same attention and experts (Llama, OLMoE, ...).
 
     Args:
-        config: what to build.
+        config: the configuration of the model.
         sequence_length: tokens in a training sequence; `max_position_embeddings` by default.
     """
     length = sequence_length or config.max_position_embeddings
@@ -58,7 +59,7 @@ def model_size(config: PreTrainedConfig, sequence_length: int | None = None) -> 
 
 @dataclass(frozen=True)
 class _Count:
-    """Parameters: all of them, those that a token meets, and those of these that are in products of matrices."""
+    """Numbers of parameters: all, those that process one token, and the part of these in matrix products."""
 
     total: int = 0
     active: int = 0
@@ -73,9 +74,9 @@ class _Count:
 
 @dataclass(frozen=True)
 class LayerSizes:
-    """The parameters of a DepthLM: of a dense layer, of one with experts, of all the rest, and how many layers each.
+    """The parameters of a DepthLM: of a dense layer, of a layer with experts and of the rest, and numbers of layers.
 
-    The sizes of a kind of which there is no layer are 0.
+    The sizes of a type without layers are 0.
     """
 
     dense: _Count
@@ -86,7 +87,7 @@ class LayerSizes:
 
 
 def layer_sizes(config: DepthLMConfig) -> LayerSizes:
-    """Count the parameters of the layers of each kind, and of what is not in a layer."""
+    """Count the parameters of one layer of each type, and those outside the layers."""
     moe_layers = len(config.moe_layer_indices)
     dense_layers = config.num_hidden_layers - moe_layers
     kinds = [name for name, layers in (("moe", moe_layers), ("dense", dense_layers)) if layers]
@@ -95,25 +96,25 @@ def layer_sizes(config: DepthLMConfig) -> LayerSizes:
     small.layer_types = ["full_attention"] * len(kinds)
     if moe_layers:
         small.moe_layers = [0]
-    if config.norm_placement == "mix":  # as many norms before or after
+    if config.norm_placement == "mix":  # the number of norms is the same
         small.norm_placement, small.mix_post_layers = "pre", None
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(small)
     counts = _counts(model, config)
-    found = {name: counts.pop(str(layer)) for layer, name in enumerate(kinds)}
+    sizes = {name: counts.pop(str(layer)) for layer, name in enumerate(kinds)}
     rest = sum(counts.values(), _Count())
-    return LayerSizes(found.get("dense", _Count()), dense_layers, found.get("moe", _Count()), moe_layers, rest)
+    return LayerSizes(sizes.get("dense", _Count()), dense_layers, sizes.get("moe", _Count()), moe_layers, rest)
 
 
 def _counts(model: nn.Module, config: PreTrainedConfig) -> dict[str, _Count]:
-    """The parameters of each layer of `model.layers`, by its number, and of everything else, by ""."""
+    """The parameters of each layer of `model.layers`, by its index; those outside the layers have the key ""."""
     counts: dict[str, _Count] = {}
     embedding = model.get_input_embeddings().weight  # type: ignore[operator]
     for name, parameter in model.named_parameters():
         used = parameter.numel()
         if name.endswith(_EXPERT_WEIGHTS):
             used = used * config.num_experts_per_tok // parameter.shape[0]
-        # A tied embedding is multiplied once, as the head.
+        # A tied embedding is in one matrix product, that of the head.
         is_multiplied = parameter.dim() > 1 and (parameter is not embedding or config.tie_word_embeddings)
         layer = name.split(".")[2] if name.startswith("model.layers.") else ""
         count = _Count(parameter.numel(), used, used if is_multiplied else 0)
@@ -122,7 +123,7 @@ def _counts(model: nn.Module, config: PreTrainedConfig) -> dict[str, _Count]:
 
 
 def _attention_flops(config: PreTrainedConfig, length: int) -> float:
-    """Training FLOPs a token of the products of queries and keys, and of probabilities and values."""
+    """Training FLOPs per token of the products of queries and keys, and of probabilities and values."""
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
     attended = sum(_mean_attended(length, config.sliding_window if "sliding" in kind else None) for kind in kinds)

@@ -1,11 +1,11 @@
 """The Space's program: `python app.py` serves the page.
 
-    page      tabs, endpoints and the server; `page.results` is what they show of reports
-    jobs      analyses: their queue, their processes, what they do
-    safety    limits, and checks of what strangers give
+    page      tabs, endpoints and the server; `page.results` shows reports
+    jobs      analyses: the queue, the processes and the work
+    safety    limits, and checks of uploads and models from the Hub
 
-Each room imports from itself and from those below it. Everything is imported inside the guard, because each job's
-process imports this file again.
+Each room imports only from itself and from those below it. Everything is imported inside the guard, because the process
+of each job imports this file again.
 """
 
 if __name__ == "__main__":
@@ -31,6 +31,6 @@ if __name__ == "__main__":
         from page.serving import serve
 
         service = Service()
-    except ValueError as error:  # a limit that is none
+    except ValueError as error:  # not a valid limit
         sys.exit(str(error))
     serve(build(service), service, launch_options(service))

@@ -1,7 +1,7 @@
-"""The page of the Space: a model of the Hub and a text in, the scores of its layers out.
+"""The page of the Space: scores the layers of a model on the Hub, on a text.
 
-evaluate's own widget needs a Gradio from before version 4. Models are strangers': no code of theirs runs, their weights
-are safetensors of a bounded size, and no token of the Space's owner is sent for them.
+evaluate's own widget needs a Gradio before version 4. Models are untrusted: their code is not run, their weights must
+be safetensors of a limited size, and the token of the Space's owner is not sent for them.
 """
 
 import inspect
@@ -28,7 +28,7 @@ SCORES = ["variance", "block_influence", "update", "skip", "causal", "usefulness
 
 
 def measure(model: str, text: str, scores: list[str]) -> tuple[pd.DataFrame, dict[str, Any]]:
-    """The scores of a model's layers as a table, and the global ones."""
+    """The scores of a model's layers as a table, and the global scores."""
     if not scores:
         raise gr.Error("Choose at least one score.")
     try:
@@ -44,10 +44,10 @@ def measure(model: str, text: str, scores: list[str]) -> tuple[pd.DataFrame, dic
 
 
 def bounded_revision(model: str) -> str:
-    """The commit of a model whose weights are small enough to load here.
+    """The commit of a model, if its weights are small enough.
 
     Raises:
-        ModelLoadError: no such model on the Hub, no safetensors, or too large.
+        ModelLoadError: the model does not exist on the Hub, has no safetensors, or is too large.
     """
     try:
         validate_repo_id(model)
@@ -61,12 +61,12 @@ def bounded_revision(model: str) -> str:
         tree = api.list_repo_tree(model, revision=revision)
         sizes = [file.size for file in tree if file.path.endswith(".safetensors")]
     except (HfHubHTTPError, HTTPError) as error:
-        raise ModelLoadError(f"The Hub gives no public model {model!r}: {type(error).__name__}.") from error
+        raise ModelLoadError(f"The Hub has no public model {model!r}: {type(error).__name__}.") from error
     if not sizes:
-        raise ModelLoadError(f"{model!r} has no weights as safetensors; others are not loaded here.")
+        raise ModelLoadError(f"{model!r} has no weights as safetensors; other formats are not loaded.")
     if sum(sizes) > LARGEST_GB * 1e9:
         raise ModelLoadError(
-            f"The weights of {model!r} take {sum(sizes) / 1e9:.1f} GB; here at most {LARGEST_GB} GB are loaded. "
+            f"The weights of {model!r} take {sum(sizes) / 1e9:.1f} GB; the limit of this Space is {LARGEST_GB} GB. "
             f"Measure it on your own machine: depthscope analyze {model}"
         )
     return str(revision)
@@ -89,12 +89,12 @@ def build() -> gr.Blocks:
 
 
 def example_text() -> str:
-    """Source of Python's own library, which is everywhere."""
+    """Source of Python's own library as a sample."""
     return inspect.getsource(json.decoder)[:MOST_CHARACTERS]
 
 
 def readme() -> str:
-    """README.md without the Space's settings on top."""
+    """README.md without the Space's settings at its top."""
     return (Path(__file__).parent / "README.md").read_text(encoding="utf-8").split("---", 2)[2]
 
 

@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Any
 
-# One import a line: evaluate's loader reads these lines itself and takes `import a, b` for one module.
+# One import per line: evaluate's loader parses these lines itself and reads `import a, b` as one module.
 import datasets
 import evaluate
 
@@ -13,22 +13,22 @@ from depthscope.text.choices import bos_choice
 from depthscope.text.special_tokens import SpecialTokens
 
 DESCRIPTION = """
-Measures how much every layer of a causal language model contributes: by what the loss grows when the layer is left out
-(skip ratio) or replaced by its best affine map (usefulness), how much later layers depend on it (causal score), what
-swapping layers costs (permutation score), how far its Jacobian is from the identity, and how the variance of the
-residual stream grows with depth. Layers count from 0, losses are in nats a token.
+Measures how much every layer of a causal language model contributes: the growth of the loss when the layer is left out
+(skip ratio) or replaced by its best affine map (usefulness), how much later layers depend on it (causal score), the
+cost of swapping layers (permutation score), the distance of its Jacobian from the identity, and the variance of the
+residual stream. Layers count from 0, losses are in nats per token.
 """
 
 INPUTS = """
 Args:
-    data (list of str): the texts to measure on. The first two thirds of the tokens fit linear maps, the rest measures.
+    data (list of str): the texts to measure on. The first two thirds of the tokens fit linear maps, the rest is scored.
     model: an id on the Hub, a folder, a .gguf file, a PEFT adapter folder, or a loaded model.
-    model_id (str): the same by the name that the perplexity measurement has for it.
+    model_id (str): the same as `model`, under the name in the perplexity measurement.
     tokenizer: the tokenizer of a loaded model.
     block_size (int): tokens in a block; 128 by default.
-    bos (str): whether each block begins with the beginning-of-sequence token: "yes", "no" or "auto", what the tokenizer
-        does by itself.
-    fit_blocks, eval_blocks (int): blocks that fit and that measure; by default, all that the texts hold.
+    bos (str): whether each block begins with the beginning-of-sequence token: "yes", "no" or "auto", as the tokenizer
+        does by default.
+    fit_blocks, eval_blocks (int): blocks to fit on and blocks to score; by default, all blocks of the texts.
     scores (str): scores to compute, separated by commas; "all" by default. `depthscope scores` explains them.
     revision, dtype, device, trust_remote_code: how a model is loaded; no code of its repository runs by default.
     **options: further settings of depthscope.analyze: pairs, probes, threshold, ridge, batch_size, seed, ...
@@ -36,13 +36,13 @@ Args:
 model, tokenizer and options may also be given to evaluate.load, so that several measurements can be combined.
 
 Returns:
-    A dictionary of numbers (global scores; <name>_se is the standard error over blocks) and of lists with one number a
-    layer, under layer_<name>; None where a score is undefined. num_layers and tokens say what was measured.
+    A dictionary of numbers (global scores; <name>_se is the standard error over blocks) and of lists with one number
+    per layer, under layer_<name>; None if a score is undefined. num_layers and tokens are the size of the measurement.
 
 Examples:
     >>> layers = evaluate.load("layer_effectiveness_measurement")
-    >>> found = layers.compute(data=texts, model="HuggingFaceTB/SmolLM2-135M", scores="variance,skip")
-    >>> found["skip_ratio"], found["layer_skip_ratio"][0]
+    >>> scores = layers.compute(data=texts, model="HuggingFaceTB/SmolLM2-135M", scores="variance,skip")
+    >>> scores["skip_ratio"], scores["layer_skip_ratio"][0]
 """
 
 CITATION = """
@@ -58,7 +58,7 @@ CITATION = """
 
 BLOCK_SIZE = 128
 LOADING = ("revision", "dtype", "device", "trust_remote_code")
-# What may be given to evaluate.load already; its own `seed` is evaluate's.
+# The options that evaluate.load also accepts; its own `seed` belongs to evaluate.
 OPTIONS = {
     "model",
     "model_id",
@@ -92,14 +92,14 @@ class LayerEffectiveness(evaluate.Measurement):
         model_id = options.pop("model_id", None)
         model = model if model is not None else model_id
         if model is None:
-            raise SettingsError("No model was given; name it as model=, here or in evaluate.load.")
+            raise SettingsError("No model was given; pass model= here or to evaluate.load.")
         loading = {name: options.pop(name) for name in LOADING if name in options}
         if isinstance(model, str):
             loaded = depthscope.load_model(model, **loading)
             model, tokenizer = loaded.model, tokenizer or loaded.require_tokenizer()
         settings = _settings(data, tokenizer, options)
         blocks = depthscope.load_blocks(
-            # As a data set, because a list of texts that happen to be names of files would be read as those files.
+            # As a dataset, because a list of texts that are also file names would be read as those files.
             datasets.Dataset.from_dict({"text": list(data)}),
             tokenizer,
             num_blocks=settings.fit_blocks + settings.eval_blocks,
@@ -111,7 +111,7 @@ class LayerEffectiveness(evaluate.Measurement):
 
 
 def _settings(data: list[str], tokenizer: Any, options: dict[str, Any]) -> depthscope.Settings:
-    """The settings; the numbers of blocks that are not given are those that the texts hold."""
+    """The settings; missing numbers of blocks are those of the texts."""
     size = options.pop("block_size", BLOCK_SIZE)
     fit, measured = options.pop("fit_blocks", None), options.pop("eval_blocks", None)
     if tokenizer is not None and (fit is None or measured is None):
@@ -123,11 +123,11 @@ def _settings(data: list[str], tokenizer: Any, options: dict[str, Any]) -> depth
     try:
         return depthscope.Settings(fit_blocks=fit or 1, eval_blocks=measured or 1, block_size=size, **options)
     except TypeError as error:
-        raise SettingsError(f"{', '.join(options)}: not all of these are options ({error}).") from error
+        raise SettingsError(f"{', '.join(options)}: some of these are not options ({error}).") from error
 
 
 def flat(report: depthscope.LayerReport) -> dict[str, Any]:
-    """A report as numbers and lists of numbers, one per layer."""
+    """A report as numbers and lists of numbers per layer."""
     found: dict[str, Any] = {name: value for name, value in report.scores.items() if value is not None}
     found |= {f"layer_{name}": report.column(name) for name in report.layer_scores}
     return {**found, "num_layers": len(report.layers), "tokens": report.data["tokens"]}

@@ -112,7 +112,7 @@ def test_a_line_that_is_not_whole_is_skipped_alone(tmp_path: Path, caplog: pytes
     (tmp_path / HISTORY).write_text("\n".join([lines[0], lines[1][:20], "[1]", lines[2]]) + "\n" + lines[3][:9])
     with caplog.at_level(logging.WARNING):
         assert [row["step"] for row in read_history(tmp_path)] == [1, 3]
-    assert "skipped: line 2, 3." in caplog.text
+    assert "skipped incomplete line 2, 3." in caplog.text
     # What comes after a line that was cut off begins a line of its own.
     History(tmp_path).append(json.loads(lines[3]))
     assert [row["step"] for row in read_history(tmp_path)] == [1, 3, 4]

@@ -121,7 +121,7 @@ def test_a_model_that_diverges_goes_on_training(tmp_path: Path, caplog: pytest.L
         ({"max_overhead": 0}, "max_overhead is 0"),
         ({"log": "all"}, "log is 'all'"),
         ({"scores": "luck"}, "unknown score 'luck'"),
-        ({"probe": 3}, "probe: not all of these"),
+        ({"probe": 3}, "probe: some of these"),
         ({"fit_blocks": 4}, "eval_blocks is 0"),
     ],
     ids=str,

@@ -129,7 +129,7 @@ def test_it_takes_texts_in_batches(model: PreTrainedModel, tokenizer: Any) -> No
     [
         ({}, "No model was given"),
         ({"model": "no/such-model"}, "no/such-model"),
-        ({"no_such_option": 1}, "not all of these are options"),
+        ({"no_such_option": 1}, "some of these are not options"),
         ({"eval_blocks": 10_000}, "Lower the number of blocks"),
     ],
 )

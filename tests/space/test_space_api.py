@@ -55,7 +55,7 @@ def test_null_for_an_argument_is_refused_with_what_is_expected(space, endpoint):
         ("upload", "/etc/passwd", "upload: upload is '/etc/passwd'; give an uploaded .zip"),
         ("upload", {"path": 5}, "upload: upload is {'path': 5, 'meta': {'_type': 'gradio.FileData'}}; give"),
         ("upload", {"path": "/etc/passwd"}, "upload: "),
-        ("upload", {"path": "https://example.org/model.zip"}, "upload: Links are not fetched here."),
+        ("upload", {"path": "https://example.org/model.zip"}, "upload: Links are not accepted."),
     ],
 )
 def test_a_wrong_argument_is_named_with_what_is_expected(space, short_model, name, value, said):

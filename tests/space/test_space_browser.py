@@ -264,7 +264,7 @@ def test_a_text_of_ones_own_is_used_as_often_as_wanted_and_not_kept(visit, space
         page.get_by_label("Tokens in a block").first.fill(block_size)
         page.get_by_label("Tokens in a block").first.press("Enter")
         page.locator("#analyze").click()
-        page.locator("#results").get_by_text("So far").first.wait_for(state="hidden")
+        page.locator("#results").get_by_text("Partial results").first.wait_for(state="hidden")
         page.locator("#downloads").wait_for()
         assert "tokens of uploaded text" in page.locator("#results").inner_text()
     assert not list(space.folder.glob("gradio/**/my-words.txt"))
@@ -330,5 +330,5 @@ def test_a_program_gets_reports_and_messages(space, archive, tmp_path):
     with pytest.raises(AppError, match="no_such_model"):
         client.predict("acme/no-such-model", api_name="/analyze")
     client.predict(api_name="/stop")
-    with pytest.raises(AppError, match="Links are not fetched here"):
+    with pytest.raises(AppError, match="Links are not accepted"):
         client.predict(handle_file("https://example.org/report.json"), api_name="/summarize")

@@ -126,7 +126,7 @@ def test_a_full_queue_is_said_to_be_full_and_takes_jobs_again_later(jobs, gate):
 def test_one_visitor_cannot_fill_the_queue(jobs):
     for index in range(LIMITS.max_jobs_per_visitor):
         jobs.submit(task(f"model {index}"), "the same")
-    with pytest.raises(Problem, match="not over yet"):
+    with pytest.raises(Problem, match="not finished yet"):
         jobs.submit(task("another"), "the same")
 
 
@@ -201,7 +201,7 @@ def test_the_end_of_one_visitors_job_leaves_the_files_of_another_with_the_same_u
     assert not Path(first.task.model[0]).exists()
     assert Path(second.task.model[0]).read_bytes() == b"zip"
     clean_second()
-    with pytest.raises(Problem, match="not there any more"):
+    with pytest.raises(Problem, match="have been deleted"):
         _with_own_files(planned_upload(upload))
 
 
@@ -407,7 +407,7 @@ def test_the_upload_of_a_visitor_who_is_turned_away_is_deleted(tmp_path, own_fol
         with service.visit("me") as visit:
             return [step async for step in service.follow(planned_upload(upload), visit)]
 
-    with pytest.raises(Problem, match="not over yet"):
+    with pytest.raises(Problem, match="not finished yet"):
         anyio.run(ask)
     assert not upload.exists()
     gate.open.set()

@@ -140,7 +140,7 @@ def test_results_are_told_apart_by_the_commit_of_the_dataset(hub):
         keys.append(_pinned(choices.text).fingerprint())
     assert keys[0] != keys[1] == _pinned(choices.text).fingerprint()
     hub.client.create_repo("ada/private-texts", repo_type="dataset", private=True)
-    with pytest.raises(Problem, match="that everybody may read"):  # although this process is ada's
+    with pytest.raises(Problem, match="no public dataset"):  # although this process is ada's
         _pinned(Text("dataset", "ada/private-texts"))
 
 

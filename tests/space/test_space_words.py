@@ -212,13 +212,13 @@ def test_times_are_said_as_people_say_them(seconds, words):
 @pytest.mark.parametrize(
     ("kind", "given", "words"),
     [
-        ("pasted", {"pasted": "  "}, "No text was pasted"),
+        ("pasted", {"pasted": "  "}, "pasted text is empty"),
         ("pasted", {"pasted": "x" * 5_000_000}, "larger than 4 MiB"),
         ("file", {}, "No text file"),
-        ("dataset", {"dataset": "/etc/passwd"}, "not a dataset's name"),
-        ("dataset", {"dataset": "../secret"}, "not a dataset's name"),
-        ("dataset", {"dataset": "org/name", "column": "a b; c"}, "no column or split"),
-        ("poem", {}, "no kind of text"),
+        ("dataset", {"dataset": "/etc/passwd"}, "not the name of a dataset"),
+        ("dataset", {"dataset": "../secret"}, "not the name of a dataset"),
+        ("dataset", {"dataset": "org/name", "column": "a b; c"}, "not a column or split"),
+        ("poem", {}, "not a type of text"),
     ],
 )
 def test_a_text_that_cannot_be_had_is_refused(kind, given, words):

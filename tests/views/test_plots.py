@@ -188,7 +188,7 @@ def test_reports_of_unequal_depth_share_an_axis_of_relative_depth() -> None:
 
 
 def test_reports_without_a_common_score_cannot_be_drawn_together() -> None:
-    with pytest.raises(ReportError, match="in common"):
+    with pytest.raises(ReportError, match="share a score"):
         plots.compare_layers([sample_report(4, ("jacobian",)), sample_report(4, ("causal",))])
     with pytest.raises(SettingsError):
         plots.compare_layers([sample_report(4)])

@@ -1,1 +1,1 @@
-"""Analyses: what one is, how long it takes, whose turn it is, and the process that does it."""
+"""Analyses: the task, the estimate of its time, the queue, and the process that runs it."""

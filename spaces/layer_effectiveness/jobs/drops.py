@@ -1,4 +1,4 @@
-"""What leaving out several layers together costs: the run of layers near the identity, measured and not summed up."""
+"""The cost of leaving out several layers together: the measured loss without a run of layers near the identity."""
 
 from dataclasses import dataclass
 
@@ -11,7 +11,7 @@ from depthscope.scores.base import block_losses
 __all__ = ["Drop", "measure_drop", "run_to_drop"]
 
 MOST_OF_THE_LAYERS = 0.34
-EDGES = 1  # the first and the last layer are never in a run: models rarely do without them
+EDGES = 1  # the first and the last layer are never in a run: models rarely work without them
 
 
 @dataclass(frozen=True)
@@ -23,13 +23,13 @@ class Drop:
     ratio: float
 
     def in_words(self) -> str:
-        """Say which layers, and what leaving them out costs."""
+        """A sentence with the layers and the cost."""
         layers = f"layer {self.first}" if self.first == self.last else f"layers {self.first}-{self.last}"
         return f"Dropping {layers} together multiplies the loss by {self.ratio:.4f}, measured on the same text."
 
 
 def run_to_drop(report: LayerReport) -> tuple[int, int] | None:
-    """Choose the longest run of neighbouring layers near the identity, and of these the cheapest; None without one."""
+    """Choose the longest run of neighbouring layers near the identity, of several the cheapest; None without one."""
     near = report.near_identity()
     ratios = report.column("skip_ratio")
     if near is None or len(near.layers) < 2:
@@ -52,7 +52,7 @@ def run_to_drop(report: LayerReport) -> tuple[int, int] | None:
 
 
 def measure_drop(loaded: LoadedModel, blocks: Blocks, report: LayerReport) -> Drop | None:
-    """Measure the loss without the layers that `run_to_drop` chooses, over the loss with them, on the same blocks."""
+    """Measure the loss without the layers of `run_to_drop`, divided by the loss with them, on the same blocks."""
     run = run_to_drop(report)
     if run is None:
         return None
@@ -67,7 +67,7 @@ def measure_drop(loaded: LoadedModel, blocks: Blocks, report: LayerReport) -> Dr
 
 
 def _loss(stack: LayerStack, blocks: Blocks) -> float:
-    """The sum of the next-token losses, in nats, one block at a time."""
+    """The sum of the next-token losses in nats, computed one block at a time."""
     total = 0.0
     for index in range(len(blocks)):
         block = blocks[index : index + 1]

@@ -1,7 +1,7 @@
-"""How long an analysis will take, from a model's config and the speed of the machine, before anything is loaded.
+"""An estimate of the time of an analysis, from the model's config and the speed of the machine, before loading.
 
-Work is what depthscope says that it is, in forward passes of one layer over one block (docs/speed.md); a pass takes two
-floating-point operations for each weight and token. What jobs really took corrects the speed.
+depthscope gives the work in forward passes of one layer over one block (docs/speed.md); a pass takes two floating-point
+operations per weight and token. The measured times of jobs correct the speed.
 """
 
 import threading
@@ -31,7 +31,7 @@ USUAL_LAYERS, USUAL_WIDTH = 24, 1024
 
 @dataclass(frozen=True)
 class Shape:
-    """What the time depends on: layers, features, weights that a token meets in a layer, entries of the vocabulary."""
+    """The shape that sets the time: layers, features, active weights per layer, entries of the vocabulary."""
 
     layers: int
     width: int
@@ -41,13 +41,13 @@ class Shape:
 
     @property
     def extent(self) -> Extent:
-        """The same, as work is counted by."""
+        """The shape in the class that counts the work."""
         head = self.vocabulary * self.width / max(self.layer_weights, 1.0)
         return Extent(self.layers, self.width, head, layer_types=("",) * self.layers, has_experts=self.has_experts)
 
 
 def shape_of(config: Mapping[str, Any], parameters: float | None, limits: Limits) -> Shape:
-    """Read a model's shape off its config (or a GGUF file's metadata); what is not there is guessed.
+    """Read a model's shape from its config (or a GGUF file's metadata); missing values are guessed.
 
     Raises:
         Problem: a number in the config is absurd.
@@ -67,12 +67,12 @@ def shape_of(config: Mapping[str, Any], parameters: float | None, limits: Limits
 
 
 def work(shape: Shape, settings: Settings) -> dict[str, float]:
-    """What each stage takes, in forward passes of one layer over one block."""
+    """The work of each stage, in forward passes of one layer over one block."""
     return {name: estimated_work(shape.extent, scores, settings) for name, scores in stages(settings).items()}
 
 
 class Estimator:
-    """Turns work into seconds; learns from the jobs that end."""
+    """Converts work into seconds; finished jobs correct the factor."""
 
     def __init__(self) -> None:
         self._correction = 1.0
@@ -81,12 +81,12 @@ class Estimator:
     def seconds(
         self, shape: Shape, settings: Settings, *, download_bytes: float = 0.0, weight_bytes: float = 0.0
     ) -> float:
-        """Say how long a job will take, from its start to its result."""
+        """Estimate the time of a job, from its start to its result."""
         starting = STARTING_SECONDS + download_bytes / DOWNLOAD_BYTES_A_SECOND + weight_bytes / LOADING_BYTES_A_SECOND
         return starting + self._correction * self._measuring(shape, settings)
 
     def learn(self, shape: Shape, settings: Settings, took: float) -> None:
-        """Take into account how long a measurement of at least a few seconds really took."""
+        """Correct the speed by the measured time of a measurement of at least a few seconds."""
         expected = self._measuring(shape, settings)
         if took < 2.0 or expected < 0.5:
             return
@@ -101,7 +101,7 @@ class Estimator:
 
 @cache
 def operations_a_second() -> float:
-    """How many floating-point operations this machine does in a second, from a few products of matrices."""
+    """Floating-point operations per second of this machine, measured with a few matrix products."""
     rows, inner, columns = SHAPE_OF_TRIAL
     left, right = np.ones((rows, inner), np.float32), np.ones((inner, columns), np.float32)
     best = 1.0
@@ -113,7 +113,7 @@ def operations_a_second() -> float:
 
 
 def in_words(seconds: float) -> str:
-    """Write a time as people say it."""
+    """A time in words."""
     if seconds < 50:
         return f"{max(5, round(seconds / 5) * 5)} seconds"
     if seconds < 90:

@@ -1,7 +1,7 @@
-"""Loading a checked model and measuring it stage by stage, so that the first plots come early.
+"""Loading a checked model and measuring it in stages, so that the first plots appear early.
 
-Each stage is a `depthscope.analyze` of its own on the same blocks of tokens; the reports are merged into one that
-equals the report of a single analysis. Imported in a job's process only: torch and transformers take seconds.
+Each stage is one `depthscope.analyze` on the same blocks of tokens; the merged report equals that of a single analysis.
+Imported only in the process of a job, because torch and transformers take seconds.
 """
 
 from collections.abc import Callable, Iterator
@@ -35,17 +35,17 @@ from safety.uploads import Model
 __all__ = ["load", "measure", "merge", "read_text"]
 
 Told = Callable[[str, float], None]
-SLACK = 1.3  # by which a config may describe more weights than the files hold: tied ones are in them once
+SLACK = 1.3  # a config may describe more weights than the files hold, because tied weights are stored once
 TRIAL = "The layers of a model pass on a stream. " * 5
 MOST_TOKENS_A_CHARACTER = 16
 
 
 def load(task: Task, found: Model, limits: Limits) -> LoadedModel:
-    """Load a checked model in evaluation mode; its facts name it as the visitor did.
+    """Load a checked model in evaluation mode; its facts have the visitor's name for it.
 
     Raises:
         Problem: an unknown architecture, not a causal language model, or a config that does not fit the weights.
-        ModelLoadError: depthscope's own reasons.
+        ModelLoadError: depthscope cannot load it.
     """
     with _offline():
         if not found.is_gguf:
@@ -62,11 +62,11 @@ def read_text(text: Text, loaded: LoadedModel, settings: Settings) -> Blocks:
     """Cut the chosen text into blocks of tokens.
 
     Raises:
-        CorpusError: it is too short, or the dataset cannot be read.
+        CorpusError: the text is too short, or the dataset cannot be read.
     """
     source: Any = None
     if text.kind in ("pasted", "file"):
-        source = iter([text.value])  # a list of names of files would be read as those files
+        source = iter([text.value])  # a list of file names would be read as those files
     names = {"pasted": "pasted text", "file": "uploaded text"}
     return load_blocks(
         source,
@@ -82,7 +82,7 @@ def read_text(text: Text, loaded: LoadedModel, settings: Settings) -> Blocks:
 
 
 def measure(loaded: LoadedModel, blocks: Blocks, settings: Settings, tell: Told) -> Iterator[LayerReport]:
-    """Measure in stages; after each, give the report so far. `tell` hears what is done and the share of the whole."""
+    """Measure in stages and yield the report after each. `tell` is called with the stage and the share that is done."""
     plan = stages(settings)
     weights = work(_shape(loaded), settings)
     total = sum(weights.values())
@@ -102,7 +102,7 @@ def measure(loaded: LoadedModel, blocks: Blocks, settings: Settings, tell: Told)
 
 
 def merge(first: LayerReport, second: LayerReport) -> LayerReport:
-    """Put two reports of one model on the same blocks together; what both hold is taken from the first."""
+    """Merge two reports of one model on the same blocks; common entries are taken from the first."""
     scores = ",".join(str(name) for report in (first, second) for name in _names(report))
     rows = [{**other, **row} for row, other in zip(first.layers, second.layers, strict=True)]
     content = {
@@ -121,7 +121,7 @@ def _names(report: LayerReport) -> list[object]:
 
 
 def _named(report: LayerReport, loaded: LoadedModel) -> LayerReport:
-    """The report of a model that was handed over as an object, with what is known of where it came from."""
+    """The report of a model that was passed as an object, with the name and revision of its source."""
     facts = {**loaded.facts, "num_layers": report.model["num_layers"]}
     notes = [*loaded.notes, *report.notes]
     return LayerReport.from_json(report.model_copy(update={"model": facts, "notes": notes}).to_json())
@@ -136,18 +136,18 @@ def _shape(loaded: LoadedModel) -> Shape:
 
 
 def _require_known(found: Model, limits: Limits) -> None:
-    """Refuse what transformers has no code for, and a config that describes other weights than the files hold."""
+    """Refuse an architecture without code in transformers, and a config that does not match the weights."""
     content = read_object(found.path / "config.json", limits.max_json_bytes, "broken_config")
     kind = content.get("model_type")
     if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
         what = f"is of the type {kind[:40]!a}" if isinstance(kind, str) else "names no model_type"
         raise Problem(
             "unknown_architecture",
-            f"config.json {what}, which transformers {transformers.__version__} has no code for. This Space never runs "
-            "code that comes with a model. Where you trust it: depthscope analyze MODEL --trust-remote-code.",
+            f"config.json {what}, for which transformers {transformers.__version__} has no code. This Space never runs "
+            "code of a model. If you trust the model: depthscope analyze MODEL --trust-remote-code.",
         )
     described = 0
-    with suppress(*LOAD_FAILURES):  # load_model says what they mean
+    with suppress(*LOAD_FAILURES):  # load_model explains them
         config = AutoConfig.from_pretrained(found.path)
         _require_causal(config)
         with torch.device("meta"):
@@ -156,8 +156,8 @@ def _require_known(found: Model, limits: Limits) -> None:
     if described > SLACK * found.parameters + 1_000_000:
         raise Problem(
             "broken_config",
-            f"config.json describes a model of {described:,} parameters, and the files hold {found.parameters:,}. "
-            "Upload the config that belongs to the weights.",
+            f"config.json describes a model of {described:,} parameters, but the files hold {found.parameters:,}. "
+            "Upload the config of these weights.",
         )
 
 
@@ -166,13 +166,13 @@ def _require_causal(config: Any) -> None:
     if config.is_encoder_decoder or encoder or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise Problem(
             "not_causal",
-            f"A model of the type {config.model_type} is not a decoder-only causal language model, and only those have "
-            "the layers that are measured here. Give one such as a Llama, Qwen, GPT-2 or Mixtral.",
+            f"A model of the type {config.model_type} is not a decoder-only causal language model, and only such "
+            "models can be analysed here. Choose one, such as a Llama, Qwen, GPT-2 or Mixtral.",
         )
 
 
 def _require_sane_tokenizer(loaded: LoadedModel) -> None:
-    """Refuse a tokenizer that makes far more tokens of a text than it has characters."""
+    """Refuse a tokenizer that makes far more tokens from a text than the text has characters."""
     if loaded.tokenizer is None:
         return
     tokens = len(loaded.tokenizer(TRIAL, add_special_tokens=False)["input_ids"])
@@ -184,7 +184,7 @@ def _require_sane_tokenizer(loaded: LoadedModel) -> None:
 
 @contextmanager
 def _offline() -> Iterator[None]:
-    """Let nothing be fetched while files are read that may name anything."""
+    """Prevent downloads while untrusted files are read."""
     before = huggingface_hub.constants.HF_HUB_OFFLINE
     huggingface_hub.constants.HF_HUB_OFFLINE = True
     try:

@@ -1,7 +1,7 @@
-"""A job in a process of its own, under limits: one that hangs, grows or crashes takes nothing else down.
+"""A job in its own process, with limits: if it hangs, grows or crashes, nothing else is affected.
 
-The process comes from multiprocessing's fork server, which has torch and transformers imported already, so that a job
-starts in a fraction of a second. Messages come through a pipe as JSON, never as pickles.
+The process is started by multiprocessing's fork server, which has imported torch and transformers, so a job starts in a
+fraction of a second. Messages are sent through a pipe as JSON, never as pickles.
 """
 
 import json
@@ -40,14 +40,14 @@ __all__ = [
     "run_apart",
 ]
 
-FOLDER = re.compile(r"depthscope-space-[a-z]+-(\d+)-\w+", re.ASCII)  # of what, and of which process
+FOLDER = re.compile(r"depthscope-space-[a-z]+-(\d+)-\w+", re.ASCII)  # the purpose, and the process id
 GRADIO_PLACE = "GRADIO_TEMP_DIR"
 TOKENS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
 PRELOADED = ("torch", "depthscope.analysis.analyze", "transformers.models.llama.modeling_llama", "gguf")
 LARGEST_MESSAGE = 64 * 2**20
-LOOK_SECONDS = 0.2  # between two looks at the clock and the memory
+LOOK_SECONDS = 0.2  # between two checks of time and memory
 TELL_SECONDS = 0.5  # between two messages about progress
-# How a process ends to which memory is refused: the system kills it, or a library aborts it.
+# The signals that end a process without memory: the system kills it, or a library aborts it.
 WITHOUT_MEMORY = (-signal.SIGKILL, -signal.SIGABRT)
 NICENESS = 5  # the pages are answered first
 Apart = Callable[[Path, Limits, Callable[[dict[str, Any]], None]], None]
@@ -56,19 +56,19 @@ GUARDED_BY_KERNEL = not HAS_GPU
 
 
 def run(task: Task, limits: Limits, stop: threading.Event) -> Iterator[dict[str, Any]]:
-    """Do an analysis; gives its messages (see `worker`) as they come, the last one "done"; as `run_apart`."""
+    """Run an analysis and yield its messages (see `worker`); the last one is "done". Otherwise like `run_apart`."""
     from jobs.worker import work
 
     return run_apart(partial(work, task), limits, stop)
 
 
 def run_apart(job: Apart, limits: Limits, stop: threading.Event) -> Iterator[dict[str, Any]]:
-    """Do any job that has a folder, limits and a way to tell what it finds; gives its messages as they come.
+    """Run a job in its own process, with its own folder and limits, and yield its messages.
 
-    Whatever happens, also when the iterator is closed early, the process is ended and its files are removed.
+    In every case, also if the iterator is closed early, the process is ended and its files are removed.
 
     Raises:
-        Problem: it failed, was stopped, took too long or too much memory, or crashed.
+        Problem: the job failed, was stopped, took too much time or memory, or crashed.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(list(PRELOADED))
@@ -93,7 +93,7 @@ def own_folder(purpose: str) -> Path:
 
 
 def own_folders(purpose: str) -> list[Path]:
-    """The folders that this process has made for a purpose and that are still there."""
+    """The existing folders that this process has created for a purpose."""
     return list(Path(tempfile.gettempdir()).glob(f"{_prefix(purpose)}*"))
 
 
@@ -102,7 +102,7 @@ def _prefix(purpose: str) -> str:
 
 
 def gradio_folder() -> Path:
-    """Make an empty folder for what Gradio takes and gives, where the owner wants it (GRADIO_TEMP_DIR)."""
+    """Create an empty folder for Gradio's uploads and downloads, in GRADIO_TEMP_DIR if it is set."""
     place = os.environ.get(GRADIO_PLACE)
     if place:
         Path(place).mkdir(parents=True, exist_ok=True)
@@ -110,12 +110,12 @@ def gradio_folder() -> Path:
 
 
 def is_own(folder: Path) -> bool:
-    """Whether this process has made the folder, so that nobody else writes there."""
+    """Whether this process has created the folder, so that no other process writes there."""
     return _maker(folder) == os.getpid()
 
 
 def remove_own_folders() -> None:
-    """Remove every folder that this process has made; to be called at its end."""
+    """Remove every folder that this process has created; called at its end."""
     own = Path(os.environ.get(GRADIO_PLACE, ""))
     for folder in (own, *Path(tempfile.gettempdir()).iterdir()):
         if is_own(folder):
@@ -124,7 +124,7 @@ def remove_own_folders() -> None:
 
 
 def remove_stale_folders() -> None:
-    """Remove what an earlier run left that was killed; to be called before this process makes any folder."""
+    """Remove the folders of an earlier run that was killed; called before this process creates any."""
     for place in {tempfile.gettempdir(), os.environ.get(GRADIO_PLACE) or tempfile.gettempdir()}:
         for folder in Path(place).iterdir() if Path(place).is_dir() else ():
             maker = _maker(folder)
@@ -133,13 +133,13 @@ def remove_stale_folders() -> None:
 
 
 def _maker(folder: Path) -> int | None:
-    """The process that made a folder, which its name tells."""
+    """The process that created a folder, from the folder's name."""
     match = FOLDER.fullmatch(folder.name)
     return None if match is None else int(match[1])
 
 
 def forget_owner() -> None:
-    """Let a job read only what everybody may read: it must not find the token of the Space's owner."""
+    """Remove the token of the Space's owner from the environment, so that a job reads only public repositories."""
     for name in TOKENS:
         os.environ.pop(name, None)
     constants.HF_HUB_DISABLE_IMPLICIT_TOKEN = True
@@ -155,8 +155,8 @@ def _messages(process: Any, receiving: Connection, limits: Limits, stop: threadi
         if time.monotonic() > end:
             raise Problem(
                 "timed_out",
-                f"The analysis took longer than {limits.max_job_seconds} seconds, the most that a job may take here "
-                f"(it was at: {stage}). Choose fewer scores or tokens, or run it on your own machine: pip install "
+                f"The analysis took longer than {limits.max_job_seconds} seconds, the limit of this Space (stage: "
+                f"{stage}). Choose fewer scores or tokens, or run it on your own machine: pip install "
                 "depthscope.",
             )
         if _private_bytes(process.pid) > limits.max_job_bytes:
@@ -177,8 +177,8 @@ def _messages(process: Any, receiving: Connection, limits: Limits, stop: threadi
 
 def _grown(limits: Limits, stage: str) -> str:
     return (
-        f"The analysis needs more memory than the {limits.max_job_bytes / 2**30:.3g} GiB that a job has here (it was "
-        f"at: {stage}). Choose fewer tokens or a smaller model, or run it on your own machine: pip install depthscope."
+        f"The analysis needs more memory than the {limits.max_job_bytes / 2**30:.3g} GiB of a job on this Space (stage: "
+        f"{stage}). Choose fewer tokens or a smaller model, or run it on your own machine: pip install depthscope."
     )
 
 
@@ -188,12 +188,12 @@ def _ended(process: Any, limits: Limits, stage: str) -> Problem:
         return Problem("out_of_memory", _grown(limits, stage))
     return Problem(
         "crashed",
-        f"The analysis ended unexpectedly (at: {stage}). The log of this Space says why; its owner can read it.",
+        f"The analysis ended unexpectedly (stage: {stage}). The cause is in the log of this Space.",
     )
 
 
 def _private_bytes(pid: int) -> int:
-    """Memory that is the process's own: neither a file's nor shared with the fork server's libraries."""
+    """The private memory of a process: without files and memory shared with the fork server."""
     try:
         memory = psutil.Process(pid).memory_info()
     except psutil.NoSuchProcess:
@@ -203,7 +203,7 @@ def _private_bytes(pid: int) -> int:
 
 def _child(sending: Connection, job: Apart, folder: str, limits: Limits) -> None:
     os.nice(NICENESS)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process; the Space ends this one
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is sent to every process; the Space ends this one
     threading.Thread(target=_end_with_parent, args=(folder,), daemon=True).start()
     forget_owner()
     _limit_resources(limits)
@@ -224,7 +224,7 @@ def _child(sending: Connection, job: Apart, folder: str, limits: Limits) -> None
 
 
 def _end_with_parent(folder: str) -> None:
-    """End this process when the Space is gone that waits for its messages, also where it was killed."""
+    """End this process when the Space that reads its messages has ended, also if it was killed."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         wait([parent.sentinel])
@@ -233,7 +233,7 @@ def _end_with_parent(folder: str) -> None:
 
 
 def _limit_resources(limits: Limits) -> None:
-    """Let the kernel refuse what no honest job needs."""
+    """Set the kernel's limits to what an honest job needs."""
     wanted = {resource.RLIMIT_CORE: 0, resource.RLIMIT_FSIZE: max(limits.max_unpacked_bytes, limits.max_download_bytes)}
     if GUARDED_BY_KERNEL:
         wanted[resource.RLIMIT_DATA] = limits.max_job_bytes

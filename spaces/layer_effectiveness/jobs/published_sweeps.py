@@ -1,9 +1,9 @@
 """A published depth sweep: the reports of its models and the variance over their training, read from the Hub.
 
-    the dataset of reports     reports.parquet: one row a report, with the column `report` (a LayerReport as JSON)
+    the dataset of reports     reports.parquet: one row per report, with the column `report` (a LayerReport as JSON)
     each model's repository    layer_stats.parquet: the history of its training
 
-as `depthscope push` writes them. Parquet files of strangers are read in a job's process, like everything of theirs.
+`depthscope push` writes both. Like all untrusted files, the Parquet files are read in the process of a job.
 """
 
 import json
@@ -48,7 +48,7 @@ class Course:
 
 @dataclass(frozen=True)
 class Sweep:
-    """The reports of the trained models, those of the same models before training, and the courses of the trainings."""
+    """The reports of the trained models, those of the same models before training, and the training curves."""
 
     trained: list[LayerReport]
     untrained: list[LayerReport]
@@ -56,14 +56,14 @@ class Sweep:
 
 
 def read_sweep(name: str, limits: Limits, stop: threading.Event) -> Sweep:
-    """Read a published sweep from its dataset of reports, unless `stop` is set before its end.
+    """Read a published sweep from its dataset of reports, until `stop` is set.
 
     Raises:
-        Problem: there is no such dataset, or it is none of reports.
+        Problem: there is no such dataset, or it is not a dataset of reports.
     """
     name = name.strip().removeprefix("https://huggingface.co/datasets/")
     if not DATASET.fullmatch(name) or ":" in name:
-        raise Problem("report", f"{name[:80]!a} is not a dataset's name; give one such as NAMESPACE/NAME.")
+        raise Problem("report", f"{name[:80]!a} is not the name of a dataset; give one such as NAMESPACE/NAME.")
     content: dict[str, Any] = {}
     bounded = replace(limits, max_job_seconds=min(SECONDS, limits.max_job_seconds))
     for message in run_apart(partial(tell_sweep, name), bounded, stop):
@@ -72,7 +72,7 @@ def read_sweep(name: str, limits: Limits, stop: threading.Event) -> Sweep:
 
 
 def sweep_of(content: dict[str, Any]) -> Sweep:
-    """The sweep that a job's process has told of."""
+    """The sweep from the message of a job's process."""
     return Sweep(
         trained=[LayerReport.from_json(text) for text in content["trained"]],
         untrained=[LayerReport.from_json(text) for text in content["untrained"]],
@@ -81,7 +81,7 @@ def sweep_of(content: dict[str, Any]) -> Sweep:
 
 
 def tell_sweep(name: str, folder: Path, limits: Limits, emit: Callable[[dict[str, Any]], None]) -> None:
-    """In the job's process: read the files, and tell what is in them."""
+    """In the process of the job: read the files and send their content."""
     try:
         rows = _rows(_download(name, REPORTS, "dataset", folder))
         reports: dict[bool, list[str]] = {True: [], False: []}
@@ -107,14 +107,16 @@ def _download(name: str, file: str, kind: str, folder: Path) -> Path:
     with hub_problems(name, None, None, kind, "report"):
         found = HfApi(token=False).get_paths_info(name, [file], repo_type=kind)
         if not found:
-            raise Problem("report", f"{name} has no {file}, so it is no dataset of reports that depthscope push wrote.")
+            raise Problem(
+                "report", f"{name} has no {file}, so it is not a dataset of reports written by depthscope push."
+            )
         if not isinstance(found[0], RepoFile) or found[0].size > MOST_BYTES:
             raise too_long("report", f"{file} of {name}", MOST_BYTES)
         return Path(hf_hub_download(name, file, repo_type=kind, local_dir=folder / "model", token=False))
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:
-    import pyarrow.parquet as pq  # half a second that only this should wait for
+    import pyarrow.parquet as pq  # takes half a second
 
     file = pq.ParquetFile(path)
     if file.metadata.num_rows > MOST_REPORTS:
@@ -123,13 +125,13 @@ def _rows(path: Path) -> list[dict[str, Any]]:
         )
     wanted = [column for column in ("report", "trained", "model", "layers") if column in file.schema_arrow.names]
     if "report" not in wanted:
-        raise Problem("report", "The dataset has no column `report`, so it holds no reports.")
+        raise Problem("report", "The dataset has no column `report`, so it has no reports.")
     rows: list[dict[str, Any]] = file.read(columns=wanted).to_pylist()
     return rows
 
 
 def _course(model: str, layers: int, folder: Path) -> Sequence[dict[str, Any]]:
-    """The variance after a model's last layer over its training; nothing where it was not published."""
+    """The variance after a model's last layer over its training; None if it was not published."""
     import pyarrow.parquet as pq
 
     try:

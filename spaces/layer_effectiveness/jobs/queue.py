@@ -1,7 +1,7 @@
-"""Jobs that wait for their turn, run, can be stopped, and whose results are kept for who asks the same again.
+"""The queue of jobs: they wait, run and can be stopped, and their results are cached for equal tasks.
 
-At most `max_jobs` run at once and `max_waiting` wait; who comes then is told so. A job whose visitor does not read for
-DESERTED_SECONDS (a closed page, a program that went away) is stopped.
+At most `max_jobs` run at once and `max_waiting` wait; further jobs are refused. A job is stopped if its visitor does
+not read for DESERTED_SECONDS (a closed page, a program that has ended).
 """
 
 import contextvars
@@ -27,7 +27,7 @@ __all__ = ["DESERTED_SECONDS", "Job", "Jobs", "Results", "has_left"]
 logger = logging.getLogger(__name__)
 
 LOOK_SECONDS = 0.1
-WATCH_SECONDS = 0.5  # between two looks for whether the visitor still reads
+WATCH_SECONDS = 0.5  # between two checks that the visitor still reads
 DESERTED_SECONDS = seconds("DESERTED_SECONDS", 60)  # a visitor who has not read for so long has left
 Runner = Callable[[Task, Limits, threading.Event], Iterator[dict[str, Any]]]
 Heard = Callable[[str], float]
@@ -35,7 +35,7 @@ Heard = Callable[[str], float]
 
 @dataclass(eq=False)
 class Job:
-    """One analysis of one visitor: what it has told so far, and how it ended."""
+    """One analysis of one visitor: its messages so far, and its end."""
 
     task: Task
     owner: str
@@ -54,9 +54,9 @@ class Results:
     """Finished reports (JSON) by the key of their task: the last few in memory, and all in a store, if there is one.
 
     Args:
-        most: reports in memory.
-        store: where all are kept.
-        most_bytes: of the reports in memory, all together; a report that is larger is not kept there.
+        most: the largest number of reports in memory.
+        store: the store of all reports.
+        most_bytes: the largest size of all reports in memory together; a larger report is not kept there.
     """
 
     def __init__(self, most: int, store: Any = None, most_bytes: int = 64 * MIB) -> None:
@@ -67,7 +67,7 @@ class Results:
         self._lock = threading.Lock()
 
     def get(self, task: Task) -> str | None:
-        """The report of the same task, if somebody had it made before and everybody may see it."""
+        """The cached report of the same task, if everybody may see it; otherwise None."""
         if not task.is_shareable:
             return None
         key = task.key()
@@ -79,7 +79,7 @@ class Results:
         return found if found is None else self._keep(key, found)
 
     def put(self, task: Task, report: str) -> None:
-        """Keep a report; nothing is kept of a model that not everybody may read."""
+        """Keep a report, except of a model that is not public."""
         if task.is_shareable:
             self._keep(task.key(), report)
             if self.store is not None and task.is_storable:
@@ -99,10 +99,10 @@ class Jobs:
     """The queue of a Space.
 
     Args:
-        limits: how many jobs run, wait, and belong to one visitor.
-        results: where finished reports are kept.
-        runner: does a task.
-        heard: when a visitor last read (`time.monotonic`); 0 where they never did.
+        limits: the numbers of jobs that run, wait, and belong to one visitor.
+        results: the cache of finished reports.
+        runner: runs a task.
+        heard: gives the time (`time.monotonic`) at which a visitor last read; 0 if never.
     """
 
     def __init__(
@@ -121,7 +121,7 @@ class Jobs:
         self._lock = threading.Lock()
 
     def submit(self, task: Task, owner: str, on_end: Callable[[], None] = lambda: None) -> Job:
-        """Put a job into the queue; `on_end` is called once, however it ends.
+        """Put a job into the queue; `on_end` is called once, in every case.
 
         Raises:
             Problem: the queue is full, or the visitor has too many jobs in it.
@@ -134,7 +134,7 @@ class Jobs:
         with self._lock:
             waiting = sum(not other.is_running for other in self._open)
             if sum(other.owner == owner for other in self._open) >= self.limits.max_jobs_per_visitor:
-                raise Problem("queue_full", "Your earlier analysis is not over yet. Wait for it, or press Stop.")
+                raise Problem("queue_full", "Your earlier analysis has not finished yet. Wait for it, or press Stop.")
             if waiting >= self.limits.max_waiting:
                 raise Problem(
                     "queue_full",
@@ -147,7 +147,7 @@ class Jobs:
         return job
 
     def stop(self, owner: str) -> int:
-        """Stop all jobs of a visitor; gives how many there were."""
+        """Stop all jobs of a visitor; returns their number."""
         with self._lock:
             mine = [job for job in self._open if job.owner == owner]
         for job in mine:
@@ -155,22 +155,22 @@ class Jobs:
         return len(mine)
 
     def place(self, job: Job) -> int:
-        """How many jobs that wait are to run before this one."""
+        """The number of waiting jobs before this one."""
         with self._lock:
             return sum(1 for _ in itertools.takewhile(lambda other: other is not job, self._waiting()))
 
     async def listen(self, job: Job) -> AsyncIterator[dict[str, Any]]:
-        """A job's news as it comes, and {"event": "waiting", "place": n} while it waits; the last one is "done".
+        """Yield a job's messages, and {"event": "waiting", "place": n} while it waits; the last one is "done".
 
-        Who listens slower than the job tells (a page on a busy machine) gets the newest message of each kind alone, and
-        so hears in time that it has ended.
+        A slow reader (a page on a busy machine) gets only the newest message of each kind, so that the end of the job
+        reaches it in time.
 
         Raises:
-            Problem: how the job failed.
+            Problem: the job failed.
         """
         told, place = 0, -1
         while True:
-            over = job.is_over  # before the messages are read: none comes after it
+            over = job.is_over  # before the messages are read, because none follows it
             news = job.messages[told:]
             told += len(news)
             for message in _newest(news):
@@ -197,7 +197,7 @@ class Jobs:
 
     def _work(self, job: Job) -> None:
         with self._lock:
-            if job not in self._open:  # stopped while it waited
+            if job not in self._open:  # stopped while waiting
                 return
             job.is_running, job.began = True, time.monotonic()
         try:
@@ -206,7 +206,7 @@ class Jobs:
             job.problem = deserted(DESERTED_SECONDS) if job.is_deserted else problem
         finally:
             if job.problem is None and not (job.messages and job.messages[-1]["event"] == "done"):
-                job.problem = Problem("crashed", "The analysis could not be run. The log of this Space says why.")
+                job.problem = Problem("crashed", "The analysis could not be run. The log of this Space has the cause.")
             with self._lock:
                 self._open.remove(job)
             job.on_end()
@@ -215,7 +215,7 @@ class Jobs:
     def _follow(self, job: Job) -> None:
         if job.stop.is_set():
             raise stopped()
-        if (kept := self.results.get(job.task)) is not None:  # somebody asked the same while this one waited
+        if (kept := self.results.get(job.task)) is not None:  # an equal task has finished while this one waited
             job.messages.append({"event": "done", "report": kept})
             return
         for message in self._runner(job.task, self.limits, job.stop):
@@ -224,7 +224,7 @@ class Jobs:
                 self.results.put(job.task, message["report"])
 
     def _end(self, job: Job) -> None:
-        """Stop a job: one that waits leaves the queue at once, one that runs is told to."""
+        """Stop a job: a waiting job leaves the queue at once, a running job is signalled."""
         job.stop.set()
         with self._lock:
             if job.is_running or job not in self._open:
@@ -249,12 +249,12 @@ def has_left(heard: float) -> bool:
 
 
 def _newest(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The last message of each kind, in the order in which they were told."""
+    """The last message of each kind, in the order of sending."""
     last = {message["event"]: number for number, message in enumerate(messages)}
     return [messages[number] for number in sorted(last.values())]
 
 
 def _log(work: Future[None]) -> None:
-    """Put what nobody expected into the Space's log."""
+    """Write an unexpected exception to the log of the Space."""
     if (error := work.exception()) is not None:
         logger.error("A job could not be run.", exc_info=error)

@@ -1,7 +1,7 @@
-"""Which visitors read what they asked for: those whose stream of answers is open, and who take from it.
+"""Which visitors still read their answers: those with an open stream of answers from which they read.
 
-A program may ask for an analysis (`POST /call/...`, `POST /queue/join`) and go away before it reads a word. Only the
-connection tells: a visitor is heard as long as one stands open from which they read.
+A program may request an analysis (`POST /call/...`, `POST /queue/join`) and end before it reads the answer. Only the
+connection shows this: a visitor is present as long as they read from an open connection.
 """
 
 import re
@@ -19,7 +19,7 @@ MOST_REMEMBERED = 4096  # visitors who have left
 
 
 class Readers:
-    """When each visitor last read, by the hash of their session."""
+    """The time of each visitor's last read, by the hash of their session."""
 
     def __init__(self) -> None:
         self._open: Counter[str] = Counter()  # streams that wait for something to send
@@ -27,17 +27,17 @@ class Readers:
         self._lock = threading.Lock()
 
     def heard(self, session: str) -> float:
-        """The time (`time.monotonic`) at which a visitor last read; 0 where they never did."""
+        """The time (`time.monotonic`) at which a visitor last read; 0 if never."""
         with self._lock:
             return time.monotonic() if self._open[session] > 0 else self._last.get(session, 0.0)
 
     def come(self, session: str) -> None:
-        """A stream of a visitor waits for answers: they are heard as long as it does."""
+        """Note that a stream of a visitor waits for answers; the visitor counts as reading as long as it does."""
         with self._lock:
             self._open[session] += 1
 
     def go(self, session: str) -> None:
-        """A stream is closed, or what was sent on it is not taken yet."""
+        """Note that a stream is closed, or that its last message has not been read yet."""
         with self._lock:
             self._open[session] -= 1
             if self._open[session] <= 0:
@@ -49,10 +49,10 @@ class Readers:
 
 
 class Listening:
-    """A layer around the server's program (ASGI) that tells `readers` who reads.
+    """A layer around the server's program (ASGI) that reports to `readers` who reads.
 
-    The server closes a stream as soon as its client is gone, killed or has closed half of the connection; a client that
-    takes nothing more stops the sending once the buffers are full.
+    The server closes a stream as soon as its client has ended or closed half of the connection. If a client stops
+    reading, sending blocks once the buffers are full.
     """
 
     def __init__(self, app: Any, readers: Readers) -> None:
@@ -81,11 +81,11 @@ class Listening:
 
 
 def _session(scope: Any) -> str | None:
-    """Whose answers a request reads, if any."""
+    """The visitor whose answers a request reads, or None."""
     if QUEUE.search(scope["path"]):
         return next(iter(parse_qs(scope["query_string"].decode("latin-1")).get("session_hash", ())), None)
     if found := CALL.search(scope["path"]):
         event = scope["app"].get_blocks()._queue.event_ids_to_events.get(found["event"])
-        # Who names no session is known by their event.
+        # A visitor without a session is identified by their event.
         return found["event"] if event is None else str(event.session_hash)
     return None

@@ -1,7 +1,7 @@
-"""Where an owner wants it: finished reports in a dataset repository, so that they outlive a restart of the Space.
+"""An optional store of finished reports in a dataset repository, so that they outlive a restart of the Space.
 
 Set DEPTHSCOPE_SPACE_RESULTS to the dataset's id and HF_TOKEN to a token that may write to it. Only reports of public
-models on the Hub are stored: never those of uploads, nor of private or gated models.
+models on the Hub are stored, never those of uploads or of private or gated models.
 """
 
 import logging
@@ -24,14 +24,14 @@ logger = logging.getLogger(__name__)
 
 
 class ResultStore:
-    """Reports as `reports/<key>.json` in a dataset repository; what cannot be read or written is measured again."""
+    """Reports as `reports/<key>.json` in a dataset repository; a report that cannot be read is measured again."""
 
     def __init__(self, repository: str, token: str | None = None) -> None:
         self.repository = repository
         self.token = token
 
     def get(self, key: str) -> str | None:
-        """The report of a task, or None where there is none that can be read."""
+        """The report of a task, or None if there is no readable one."""
         if not KEY.fullmatch(key):
             return None
         try:
@@ -44,7 +44,7 @@ class ResultStore:
             return None
 
     def put(self, task: Task, report: str) -> None:
-        """Store a report, without keeping the visitor waiting."""
+        """Store a report in the background."""
         threading.Thread(target=self._upload, args=(task.key(), task.name, report), daemon=True).start()
 
     def _upload(self, key: str, name: str, report: str) -> None:
@@ -61,7 +61,7 @@ class ResultStore:
 
 
 def result_store() -> ResultStore | None:
-    """The store that the owner chose, if any."""
+    """The store that the owner has set, or None."""
     repository = os.environ.get(VARIABLE)
     return ResultStore(repository, os.environ.get("HF_TOKEN")) if repository else None
 

@@ -1,4 +1,4 @@
-"""What all visitors share (limits, queue, results, estimates), and the way of one analysis through them."""
+"""The service behind the page: limits, queue, results and estimates for all visitors, and the steps of an analysis."""
 
 import os
 import shutil
@@ -36,14 +36,14 @@ EXAMPLES = (
     "Qwen/Qwen3-0.6B",
 )
 EXAMPLES_VARIABLE = "DEPTHSCOPE_SPACE_EXAMPLES"  # ids, separated by commas
-REMEMBERED_SECONDS = 300.0  # a plan, so that an estimate and the start after it ask the Hub once
+REMEMBERED_SECONDS = 300.0  # plans are cached, so that an estimate and the start after it ask the Hub once
 MOST_REMEMBERED = 256
-MOST_DRAWN = 2  # reports that are read or drawn at once, beside the jobs
+MOST_DRAWN = 2  # reports that are read or drawn at the same time, beside the jobs
 
 
 @dataclass(frozen=True)
 class Visit:
-    """One press of a button, from reading what was chosen to its end; Stop ends it wherever it is."""
+    """One run of an action of a visitor; Stop ends it at any point."""
 
     owner: str
     stop: threading.Event = field(default_factory=threading.Event)
@@ -51,7 +51,7 @@ class Visit:
     began: float = field(default_factory=time.monotonic)
 
     def go_on(self) -> None:
-        """Raises Problem where the visitor has pressed Stop."""
+        """Raises Problem if the visitor has pressed Stop."""
         if self.stop.is_set():
             raise stopped()
 
@@ -78,7 +78,7 @@ class Service:
 
     @contextmanager
     def visit(self, owner: str) -> Iterator[Visit]:
-        """What is done here can be stopped by `stop`, and is when the visitor leaves."""
+        """A context whose work `stop` ends, and which also ends when the visitor leaves."""
         visit = Visit(owner)
         with self._lock:
             self._visits.append(visit)
@@ -91,7 +91,7 @@ class Service:
                 self._visits = [other for other in self._visits if other is not visit]
 
     def stop(self, owner: str) -> None:
-        """Stop all that a visitor has begun."""
+        """Stop everything that a visitor has started."""
         with self._lock:
             mine = [visit for visit in self._visits if visit.owner == owner]
         for visit in mine:
@@ -114,10 +114,10 @@ class Service:
         choices: Choices,
         token: str | None = None,
     ) -> Planned:
-        """Plan the analysis of the model `name` on the Hub, or without a name that of an upload.
+        """Plan the analysis of the model `name` on the Hub, or of an upload if there is no name.
 
         Raises:
-            Problem: there is no such model, or it is not taken here.
+            Problem: there is no such model, or it is refused.
         """
         if name is None:
             work = partial(from_upload, list(uploaded or ()), choices, self.limits, self.estimator)
@@ -136,10 +136,10 @@ class Service:
         return planned
 
     async def follow(self, planned: Planned, visit: Visit) -> AsyncIterator[str | LayerReport]:
-        """Run an analysis: gives lines about its progress (HTML) and reports, each with more in it; the last is whole.
+        """Run an analysis: yields its progress (HTML) and growing reports; the last one is complete.
 
         Raises:
-            Problem: it failed or was stopped.
+            Problem: the analysis failed or was stopped.
         """
         visit.go_on()
         planned, clean = _with_own_files(planned)
@@ -162,11 +162,13 @@ class Service:
                     yield report
                 case "done" if report is None:
                     yield LayerReport.from_json(message["report"])
-        if report is not None and isinstance(planned.task.model, HubModel):  # an upload may lie about its shape
+        if report is not None and isinstance(
+            planned.task.model, HubModel
+        ):  # the stated shape of an upload may be wrong
             self.estimator.learn(planned.shape, planned.task.settings, time.monotonic() - job.began)
 
     def _watch(self, visit: Visit) -> None:
-        """Stop what is no job of its own, such as the reading of a published sweep, when its visitor has left."""
+        """Stop work outside the queue, such as reading a published sweep, when its visitor has left."""
         while not visit.is_over.wait(WATCH_SECONDS):
             if has_left(max(visit.began, self.readers.heard(visit.owner))):
                 visit.stop.set()
@@ -179,7 +181,7 @@ class Service:
 
 
 def _left(planned: Planned, began: float, share: float) -> float:
-    """How many seconds are left: as planned at first, and more and more as it goes."""
+    """The seconds left: at first from the estimate, later more and more from the progress."""
     gone = time.monotonic() - began
     by_plan = max(planned.seconds - gone, planned.seconds * (1 - share) / 2)
     return by_plan if share < 0.1 else (1 - share) * by_plan + share * gone * (1 - share) / share
@@ -194,9 +196,9 @@ def _place_in_words(place: int) -> str:
 
 
 def _with_own_files(planned: Planned) -> tuple[Planned, Callable[[], None]]:
-    """Give a job files of its own; they and what was uploaded are removed when it ends.
+    """Give a job its own files; they and the upload are removed when it ends.
 
-    The same bytes uploaded by two visitors lie in one place: the end of one's job must not take the other's files.
+    Equal uploads of two visitors are stored once: the end of one visitor's job must not remove the other's files.
     """
     if isinstance(planned.task.model, HubModel):
         return planned, lambda: None
@@ -212,7 +214,7 @@ def _with_own_files(planned: Planned) -> tuple[Planned, Callable[[], None]]:
 
 
 def _second_name(path: Path, folder: Path) -> Path:
-    """Link a file into a folder, or copy it where the file system has no links."""
+    """Link a file into a folder, or copy it if the file system has no links."""
     target = folder / path.name
     try:
         os.link(path, target, follow_symlinks=False)
@@ -227,5 +229,5 @@ def _remove(folder: Path, given: Sequence[Path]) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     for path in given:
         path.unlink(missing_ok=True)
-        with suppress(OSError):  # gone, or another file lies there
+        with suppress(OSError):  # deleted, or replaced by another file
             path.parent.rmdir()

@@ -1,4 +1,4 @@
-"""What a visitor asks for: the model, the text, the scores and how exactly; and under which key the answer is kept."""
+"""The task of a visitor: the model, the text, the scores and the settings; and the key of its cached result."""
 
 import hashlib
 import json
@@ -41,7 +41,7 @@ STAGES: dict[str, tuple[str, ...]] = {
     "Estimating Jacobians": ("jacobian",),
     "Swapping layers": ("permutation",),
 }
-# A score that no stage names is measured with the first.
+# A score in no stage is measured with the first stage.
 _WATCHED = next(iter(STAGES))
 STAGES[_WATCHED] += tuple(name for name in SCORE_NAMES if not any(name in names for names in STAGES.values()))
 PRECISIONS = {"as the hardware likes it": "auto", "float32": "float32", "bfloat16": "bfloat16", "float16": "float16"}
@@ -52,8 +52,8 @@ WORD = re.compile(r"[\w.\[\]:%-]{1,100}", re.ASCII)
 TextKind = Literal["sample", "pasted", "file", "dataset"]
 ORDERED_PAIRS = 60.0  # to swap: all pairs up to 7 layers, 7% of them at 30 layers
 PROBES = 4
-HAS_GPU = Path("/dev/nvidiactl").exists()  # numbers differ a little, and what `auto` chooses may
-FITTING = 3.5  # tokens to fit a linear map on, for each of its inputs
+HAS_GPU = Path("/dev/nvidiactl").exists()  # numbers differ a little, and `auto` may choose another dtype
+FITTING = 3.5  # tokens to fit a linear map, per input feature
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class Text:
     commit: str | None = None  # of a dataset, when it was looked up
 
     def fingerprint(self) -> str:
-        """What tells this text from another one."""
+        """The identity of this text, for the key."""
         value = self.value.encode("utf-8", "surrogatepass")
         return hashlib.sha256(repr((self.kind, self.column, self.split, self.commit)).encode() + value).hexdigest()
 
@@ -77,7 +77,7 @@ SAMPLE = Text()
 
 @dataclass(frozen=True)
 class Task:
-    """One analysis. `model` is on the Hub, or the paths of an upload; `name` is what the report calls it."""
+    """One analysis. `model` is a model on the Hub or the paths of an upload; `name` is its name in the report."""
 
     name: str
     model: HubModel | tuple[str, ...]
@@ -90,16 +90,16 @@ class Task:
 
     @property
     def is_shareable(self) -> bool:
-        """Whether its result may be shown to whoever asks the same: not that of a model that not everybody may read."""
+        """Whether the result may be shown to other visitors: only if the model is public."""
         return not (isinstance(self.model, HubModel) and self.model.restricted)
 
     @property
     def is_storable(self) -> bool:
-        """Whether its result may be published: nothing in it is a visitor's own."""
+        """Whether the result may be published: only if neither model nor text is a visitor's own."""
         return isinstance(self.model, HubModel) and self.is_shareable and self.text.kind in ("sample", "dataset")
 
     def key(self) -> str:
-        """What tells this result from another one: model, text, settings and versions, as a hash."""
+        """The key of the result: a hash of model, text, settings and versions."""
         versions = [version(name) for name in ("depthscope", "torch", "transformers")]
         text, settings = self.text.fingerprint(), asdict(self.settings)
         content = [self.name, self.identity, text, settings, self.dtype, HAS_GPU, versions]
@@ -116,14 +116,14 @@ def make_text(
     split: str = "",
     limits: Limits,
 ) -> Text:
-    """Check what a visitor chose as the text; `file` is the content of one.
+    """Check the visitor's choice of a text; `file` is the content of an uploaded file.
 
     Raises:
-        Problem: nothing was given, too much, or a dataset's name that is none.
+        Problem: there is no text, too much text, or an invalid name of a dataset.
     """
     if kind == "pasted":
         if not pasted.strip():
-            raise Problem("text", "No text was pasted, or blanks alone. Paste some, or choose the embedded sample.")
+            raise Problem("text", "The pasted text is empty. Paste some text, or choose the embedded sample.")
         _require_length(len(pasted.encode("utf-8", "replace")), limits)
         return Text("pasted", pasted)
     if kind == "file":
@@ -135,32 +135,34 @@ def make_text(
         if not DATASET.fullmatch(name):
             raise Problem(
                 "text",
-                f"{name[:80]!a} is not a dataset's name. Give one such as Salesforce/wikitext:wikitext-2-v1.",
+                f"{name[:80]!a} is not the name of a dataset. Give one such as Salesforce/wikitext:wikitext-2-v1.",
             )
         for word in (column, split):
             if word and not WORD.fullmatch(word):
-                raise Problem("text", f"{word[:80]!a} is no column or split; leave it empty to have it found.")
+                raise Problem(
+                    "text", f"{word[:80]!a} is not a column or split; leave the field empty to choose it automatically."
+                )
         return Text("dataset", name, column or None, split or None)
     if kind == "sample":
         return SAMPLE
-    raise Problem("settings", f"{kind[:40]!a} is no kind of text; choose sample, pasted, file or dataset.")
+    raise Problem("settings", f"{kind[:40]!a} is not a type of text; choose sample, pasted, file or dataset.")
 
 
 def read_text_file(path: Path, limits: Limits) -> str:
     """Read an uploaded text.
 
     Raises:
-        Problem: it is gone, too large, empty or no text.
+        Problem: the file is deleted, too large, empty or not text.
     """
     try:
         _require_length(path.stat().st_size, limits)
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError as error:
-        raise Problem("text", "The text file is not there any more. Upload it again.") from error
+        raise Problem("text", "The text file has been deleted. Upload it again.") from error
     except UnicodeDecodeError as error:
         raise Problem("text", f"{path.name!a} is not UTF-8 text. Save it as plain text and upload it again.") from error
     if not text.strip():
-        raise Problem("text", f"{path.name!a} has no words in it. Upload a text of a few thousand words.")
+        raise Problem("text", f"{path.name!a} has no words. Upload a text of a few thousand words.")
     return text
 
 
@@ -175,10 +177,10 @@ def _require_length(length: int, limits: Limits) -> None:
 def choose_settings(
     scores: Sequence[str], tokens: int, block_size: int, *, layers: int, width: int, limits: Limits, bos: str = "auto"
 ) -> Settings:
-    """Choose how exactly to measure a model of so many layers and features on so many tokens.
+    """Choose the settings of the measurement for the model's shape and the number of tokens.
 
     Raises:
-        Problem: the choices are beyond the limits, or no scores.
+        Problem: a choice exceeds the limits, or no score is chosen.
     """
     if not 2 <= block_size <= limits.max_block_size:
         raise Problem("settings", f"Blocks of {block_size} tokens were asked for; choose 2 to {limits.max_block_size}.")
@@ -202,7 +204,7 @@ def choose_settings(
 
 
 def fitted(settings: Settings, facts: Mapping[str, Any], limits: Limits) -> Settings:
-    """The settings that the same choices give for a model whose facts are known by now."""
+    """The settings for the same choices, now that the facts of the model are known."""
     layers, width = facts.get("num_layers"), facts.get("hidden_size")
     if not layers or not width:
         return settings

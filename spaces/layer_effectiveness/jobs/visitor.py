@@ -1,4 +1,4 @@
-"""What a visitor gave, turned into a task or a report; and messages about jobs turned into words."""
+"""A visitor's input as a task or a report; and messages of jobs as words."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -37,17 +37,17 @@ class Choices:
         if self.bos not in BOS_CHOICES:
             raise Problem(
                 "settings",
-                f"{str(self.bos)[:40]!a} is no way to begin a block; choose one of {', '.join(BOS_CHOICES)}.",
+                f"{str(self.bos)[:40]!a} is not a choice for BOS; choose one of {', '.join(BOS_CHOICES)}.",
             )
         if self.dtype not in DTYPES:
             raise Problem(
-                "settings", f"{str(self.dtype)[:40]!a} is no precision; choose one of {', '.join(sorted(DTYPES))}."
+                "settings", f"{str(self.dtype)[:40]!a} is not a precision; choose one of {', '.join(sorted(DTYPES))}."
             )
 
 
 @dataclass(frozen=True)
 class Planned:
-    """A task, the shape of its model (a guess, where an archive hides it), and how many seconds it should take."""
+    """A task, the shape of its model (a guess if it is in an archive), and the estimated seconds."""
 
     task: Task
     shape: Shape
@@ -55,7 +55,7 @@ class Planned:
     is_known: bool = True
 
     def in_words(self) -> str:
-        """How long it should take, and of what."""
+        """The estimate in words: the model, the work and the time."""
         model = self.task.model
         size = f", {model.weight_bytes / 2**20:,.0f} MiB of weights" if isinstance(model, HubModel) else ""
         known = f": {self.shape.layers} layers{size}" if self.is_known else ""
@@ -71,7 +71,7 @@ def from_hub(
     """Plan the analysis of a model on the Hub.
 
     Raises:
-        Problem: there is no such model, it may not be read, is too large or not of a kind that is read here.
+        Problem: there is no such model, or it may not be read, is too large, or has an unsupported format.
     """
     model = look_up(name, revision.strip() or None, token, limits)
     parameters = model.weight_bytes / _bytes_a_weight(model.config)
@@ -84,10 +84,10 @@ def from_hub(
 
 
 def from_upload(paths: Sequence[str], choices: Choices, limits: Limits, estimator: Estimator) -> Planned:
-    """Plan the analysis of an upload; what is inside an archive is only looked at in the job's own process.
+    """Plan the analysis of an upload; an archive is only opened in the process of the job.
 
     Raises:
-        Problem: nothing that could be a model was uploaded.
+        Problem: the upload cannot be a model.
     """
     files = [Path(path) for path in paths]
     with still_there():
@@ -106,19 +106,19 @@ def from_upload(paths: Sequence[str], choices: Choices, limits: Limits, estimato
 
 @contextmanager
 def still_there() -> Iterator[None]:
-    """Tell a visitor that an uploaded file is gone: it is deleted when its analysis ends, or after an hour.
+    """Refuse an upload that has been deleted, at the end of its analysis or after an hour.
 
     Raises:
-        Problem: it is.
+        Problem: a file has been deleted.
     """
     try:
         yield
     except FileNotFoundError as error:
-        raise Problem("upload", "The uploaded files are not there any more. Upload them again.") from error
+        raise Problem("upload", "The uploaded files have been deleted. Upload them again.") from error
 
 
 def _uploaded_facts(files: Sequence[Path], limits: Limits, size: int) -> tuple[dict[str, Any], float]:
-    """The config and the number of weights of an upload; no config where it is inside an archive."""
+    """The config and the number of weights of an upload; no config if it is in an archive."""
     if files[0].suffix.lower() == ".gguf":
         counted, config = gguf_facts(files[0], limits)
         return config, float(counted)
@@ -130,7 +130,7 @@ def _uploaded_facts(files: Sequence[Path], limits: Limits, size: int) -> tuple[d
 
 
 def _pinned(text: Text) -> Text:
-    """A dataset's text with the commit that it is read at, so that results of an earlier one are not shown for it."""
+    """A dataset's text with its present commit, so that results of an earlier commit are not shown."""
     return replace(text, commit=dataset_commit(text.value.partition(":")[0])) if text.kind == "dataset" else text
 
 
@@ -138,7 +138,7 @@ def read_report(path: str | None, limits: Limits) -> LayerReport:
     """Read an uploaded report.
 
     Raises:
-        Problem: there is none, or it is too large, damaged or no report.
+        Problem: there is no file, or it is too large, damaged or not a report.
     """
     if not path:
         raise Problem("report", "No report was uploaded. Choose a .json file that depthscope analyze --out wrote.")
@@ -157,7 +157,7 @@ def read_report(path: str | None, limits: Limits) -> LayerReport:
 
 
 def progress_bar(stage: str, share: float, left: float | None = None) -> str:
-    """A bar with what is being done and about how long it still takes, as HTML."""
+    """A progress bar with the stage and the estimated time left, as HTML."""
     percent = round(100 * min(max(share, 0.0), 1.0))
     rest = f" · about {in_words(left)} left" if left is not None else ""
     return (
@@ -168,8 +168,8 @@ def progress_bar(stage: str, share: float, left: float | None = None) -> str:
 
 
 def failed(problem: Problem, *, partly: bool = False) -> str:
-    """Say what went wrong, as HTML."""
-    rest = " What was measured until then is below." if partly else ""
+    """A problem as HTML."""
+    rest = " The results so far are below." if partly else ""
     title = "Stopped" if problem.kind == "stopped" else "Not analysed"
     return f"<div class='ds-problem' role='alert'><strong>{title}.</strong> {escape(str(problem))}{rest}</div>"
 

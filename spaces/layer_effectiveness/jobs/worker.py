@@ -1,9 +1,9 @@
-"""What a job does, in a process of its own: fetch or unpack a model, load it, measure it stage by stage.
+"""The work of a job, in its own process: fetch or unpack a model, load it and measure it in stages.
 
-Everything that reads what a stranger made happens here, under limits on memory, time and files. What is found is told
-to `emit` as small JSON-like messages:
+All untrusted files are read here, with limits on memory, time and files. Results are passed to `emit` as small
+JSON-like messages:
 
-    {"event": "stage", "stage": ..., "share": 0.3}     what is being done, and the share of the whole that is done
+    {"event": "stage", "stage": ..., "share": 0.3}     the present stage, and the share of the whole that is done
     {"event": "partial", "report": "{...}"}            the report so far
     {"event": "done", "report": "{...}"}               the whole report
     {"event": "failed", "kind": ..., "message": ...}   see `safety.problems`
@@ -45,13 +45,13 @@ KINDS: dict[type[DepthscopeError], Kind] = {
     ModelLoadError: "broken_weights",
 }
 OUT_OF_MEMORY = (
-    "The model does not fit into the memory that a job has here. Choose fewer tokens or a smaller model, or analyse it "
-    "on your own machine: pip install depthscope."
+    "The model does not fit into the memory of a job of this Space. Choose fewer tokens or a smaller model, or analyse "
+    "it on your own machine: pip install depthscope."
 )
 
 
 def work(task: Task, folder: Path, limits: Limits, emit: Emit) -> None:
-    """Do a job in `folder`, and tell `emit` what comes of it; what a visitor can mend is told, not raised.
+    """Run a job in `folder` and pass its messages to `emit`; a `Problem` is sent as a message, not raised.
 
     The folder is empty, or holds the files of a model on the Hub in its folder `model`.
     """
@@ -72,11 +72,11 @@ def _measure(task: Task, folder: Path, limits: Limits, emit: Emit) -> None:
     tell("Downloading the model" if isinstance(task.model, HubModel) else "Checking the upload", 0.0)
     found = _files(task, folder / "model", limits)
     tell("Loading the model", LOADING)
-    from jobs.measuring import load, measure, read_text  # they bring torch and transformers
+    from jobs.measuring import load, measure, read_text  # they import torch and transformers
 
     loaded = load(task, found, limits)
     settings = task.settings
-    if not isinstance(task.model, HubModel):  # nobody has looked into the upload before
+    if not isinstance(task.model, HubModel):  # the upload has not been checked before
         settings = fitted(settings, loaded.facts, limits)
     tell("Reading the text", READING)
     if loaded.tokenizer is None:
@@ -102,7 +102,7 @@ def _files(task: Task, folder: Path, limits: Limits) -> Model:
 
 @contextmanager
 def _problems(folder: Path, task: Task) -> Iterator[None]:
-    """Turn depthscope's errors into a `Problem` that speaks of the model by the visitor's name for it."""
+    """Turn depthscope's errors into a `Problem` with the visitor's name for the model."""
     try:
         yield
     except (DepthscopeError, MemoryError, RuntimeError) as error:
@@ -126,7 +126,7 @@ def _is_about_memory(error: BaseException) -> bool:
 
 
 def _without_places(message: str, folder: Path, name: str) -> str:
-    """Name the model instead of the folder that it was unpacked into."""
+    """Replace the folder of the unpacked model by its name."""
     for place in (folder / "model" / "model.gguf", folder / "model"):
         message = message.replace(str(place), name)
     return message.replace(str(folder), "the job's folder")

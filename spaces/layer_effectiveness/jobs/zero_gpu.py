@@ -1,6 +1,6 @@
-"""Jobs on ZeroGPU, where a GPU is lent for the time of one decorated call, in a process that the platform makes.
+"""Jobs on ZeroGPU, which lends a GPU for one decorated call, in a process that the platform starts.
 
-Elsewhere nothing of this is used: jobs run in processes of our own (see `processes`).
+Elsewhere this module is not used: jobs run in our own processes (see `processes`).
 """
 
 import shutil
@@ -23,7 +23,7 @@ from safety.repository import HubModel, fetch
 __all__ = ["duration", "is_here", "run"]
 
 LONGEST = 120  # seconds of a loan; longer ones wait longer in the platform's queue
-SPEED_UP = 15.0  # of such a GPU over the two cores that estimates are made for
+SPEED_UP = 15.0  # of such a GPU over the two cores of the estimates
 STARTING_SECONDS = 20.0  # and for loading
 LOOK_SECONDS = 0.5
 STOP = "stop"  # a file: the process on the GPU shares nothing else with the app
@@ -40,14 +40,14 @@ def is_here() -> bool:
 
 
 def duration(task: Task, folder: str, limits: Limits) -> int:
-    """How many seconds a GPU is needed for a job, whose model has been downloaded before."""
+    """The seconds for which a job needs a GPU, after the download of its model."""
     downloading = task.model.total_bytes / DOWNLOAD_BYTES_A_SECOND if isinstance(task.model, HubModel) else 0.0
     measuring = max(0.0, task.seconds - downloading)
     return int(min(LONGEST, limits.max_job_seconds, STARTING_SECONDS + measuring / SPEED_UP))
 
 
 def run(task: Task, limits: Limits, stop: threading.Event) -> Iterator[dict[str, Any]]:
-    """Do a job on a lent GPU; as `processes.run`."""
+    """Run a job on a lent GPU; like `processes.run`."""
     folder = own_folder("job")
     over = threading.Event()
     threading.Thread(target=_pass_on, args=(stop, over, folder / STOP), daemon=True).start()
@@ -75,7 +75,7 @@ def lent() -> Any:
 
 
 def on_gpu(task: Task, folder: str, limits: Limits) -> Iterator[dict[str, Any]]:
-    """Do a job, and give its messages as they come."""
+    """Run a job and yield its messages."""
     from jobs.worker import work
 
     forget_owner()
@@ -102,7 +102,7 @@ def on_gpu(task: Task, folder: str, limits: Limits) -> Iterator[dict[str, Any]]:
 
 
 def _pass_on(stop: threading.Event, over: threading.Event, file: Path) -> None:
-    """Make a file of an event that another process must hear of."""
+    """Create a file as an event for another process."""
     while not over.is_set():
         if stop.wait(LOOK_SECONDS):
             if file.parent.is_dir():

@@ -1,1 +1,1 @@
-"""What a visitor sees and what a program calls, and the server that answers both."""
+"""The page for visitors, the endpoints for programs, and the server of both."""

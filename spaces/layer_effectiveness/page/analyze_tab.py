@@ -26,7 +26,7 @@ MOST_KEPT = 6  # reports of a visitor that Compare offers
 
 
 def build(service: Service, page: gr.Blocks, kept: gr.State) -> None:
-    """Draw the tab of a `page`; finished reports go into `kept`, a visitor's own list of JSON texts."""
+    """Draw the tab of a `page`; finished reports are appended to `kept`, a visitor's own list of JSON texts."""
     recent = gr.BrowserState([], storage_key="depthscope-recent", secret="depthscope")  # names only
     with gr.Row(equal_height=False):
         with gr.Column(scale=1, min_width=300):
@@ -43,7 +43,7 @@ def build(service: Service, page: gr.Blocks, kept: gr.State) -> None:
                 revision = gr.Textbox(
                     label="Revision",
                     placeholder="main",
-                    info="Branch, tag or commit; may stay empty",
+                    info="Branch, tag or commit; optional",
                     elem_id="revision",
                 )
             with gr.Group(visible=False) as upload_group:
@@ -65,15 +65,15 @@ def build(service: Service, page: gr.Blocks, kept: gr.State) -> None:
                     height=160,
                     elem_id="report",
                 )
-                gr.HTML("<p class='ds-caption ds-inside'>As <code>depthscope analyze --out</code> writes it.</p>")
+                gr.HTML("<p class='ds-caption ds-inside'>A file of <code>depthscope analyze --out</code>.</p>")
             panel = ChoicesPanel.build(service.limits, "analyze")
             estimated = gr.HTML(elem_id="estimate")
             buttons = StartStop.build("Analyze", "analyze", "stop")
             if service.offers_login:
                 gr.LoginButton(size="sm")
                 gr.HTML(
-                    "<p class='ds-caption'>Sign in to analyse gated models that you may read. Your token is used for "
-                    "the download alone, and never stored.</p>"
+                    "<p class='ds-caption'>Sign in to analyse gated models that you may read. Your token is used "
+                    "only for the download, and never stored.</p>"
                 )
         with gr.Column(scale=3, min_width=320):
             status = gr.HTML(_welcome(service), elem_id="status")
@@ -166,8 +166,8 @@ def _welcome(service: Service) -> str:
     return (
         "<div class='ds-welcome'><h2>Which layers of a language model do the work?</h2><p>Name a model on the Hub, or "
         "upload one, and press <strong>Analyze</strong>. Each layer is left out, replaced by an affine map and "
-        "swapped with others, and the page shows what that does to the model: which layers matter, which are near the "
-        f"identity, and what it costs to drop them.</p><p class='ds-caption'>Models of up to {largest:.3g} billion "
+        "swapped with others, and the page shows the effect on the model: which layers matter, which are near the "
+        f"identity, and the cost of leaving them out.</p><p class='ds-caption'>Models of up to {largest:.3g} billion "
         "parameters, in safetensors or GGUF. No code of a model is run. What you upload is deleted when its analysis "
         "ends.</p></div>"
     )

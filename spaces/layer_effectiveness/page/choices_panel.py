@@ -25,23 +25,23 @@ TEXTS = {
     "Text file": "file",
     "Hub dataset": "dataset",
 }
-BEGINNINGS = {"as the tokenizer begins a text": "auto", "with BOS": "yes", "with the text": "no"}
+BEGINNINGS = {"as the tokenizer does by default": "auto", "with BOS": "yes", "with the text": "no"}
 TOKENS, BLOCK_SIZES = (256, 512, 1024, 2048, 4096, 8192), (64, 128, 256, 512, 1024)
 DEFAULT_TOKENS, DEFAULT_BLOCK_SIZE = 512, 128
 
 
 @dataclass(frozen=True)
 class ChoicesPanel:
-    """The inputs, in the order in which `read` takes their values, and those that the time depends on."""
+    """The inputs, in the order of `read`'s arguments, and those on which the time depends."""
 
     inputs: list[gr.components.Component]
     costly: list[Any]  # those that the time depends on
 
     @classmethod
     def build(cls, limits: Limits, tab: str) -> "ChoicesPanel":
-        """Draw the panel into a tab of the Blocks that are being built."""
+        """Draw the panel into a tab of the present Blocks."""
         with gr.Accordion("Text, scores and precision", open=False):
-            gr.Markdown("The defaults suit most models. More tokens make the numbers surer, and take longer.")
+            gr.Markdown("The defaults suit most models. More tokens give smaller errors and take longer.")
             text = gr.Radio(list(TEXTS), value=next(iter(TEXTS)), label="Text to measure on")
             pasted = gr.Textbox(label="Your text", lines=5, visible=False, placeholder="A few thousand words")
             file = gr.File(
@@ -96,11 +96,11 @@ class ChoicesPanel:
         """Turn the inputs' values into choices.
 
         Raises:
-            Problem: they make no sense.
+            Problem: a value is invalid.
         """
         text, pasted, content, dataset, column, split, scores, tokens, block, dtype, bos = values
         if tokens is None or block is None:
-            raise Problem("settings", "Choose how many tokens to measure on, and how many are in a block.")
+            raise Problem("settings", "Choose the number of tokens, and the number per block.")
         chosen = make_text(
             TEXTS.get(text, str(text)),
             pasted=pasted or "",
@@ -114,17 +114,17 @@ class ChoicesPanel:
 
 
 def _up_to(most: int, choices: Sequence[int]) -> list[int]:
-    """The choices within a limit, and the limit itself where it lies below the largest of them."""
+    """The choices up to a limit, and the limit itself if it is below the largest choice."""
     return sorted({number for number in choices if number <= most} | {min(most, max(choices))})
 
 
 def default_block_size(limits: Limits) -> int:
-    """Tokens in a block, where nothing else is asked for: not more than there are tokens."""
+    """The default number of tokens per block: at most the number of tokens."""
     return min(DEFAULT_BLOCK_SIZE, limits.max_block_size, limits.max_tokens)
 
 
 def _taken(path: str | None, limits: Limits) -> tuple[str | None, Any]:
-    """Read an uploaded text and delete its file; one that is none is taken off the page, with a warning."""
+    """Read an uploaded text and delete its file; an invalid file is removed from the page, with a warning."""
     if not path:
         return None, gr.skip()
     try:

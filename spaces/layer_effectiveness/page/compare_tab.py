@@ -1,4 +1,4 @@
-"""The tab that sets two to six models or reports side by side."""
+"""The tab that compares two to six models or reports."""
 
 from collections.abc import AsyncIterator, Sequence
 from functools import partial
@@ -31,9 +31,9 @@ FEWEST, MOST = 2, 6
 def build(service: Service, kept: gr.State) -> None:
     """Draw the tab; `kept` holds the reports that the visitor made before."""
     gr.HTML(
-        "<p>Set two to six models side by side: reports, models that you have just analysed, and models on the Hub, "
-        "which are analysed one after the other. They are only comparable on the same text with the same settings; the "
-        "page says where they differ.</p>"
+        "<p>Compare two to six models: reports, models that you have just analysed, and models on the Hub, which are "
+        "analysed one after the other. They are only comparable on the same text with the same settings; the page "
+        "lists differences.</p>"
     )
     with gr.Row(equal_height=False):
         with gr.Column(scale=1, min_width=300):
@@ -53,7 +53,7 @@ def build(service: Service, kept: gr.State) -> None:
             )
             sweep = gr.Textbox(
                 label="Or a depth sweep",
-                info="The dataset of reports that depthscope push made of it",
+                info="The dataset of reports that depthscope push created",
                 placeholder="NAMESPACE/NAME",
                 elem_id="compare-sweep",
             )
@@ -155,12 +155,12 @@ def build(service: Service, kept: gr.State) -> None:
 
 
 def compared(reports: Sequence[LayerReport], sweep: Sweep | None = None) -> dict[str, Any]:
-    """What the page shows of a comparison: a title with warnings, figures and a table; of a sweep, all its models."""
+    """A comparison on the page: a title with warnings, figures and a table; for a sweep, all its models."""
     _require_count(len(reports))
     comparison = compare(reports)
     if not comparison.layer_scores:
         raise Problem(
-            "report", "The reports have no score of each layer in common. Analyse the models with the same scores."
+            "report", "No two of the reports share a score per layer. Analyse the models with the same scores."
         )
     depth = against_depth(
         of_reports(reports if sweep is None else sweep.trained), of_reports(sweep.untrained if sweep else ())

@@ -140,19 +140,19 @@ def build(service: Service) -> None:
         analyze,
         [model, revision, *measured],
         result,
-        "Measure how much every layer of a model on the Hub contributes; gives a LayerReport.",
+        "Measure how much every layer of a model on the Hub contributes; returns a LayerReport.",
     )
     _endpoint(
         "analyze_upload",
         analyze_upload,
         [upload, *measured],
         result,
-        "The same for an uploaded .zip of a save_pretrained folder, or a .gguf file.",
+        "Measure an uploaded model: a .zip of a save_pretrained folder, or a .gguf file.",
     )
     _endpoint(
-        "estimate", estimate, [model, revision, *measured], result, "How long an analysis would take, in seconds."
+        "estimate", estimate, [model, revision, *measured], result, "Estimate the time of an analysis in seconds."
     )
-    _endpoint("summarize", summarize, [report], words, "What a report shows, in words.")
+    _endpoint("summarize", summarize, [report], words, "Summarise a report in words.")
     _endpoint("stop", stop, [], None, "Stop this client's analyses.", queue=False)
 
 
@@ -165,10 +165,10 @@ def _endpoint(
 
 
 def require_arguments(name: str | None, inputs: Sequence[Any], given: Sequence[Any]) -> None:
-    """Refuse arguments of the endpoint `name` that are missing, null or of another kind than its `inputs` take.
+    """Refuse arguments of the endpoint `name` that are missing, null or of the wrong type for its `inputs`.
 
     Raises:
-        gr.Error: the message names the argument and says what is expected.
+        gr.Error: the message names the argument and the expected value.
     """
     if name not in NAMES:
         return

@@ -1,4 +1,4 @@
-"""The tab that explains the scores: what they mean, a depth sweep of ours and the paper's, what they cannot tell."""
+"""The tab that explains the scores: their meaning, our depth sweep and the paper's, and their limits."""
 
 import json
 from html import escape
@@ -18,13 +18,13 @@ PAPER = "https://arxiv.org/abs/2603.15389"
 LIMITS = (
     (
         "A layer at a time.",
-        "Two layers that can each be spared may not be spared together; the headline's run of layers is measured "
+        "Two layers that can each be left out may not be left out together; the headline's run of layers is measured "
         "together for that reason.",
     ),
     (
         "On one text.",
-        "Another text may need other layers. Measure on text like yours, and look at the standard errors, which are "
-        "over blocks of this text only.",
+        "Another text may need other layers. Measure on a text like yours. The standard errors cover blocks of this "
+        "text only.",
     ),
     (
         "Loss, not skill.",
@@ -33,17 +33,17 @@ LIMITS = (
     ),
     (
         "Dilution.",
-        "In a deeper model each layer has a smaller share of the work, so means over layers fall with depth even where "
-        "nothing is wasted. Look at sums and at the effective depth, too.",
+        "In a deeper model each layer has a smaller share of the work, so means over layers fall with depth even if "
+        "no layer is wasted. Look also at sums and at the effective depth.",
     ),
     (
         "The threshold.",
-        "Usefulness counts layers whose loss ratio passes 1.1. Small models have few; the ratios themselves say more.",
+        "Usefulness counts layers with a loss ratio above 1.1. Small models have few; compare the ratios themselves.",
     ),
     (
-        "An untrained model scores, too.",
-        "A random model has a high causal score (1.18 at 4 layers, 0.80 at 16), and hardly any permutation score. The "
-        "causal score alone is no proof of useful work.",
+        "An untrained model also has scores.",
+        "A random model has a high causal score (1.18 at 4 layers, 0.80 at 16), and a permutation score near zero. A "
+        "causal score alone does not prove useful work.",
     ),
 )
 
@@ -51,9 +51,9 @@ LIMITS = (
 def build() -> None:
     """Draw the tab."""
     gr.HTML(
-        "<h2>What is measured</h2><p>A transformer's layers read from and add to one stream of numbers, the residual "
-        "stream. In deep models its variance grows, so each later layer changes it less: the <em>curse of depth</em>. "
-        f"These scores say how much each layer does. They come from <a href='{PAPER}' target='_blank' "
+        "<h2>What is measured</h2><p>The layers of a transformer read from the residual stream and add to it. In deep "
+        "models its variance grows, so each later layer changes it less: the <em>curse of depth</em>. "
+        f"These scores measure the contribution of each layer. They come from <a href='{PAPER}' target='_blank' "
         "rel='noopener'>When Does Sparsity Mitigate the Curse of Depth in LLMs</a> and from work on pruning.</p>"
     )
     rows = "".join(

@@ -1,4 +1,4 @@
-"""Gradio's file input, without the empty file that it leaves for each upload."""
+"""Gradio's file input, without the empty file that it creates for each upload."""
 
 from typing import Any
 
@@ -9,10 +9,10 @@ __all__ = ["leave_no_empty_files"]
 
 
 def leave_no_empty_files() -> None:
-    """Let every `gr.File` pass on the path of an upload as it is.
+    """Let every `gr.File` pass on the path of an upload unchanged.
 
-    Gradio 6 makes an empty temporary file for each one that is passed on, and never deletes it. A subclass would lose
-    this where Gradio makes a component anew, and write a stub file beside its own source.
+    Gradio 6 creates an empty temporary file for each path that is passed on, and never deletes it. A subclass would not
+    work if Gradio creates a component again, and would write a stub file beside its own source.
     """
     gr.File._process_single_file = _path  # type: ignore[method-assign,assignment]
 
@@ -20,5 +20,5 @@ def leave_no_empty_files() -> None:
 def _path(component: gr.File, file: Any) -> str:
     if component.file_types and not is_valid_file(file.path, component.file_types):
         kinds = ", ".join(component.file_types)
-        raise gr.Error(f"upload: {(file.orig_name or 'The file')[:80]!a} is none of {kinds}.", print_exception=False)
+        raise gr.Error(f"upload: {(file.orig_name or 'The file')[:80]!a} is not one of {kinds}.", print_exception=False)
     return str(file.path)

@@ -21,20 +21,20 @@ __all__ = ["build", "launch_options"]
 
 HERE = Path(__file__).parent
 TITLE = "depthscope: which layers of a language model do the work?"
-CACHE_SECONDS = (600, 3600)  # uploads and downloads are looked through so often, and deleted at that age
+CACHE_SECONDS = (600, 3600)  # uploads and downloads are checked at this interval, and deleted at this age
 MOST_SESSIONS = 500  # that Gradio remembers, at 0.3 MB each; every call of a program may be one
 FONT = ["system-ui", "-apple-system", "Segoe UI", "sans-serif"]
 MONO = ["ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "monospace"]
 
 
 class Page(gr.Blocks):
-    """Blocks that take uploads only: Gradio itself would fetch any link given as a file, of whatever size."""
+    """Blocks that accept only uploads: Gradio itself would fetch any link given as a file, of any size."""
 
     async def preprocess_data(self, block_fn: Any, inputs: list[Any], *rest: Any, **options: Any) -> list[Any]:
-        """Refuse links and what no input takes, and go on as Gradio does.
+        """Refuse links and invalid values; otherwise behave like Gradio.
 
         Raises:
-            gr.Error: the message says what was expected; nothing is logged, as the mistake is the visitor's.
+            gr.Error: the message names the expected value; nothing is logged, because the error is the visitor's.
         """
         traverse(inputs, _refuse_link, is_file_obj_with_meta)
         endpoints.require_arguments(block_fn.api_name, block_fn.inputs, inputs)
@@ -43,15 +43,15 @@ class Page(gr.Blocks):
         except gr.Error:
             raise
         except InvalidPathError as error:
-            raise gr.Error("upload: The file is not among those uploaded here.", print_exception=False) from error
+            raise gr.Error("upload: The file was not uploaded to this Space.", print_exception=False) from error
         except (ComponentProcessingError, ValueError, TypeError, KeyError, AttributeError) as error:
             reason = str(error.__cause__ or error).partition("\n")[0][:200]
-            raise gr.Error(f"settings: What was sent cannot be read: {reason}", print_exception=False) from error
+            raise gr.Error(f"settings: The request cannot be read: {reason}", print_exception=False) from error
         return prepared
 
 
 def build(service: Service) -> gr.Blocks:
-    """Build the page of a service."""
+    """Build the page."""
     leave_no_empty_files()
     with Page(title=TITLE, analytics_enabled=False, delete_cache=CACHE_SECONDS) as page:
         gr.HTML(
@@ -80,14 +80,14 @@ def build(service: Service) -> gr.Blocks:
             service.stop(str(request.session_hash))
 
         page.unload(leave)
-    # Our own queue bounds what is worked on; Gradio's only has to hold the visitors that are told so.
-    # Every answer is read from a stream, as on the Hub: who only posts and waits could not be told from who has left.
+    # Our own queue limits the work; Gradio's queue only holds the visitors.
+    # Every answer is read from a stream, as on the Hub: otherwise a waiting visitor looks like one who has left.
     page.queue(max_size=None, default_concurrency_limit=16, api_open=False)
     return page
 
 
 def launch_options(service: Service) -> dict[str, Any]:
-    """What `launch` of the page is called with, wherever it runs."""
+    """The arguments of the page's `launch`."""
     style, narrow, script = (
         (HERE / name).read_text(encoding="utf-8") for name in ("style.css", "narrow.css", "page.js")
     )
@@ -108,12 +108,12 @@ def launch_options(service: Service) -> dict[str, Any]:
 
 def _refuse_link(file: dict[str, Any]) -> dict[str, Any]:
     if is_http_url_like(str(file.get("path"))):
-        raise gr.Error("upload: Links are not fetched here. Upload the file itself.", print_exception=False)
+        raise gr.Error("upload: Links are not accepted. Upload the file itself.", print_exception=False)
     return file
 
 
 def _theme() -> gr.themes.Base:
-    """Gradio's plainest theme, with fonts of the visitor's own and enough contrast for everybody."""
+    """Gradio's plainest theme, with the visitor's own fonts and sufficient contrast."""
     theme = gr.themes.Base(primary_hue="blue", neutral_hue="slate", font=FONT, font_mono=MONO, radius_size="sm")
     return theme.set(
         block_info_text_color="*neutral_600",
@@ -141,6 +141,6 @@ def _limits(service: Service) -> str:
     limits = service.limits
     return (
         f"Limits here: models of {limits.max_parameters / 1e9:.3g} billion parameters, uploads of "
-        f"{limits.max_upload_bytes / 2**30:.3g} GiB, {limits.max_tokens:,} tokens, {limits.max_job_seconds} seconds a "
-        f"job, {limits.max_jobs} at once, {limits.max_waiting} waiting."
+        f"{limits.max_upload_bytes / 2**30:.3g} GiB, {limits.max_tokens:,} tokens, {limits.max_job_seconds} seconds "
+        f"per job, {limits.max_jobs} at once, {limits.max_waiting} waiting."
     )

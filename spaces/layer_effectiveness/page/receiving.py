@@ -1,4 +1,4 @@
-"""Uploads as they arrive: one that stops in the middle is given up, and nothing of it stays."""
+"""Uploads in transfer: one that stalls is aborted, and its files are removed."""
 
 import os
 import re
@@ -14,14 +14,14 @@ from jobs.queue import DESERTED_SECONDS
 __all__ = ["Receiving"]
 
 UPLOAD = re.compile(r"/upload/?$")
-UNFINISHED = "tmp*"  # how the parser names a file that it has not read to its end
+UNFINISHED = "tmp*"  # the parser's name for an incomplete file
 
 
 class Receiving:
-    """A layer around the server's program (ASGI) that gives up uploads which do not go on.
+    """A layer around the server's program (ASGI) that aborts stalled uploads.
 
-    Gradio's parser removes the files that it has begun where it is told so by its own exception; what it leaves of
-    forms that are none is removed when no upload is on its way.
+    Gradio's parser removes its incomplete files on its own exception. Files of invalid forms are removed when no upload
+    is in transfer.
     """
 
     def __init__(self, app: Any) -> None:
@@ -43,7 +43,7 @@ class Receiving:
                 with anyio.fail_after(DESERTED_SECONDS):
                     message = await receive()
             except TimeoutError:
-                raise MultiPartException(f"The upload stood still for {DESERTED_SECONDS:g} seconds.") from None
+                raise MultiPartException(f"The upload stalled for {DESERTED_SECONDS:g} seconds.") from None
             if message["type"] == "http.disconnect":
                 raise MultiPartException("The upload was cut off.")
             is_read = not message.get("more_body", False)

@@ -1,4 +1,4 @@
-"""The Space's process from its start to its end: told to end, it leaves neither its port, nor a process, nor a file."""
+"""The process of the Space: at its end it frees its port, ends its processes and removes its files."""
 
 import os
 import signal
@@ -16,11 +16,11 @@ from jobs.service import Service
 __all__ = ["serve"]
 
 ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # Ctrl-C; systemd and docker stop; a closed terminal
-CLOSING_SECONDS = 2.0  # for jobs to be ended, and for whoever still reads an answer
+CLOSING_SECONDS = 2.0  # for jobs to end, and for visitors who still read an answer
 
 
 class _Told(BaseException):
-    """A signal that ends the Space; no `except Exception` of a library keeps it."""
+    """A signal that ends the Space; no `except Exception` of a library catches it."""
 
     def __init__(self, number: int) -> None:
         super().__init__()
@@ -28,13 +28,13 @@ class _Told(BaseException):
 
 
 def serve(page: gr.Blocks, service: Service, options: dict[str, Any]) -> NoReturn:
-    """Serve a page until a signal says that it should end, and then end by that signal."""
+    """Serve a page until a signal arrives, and then end with that signal."""
 
     def tell(number: int, frame: Any) -> NoReturn:
         raise _Told(number)
 
     for number in ENDING:
-        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup wants to be left alone
+        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores this signal on purpose
             signal.signal(number, tell)
     try:
         page.launch(prevent_thread_lock=True, **options)
@@ -43,7 +43,7 @@ def serve(page: gr.Blocks, service: Service, options: dict[str, Any]) -> NoRetur
     except _Told as told:
         for number in ENDING:  # a second one ends it at once
             signal.signal(number, signal.SIG_DFL)
-        print("The page is not served any more.", file=sys.stderr, flush=True)
+        print("The page is no longer served.", file=sys.stderr, flush=True)
         _close(page, service)
         _end_by(told.number)
 
@@ -63,7 +63,7 @@ def _close(page: gr.Blocks, service: Service) -> None:
 
 
 def _end_by(number: int) -> NoReturn:
-    """End as whoever has sent the signal expects, without waiting for threads that still read from the Hub."""
+    """End by the signal itself, without waiting for threads that still read from the Hub."""
     sys.stdout.flush()
     os.kill(os.getpid(), number)
-    os._exit(128 + number)  # the first process of a container is not ended by a signal of its own
+    os._exit(128 + number)  # the first process of a container is not ended by its own signal

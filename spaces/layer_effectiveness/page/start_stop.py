@@ -1,4 +1,4 @@
-"""The two buttons of a tab that starts analyses: one starts, the other stops what the visitor started."""
+"""The two buttons of a tab: one starts an analysis, the other stops it."""
 
 import logging
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -15,9 +15,9 @@ __all__ = ["QUIETLY", "StartStop", "with_token"]
 
 logger = logging.getLogger(__name__)
 
-# How the page's own events are bound: no name among the endpoints, no veil over what they change.
+# The options of the page's own events: not among the endpoints, and no overlay over their outputs.
 QUIETLY: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
-BROKEN = Problem("crashed", "The page could not go on with this. The log of this Space says why.")
+BROKEN = Problem("crashed", "The page could not continue. The log of this Space has the cause.")
 Work = Callable[[Visit, str | None, tuple[Any, ...]], AsyncIterator[dict[Any, Any]]]
 
 
@@ -38,25 +38,25 @@ class StartStop:
 
     @property
     def busy(self) -> dict[Any, Any]:
-        """The change that lets the visitor stop."""
+        """The update that enables Stop."""
         return {self.start: gr.update(interactive=False), self.stop: gr.update(interactive=True)}
 
     @property
     def idle(self) -> dict[Any, Any]:
-        """The change that lets the visitor start."""
+        """The update that enables Start."""
         return {self.start: gr.update(interactive=True), self.stop: gr.update(interactive=False)}
 
     def bind(
         self, service: Service, work: Work, inputs: Sequence[Any], status: gr.HTML, outputs: Sequence[Any]
     ) -> None:
-        """Start `work`, whose changes are shown as they come, and stop what the same visitor has begun.
+        """Bind the buttons: one starts `work` and shows its updates, the other stops all work of the visitor.
 
         Args:
-            service: where the jobs are.
-            work: takes the visit, the token of a visitor who has signed in, and the values of `inputs`.
-            inputs: what `work` reads.
-            status: where it is said that something broke which nobody expected.
-            outputs: what `work` changes, besides these.
+            service: the service that runs the jobs.
+            work: called with the visit, the token of a visitor who has signed in, and the values of `inputs`.
+            inputs: the inputs of `work`.
+            status: the output for unexpected errors.
+            outputs: the other outputs of `work`.
         """
 
         async def guarded(owner: str, token: str | None, values: tuple[Any, ...]) -> AsyncIterator[dict[Any, Any]]:
@@ -64,7 +64,7 @@ class StartStop:
                 with service.visit(owner) as visit:
                     async for change in work(visit, token, values):
                         yield change
-            except Exception:  # the visitor must be able to go on, whatever it is
+            except Exception:  # after any error the visitor must be able to continue
                 logger.exception("The page could not go on.")
                 yield {**self.idle, status: failed(BROKEN)}
 
@@ -78,7 +78,7 @@ class StartStop:
 
 
 def with_token(service: Service, work: Callable[[str, str | None, tuple[Any, ...]], AsyncIterator[Any]]) -> Any:
-    """Bind `work` to an event: it is called with who the visitor is, their token if they signed in, and the values."""
+    """Bind `work` to an event; it is called with the visitor, their token if they signed in, and the values."""
 
     async def signed_in(request: gr.Request, oauth: gr.OAuthToken | None, *values: Any) -> AsyncIterator[Any]:
         async for change in work(str(request.session_hash), oauth.token if oauth else None, values):

@@ -1,1 +1,1 @@
-"""What a stranger may ask and give: the limits, the problems, and the checks of files before anything loads them."""
+"""Safety: the limits, the problems, and the checks of untrusted files before they are loaded."""

@@ -1,7 +1,7 @@
-"""Unpacking a .zip from a stranger into a fresh folder, with no path, link or size surprise.
+"""Unpacking an untrusted .zip into a new folder, with checks of paths, links and sizes.
 
-Only the files that a model is made of are written, under names that this module chooses; everything else in the
-archive is counted, checked and left there.
+Only the files of a model are written, under names that this module chooses. Everything else in the archive is counted
+and checked, but not unpacked.
 """
 
 import stat
@@ -17,11 +17,11 @@ from safety.problems import NO_ROOM, Problem, no_room, too_large
 __all__ = ["unpack"]
 
 CHUNK = 1 << 20
-SMALL = 1 << 20  # below this a high ratio is no bomb: JSON and empty files pack well
+SMALL = 1 << 20  # below this size a high ratio is harmless: JSON and empty files compress well
 PLAIN = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 END, END_SIZE, LONGEST_COMMENT = b"PK\x05\x06", 22, 1 << 16
 ZIP64_LOCATOR, ZIP64_LOCATOR_SIZE, ZIP64_SIZE = b"PK\x06\x07", 20, 56
-DIRECTORY_BYTES_A_FILE = 4096  # more than any honest entry of the central directory takes
+DIRECTORY_BYTES_A_FILE = 4096  # more than any valid entry of the central directory has
 JUNK = ("__MACOSX/", ".git/", ".ipynb_checkpoints/")
 ENCRYPTED = 0x1
 LONGEST_NAME = 255  # bytes, which is what file systems take
@@ -31,7 +31,8 @@ def unpack(archive: Path, folder: Path, limits: Limits) -> None:
     """Write the files of the one model in `archive` into `folder`, flat.
 
     Raises:
-        Problem: the archive is damaged, hostile or too large, or holds no model or several; the message says which.
+        Problem: the archive is damaged, hostile or too large, or holds no model or several; the message names the
+        cause.
     """
     _refuse_huge_directory(archive, limits)
     try:
@@ -43,13 +44,11 @@ def unpack(archive: Path, folder: Path, limits: Limits) -> None:
         if isinstance(error, OSError) and error.errno in NO_ROOM:
             raise no_room() from error
         reason = getattr(error, "strerror", None) or error  # without the paths here
-        raise Problem(
-            "upload", f"{archive.name} is not a .zip file that can be read ({reason}). Pack it again."
-        ) from error
+        raise Problem("upload", f"{archive.name} is not a readable .zip file ({reason}). Pack it again.") from error
 
 
 def _refuse_huge_directory(archive: Path, limits: Limits) -> None:
-    """Look at the size of the central directory before Python reads it into memory, entry by entry."""
+    """Check the size of the central directory before Python reads it into memory."""
     size = archive.stat().st_size
     with archive.open("rb") as file:
         file.seek(max(0, size - END_SIZE - LONGEST_COMMENT - ZIP64_LOCATOR_SIZE - ZIP64_SIZE))
@@ -58,7 +57,7 @@ def _refuse_huge_directory(archive: Path, limits: Limits) -> None:
     if place < 0 or len(tail) - place < END_SIZE:
         raise Problem("upload", f"{archive.name} is not a .zip file, or it is cut off. Pack and upload it again.")
     count, directory = struct.unpack("<10xHI", tail[place : place + 16])
-    if tail[:place][-ZIP64_LOCATOR_SIZE:].startswith(ZIP64_LOCATOR):  # its numbers are the ones that Python believes
+    if tail[:place][-ZIP64_LOCATOR_SIZE:].startswith(ZIP64_LOCATOR):  # Python uses its numbers
         record = tail[:place][-ZIP64_LOCATOR_SIZE - ZIP64_SIZE :]
         count, directory = struct.unpack("<32xQQ", record[:48]) if len(record) > ZIP64_SIZE else (2**64, 2**64)
     if count > limits.max_files or directory > limits.max_files * DIRECTORY_BYTES_A_FILE:
@@ -74,7 +73,7 @@ def _too_many(name: str, limits: Limits) -> Problem:
 
 
 def _checked_entries(opened: zipfile.ZipFile, limits: Limits) -> list[tuple[zipfile.ZipInfo, PurePosixPath]]:
-    """The files of an archive; refuses the whole archive for one that an honest program would not have written."""
+    """The files of an archive; the whole archive is refused if an entry is suspicious."""
     entries = opened.infolist()
     if len(entries) > limits.max_files:
         raise _too_many(Path(str(opened.filename)).name, limits)
@@ -106,7 +105,7 @@ def _checked_path(entry: zipfile.ZipInfo, limits: Limits) -> PurePosixPath:
     if hostile:
         raise Problem(
             "upload",
-            f"The archive holds a file with the path {_shown(entry)}, which does not stay inside it or is no plain "
+            f"The archive holds a file with the path {_shown(entry)}, which leads outside or is not a plain "
             "name. Pack the model's folder again.",
         )
     if len(path.parts) > limits.max_folders + 1:
@@ -142,7 +141,7 @@ def _choose(entries: list[tuple[zipfile.ZipInfo, PurePosixPath]], name: str) -> 
     entries = [(entry, path) for entry, path in entries if not str(path).startswith(JUNK) and path.name[0] != "."]
     homes = sorted({path.parent for _, path in entries if path.name == "config.json"}, key=str)
     if len(homes) > 1:
-        # A model beside its own training checkpoints, which lie in folders below it.
+        # A model with its own training checkpoints in folders below it.
         above = [home for home in homes if all(home in other.parents or home == other for other in homes)]
         if not above:
             listed = ", ".join(map(str, homes[:4]))
@@ -163,7 +162,7 @@ def _choose(entries: list[tuple[zipfile.ZipInfo, PurePosixPath]], name: str) -> 
 
 
 def _write(opened: zipfile.ZipFile, entry: zipfile.ZipInfo, target: Path) -> None:
-    """Write one file, no further than the archive said it was large."""
+    """Write one file, up to the size stated in the archive."""
     left = entry.file_size
     with opened.open(entry) as source, target.open("xb") as file:
         while chunk := source.read(min(CHUNK, left + 1)):
@@ -176,6 +175,6 @@ def _write(opened: zipfile.ZipFile, entry: zipfile.ZipInfo, target: Path) -> Non
 
 
 def _shown(entry: zipfile.ZipInfo) -> str:
-    """A file's name that can do nothing to a page or a terminal."""
+    """A file name that is safe for a page and a terminal."""
     name = entry.orig_filename
     return ascii(name if len(name) <= 80 else f"{name[:79]}...")

@@ -1,6 +1,6 @@
-"""Reading a stranger's config.json and tokenizer files: bounded, without anything that names code or other places.
+"""Reading an untrusted config.json and tokenizer files, with limits, and without fields that name code or other places.
 
-The numbers are checked before a model is built from them, which alone could take hours or all memory.
+The numbers are checked before a model is built from them, because building it could take hours or all memory.
 """
 
 import json
@@ -37,7 +37,7 @@ MOST_FIELDS = 200_000
 LARGEST_NUMBER = 2**40
 MOST_EXPERTS = 65_536  # in all layers together
 LAYER_FIELDS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_blocks", "block_count")
-# What no model of the sizes that a Space takes goes beyond, by a word in the field's name.
+# Limits for models of the sizes that a Space accepts, by a word in the field's name.
 LARGEST = {
     "hidden_size": 65_536,
     "n_embd": 65_536,
@@ -70,15 +70,15 @@ class Sizes(dict[str, int]):
     """The numbers of a config, by the last part of their names."""
 
     def first(self, *names: str) -> int | None:
-        """The first of the fields that is there."""
+        """The first of the fields that exists."""
         return next((self[name] for name in names if name in self), None)
 
 
 def clean_config(path: Path, limits: Limits) -> dict[str, Any]:
-    """Check config.json and write it back without what names code or other places; gives its content.
+    """Check config.json, write it back without fields that name code or other places, and return its content.
 
     Raises:
-        Problem: it is no JSON object, or a number in it is absurd.
+        Problem: it is not a JSON object, or a number in it is absurd.
     """
     content = read_object(path, limits.max_json_bytes, "broken_config")
     cleaned = _without_unsafe(content)
@@ -87,7 +87,7 @@ def clean_config(path: Path, limits: Limits) -> dict[str, Any]:
         method = ascii(str(quantization.get("quant_method"))[:40])
         raise Problem(
             "broken_config",
-            f"The model is quantised ({method}), which this Space cannot load. Give the model that it was made from, "
+            f"The model is quantised ({method}), which this Space cannot load. Give the original model, "
             "or a GGUF file.",
         )
     path.write_text(json.dumps(cleaned), encoding="utf-8")
@@ -95,10 +95,10 @@ def clean_config(path: Path, limits: Limits) -> dict[str, Any]:
 
 
 def clean_tokenizer(folder: Path, limits: Limits) -> None:
-    """Check the sizes of a tokenizer's files, and take out of its settings what names code or other files.
+    """Check the sizes of a tokenizer's files, and remove settings that name code or other files.
 
     Raises:
-        Problem: a file is too large or no JSON.
+        Problem: a file is too large or not JSON.
     """
     for path in sorted(folder.iterdir()):
         if path.name == "tokenizer_config.json":
@@ -116,14 +116,14 @@ def read_object(path: Path, most_bytes: int, kind: Any) -> dict[str, Any]:
     """Read a JSON object of at most `most_bytes` bytes.
 
     Raises:
-        Problem: (of the given `kind`) the file is too large, no JSON, nested too deep, or no object.
+        Problem: (of the given `kind`) the file is too large, not JSON, nested too deeply, or not an object.
     """
     if path.stat().st_size > most_bytes:
         raise too_long(kind, path.name, most_bytes)
     try:
         content = json.loads(path.read_bytes())
     except RecursionError as error:
-        raise Problem(kind, f"{path.name} is nested too deep to be what its name says.") from error
+        raise Problem(kind, f"{path.name} is nested too deeply.") from error
     except ValueError as error:  # bad JSON, bad UTF-8, a number of too many digits
         raise Problem(kind, f"{path.name} is not valid JSON ({str(error)[:120]}). Save the model again.") from error
     if not isinstance(content, dict):
@@ -132,30 +132,28 @@ def read_object(path: Path, most_bytes: int, kind: Any) -> dict[str, Any]:
 
 
 def require_sane_numbers(content: dict[str, Any], name: str, limits: Limits) -> Sizes:
-    """Refuse a config whose numbers no model of this Space's size has; gives the numbers.
+    """Refuse a config with numbers beyond those of any accepted model; return the numbers.
 
     Raises:
-        Problem: a number is absurd, or the config is nested too deep or too long.
+        Problem: a number is absurd, or the config is nested too deeply or too long.
     """
     sizes = Sizes()
     for count, (field, value, level) in enumerate(_numbers(content, "", 0)):
         if count > MOST_FIELDS or level > MOST_LEVELS:
-            raise Problem("broken_config", f"{name} is nested too deep or too long to be a model's config.")
+            raise Problem("broken_config", f"{name} is nested too deeply or too long for the config of a model.")
         if not isinstance(value, int) or isinstance(value, bool):
             continue
         largest = limits.max_layers if field in LAYER_FIELDS else LARGEST.get(field, LARGEST_NUMBER)
         if abs(value) > largest or (value < 0 and (field in LARGEST or field in LAYER_FIELDS)):
             raise Problem(
                 "broken_config",
-                f"{field} in {name} is {_shown(value)}, and at most {largest:,} is taken here. Mend the config, or "
-                "analyse the model on your own machine: pip install depthscope.",
+                f"{field} in {name} is {_shown(value)}, but this Space accepts at most {largest:,}. Repair the config, "
+                "or analyse the model on your own machine: pip install depthscope.",
             )
         sizes.setdefault(field, value)
     experts = sizes.first("num_experts", "num_local_experts", "n_routed_experts", "expert_count") or 1
     if experts * (sizes.first(*LAYER_FIELDS) or 1) > MOST_EXPERTS:
-        raise Problem(
-            "broken_config", f"{name} describes more than {MOST_EXPERTS:,} experts, more than are taken here."
-        )
+        raise Problem("broken_config", f"{name} describes more than {MOST_EXPERTS:,} experts, the limit of this Space.")
     return sizes
 
 

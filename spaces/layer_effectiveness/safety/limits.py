@@ -1,4 +1,4 @@
-"""What one visitor may ask of this Space; its owner sets each limit by an environment variable.
+"""The limits for visitors; the owner of the Space sets each with an environment variable.
 
 `Limits.from_environment()` reads `DEPTHSCOPE_SPACE_<FIELD>`, such as DEPTHSCOPE_SPACE_MAX_PARAMETERS=3e9. The defaults
 fit a Space on free hardware: two cores, 16 GB of memory.
@@ -26,9 +26,9 @@ class Limits:
         max_upload_bytes: bytes of an upload as it arrives.
         max_unpacked_bytes: bytes of an upload when it is unpacked.
         max_files: files in an upload, or of a model on the Hub.
-        max_ratio: by how much a file in an archive may shrink when packed; weights shrink little.
+        max_ratio: the largest compression ratio of a file in an archive; weights compress little.
         max_folders: folders inside each other in an archive.
-        max_json_bytes: bytes of a JSON file that is no tokenizer.
+        max_json_bytes: bytes of a JSON file, except a tokenizer's.
         max_tokenizer_bytes: bytes of a tokenizer's file.
         max_header_bytes: bytes of the header of a safetensors or GGUF file.
         max_report_bytes: bytes of an uploaded report.
@@ -36,12 +36,12 @@ class Limits:
         max_layers: decoder layers.
         max_tokens: tokens to measure on.
         max_block_size: tokens in a block.
-        max_job_bytes: memory of one job; 0 takes a share of the machine's.
+        max_job_bytes: memory of one job; 0 is a share of the machine's memory.
         max_job_seconds: time of one job.
         max_jobs: jobs at once.
         max_waiting: jobs that wait for their turn.
         max_jobs_per_visitor: jobs of one visitor that wait or run.
-        max_results: results that are kept for who asks the same again.
+        max_results: results that are cached for equal tasks.
     """
 
     max_parameters: int = 2_000_000_000
@@ -72,7 +72,7 @@ class Limits:
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] | None = None) -> "Limits":
-        """Read the limits from environment variables; what is not set keeps its default.
+        """Read the limits from environment variables; a limit that is not set has its default.
 
         Raises:
             ValueError: a variable is not a positive whole number; the message names it.

@@ -1,4 +1,4 @@
-"""Which files a model is made of: nothing else is unpacked, downloaded or read."""
+"""The files of a model: no other file is unpacked, downloaded or read."""
 
 import re
 

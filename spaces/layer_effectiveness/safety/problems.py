@@ -1,4 +1,4 @@
-"""What can go wrong for a visitor: one exception, a kind for programs and a message for people."""
+"""The problems of visitors: one exception with a kind for programs and a message for people."""
 
 import errno
 from typing import Literal, get_args
@@ -33,10 +33,10 @@ KINDS: tuple[Kind, ...] = get_args(Kind)
 
 
 class Problem(Exception):
-    """Something that the visitor, or else the Space's owner, can mend; the message says how.
+    """A problem that the visitor or the Space's owner can solve; the message says how.
 
     Attributes:
-        kind: which of `KINDS`.
+        kind: one of `KINDS`.
     """
 
     def __init__(self, kind: Kind, message: str) -> None:
@@ -45,26 +45,26 @@ class Problem(Exception):
 
 
 def too_long(kind: Kind, what: str, most_bytes: int) -> Problem:
-    """A file of more bytes than are read of one of its kind."""
-    return Problem(kind, f"{what} is larger than {most_bytes / 2**20:g} MiB, the most that is read here.")
+    """A problem for a file that is larger than the limit for its type."""
+    return Problem(kind, f"{what} is larger than {most_bytes / 2**20:g} MiB, the limit of this Space.")
 
 
 def too_large(what: str, most_bytes: int) -> Problem:
-    """A model of more bytes than are taken."""
+    """A problem for a model that is larger than the limit."""
     return Problem(
         "too_large",
-        f"{what} is larger than {most_bytes / 2**30:.3g} GiB, the most that this Space takes. Analyse the model on "
+        f"{what} is larger than {most_bytes / 2**30:.3g} GiB, the limit of this Space. Analyse the model on "
         "your own machine: pip install depthscope.",
     )
 
 
 def stopped() -> Problem:
-    """What a visitor is told who pressed Stop."""
+    """The problem of a visitor who pressed Stop."""
     return Problem("stopped", "Stopped, as you asked.")
 
 
 def no_room() -> Problem:
-    """What is told where the Space cannot write what a visitor has sent or asked for."""
+    """The problem if the disk of the Space is full."""
     return Problem(
         "crashed",
         "This Space has no room left on its disk for the model. Try again later, or analyse it on your own machine: "
@@ -73,7 +73,7 @@ def no_room() -> Problem:
 
 
 def deserted(seconds: float) -> Problem:
-    """What is told to a program that comes back for an answer after it has not read for so many seconds."""
+    """The problem of a program that returns for its answer after it has not read for so many seconds."""
     return Problem(
         "stopped",
         f"Nobody read the answer for {seconds:g} seconds, so the analysis was stopped. Start it again, and read while "

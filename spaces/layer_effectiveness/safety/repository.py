@@ -1,7 +1,7 @@
-"""A model on the Hugging Face Hub: what can be said before anything large is downloaded, and then the download.
+"""A model on the Hugging Face Hub: checks before the download, and the download.
 
-Sizes come from the Hub's metadata. Only the files that a model is made of are fetched, into the job's own folder; what
-the Space's owner preloads into the cache is taken from there.
+Sizes come from the Hub's metadata. Only the files of a model are fetched, into the job's own folder; files that the
+Space's owner preloads are taken from the cache.
 """
 
 import tempfile
@@ -45,14 +45,14 @@ class HubModel:
     total_bytes: int
     weight_bytes: int
     config: dict[str, Any]
-    restricted: bool  # private or gated: its results are shown to nobody else
+    restricted: bool  # private or gated: its results are not shown to others
 
 
 def look_up(name: str, revision: str | None, token: str | None, limits: Limits) -> HubModel:
-    """Ask the Hub for a model's commit, files and config, and refuse what this Space cannot take.
+    """Ask the Hub for a model's commit, files and config, and refuse a model beyond the limits.
 
     Raises:
-        Problem: no such model, gated, unreachable, too large, no safetensors, no config; the message says which.
+        Problem: the model does not exist, is gated, unreachable or too large, or has no safetensors or config.
     """
     name = _checked_name(name)
     with hub_problems(name, revision, token):
@@ -79,7 +79,7 @@ def fetch(model: HubModel, folder: Path, token: str | None) -> None:
     """Download a model's files into `folder`.
 
     Raises:
-        Problem: the Hub refuses, or cannot be reached.
+        Problem: the Hub refuses the download, or cannot be reached.
     """
     with hub_problems(model.name, model.sha, token):
         snapshot_download(
@@ -93,17 +93,15 @@ def fetch(model: HubModel, folder: Path, token: str | None) -> None:
 
 
 def dataset_commit(name: str) -> str:
-    """The commit that a dataset is at, as far as everybody may see it.
+    """The present commit of a public dataset.
 
     Raises:
-        Problem: there is none of that name, or the Hub cannot be reached.
+        Problem: there is no such dataset, or the Hub cannot be reached.
     """
     try:
         return str(HfApi(token=False).dataset_info(name, timeout=REACH_SECONDS).sha)
     except (RepositoryNotFoundError, HFValidationError) as error:
-        raise Problem(
-            "text", f"There is no dataset {name!a} on the Hub that everybody may read. Check the spelling."
-        ) from error
+        raise Problem("text", f"There is no public dataset {name!a} on the Hub. Check the spelling.") from error
     except (HfHubHTTPError, HTTPError, ConnectionError, TimeoutError) as error:
         raise _unreachable(name) from error
 
@@ -116,35 +114,40 @@ def _checked_name(name: str) -> str:
     except HFValidationError as error:
         raise Problem(
             "no_such_model",
-            f"{name[:80]!a} is not the id of a model. Give one such as HuggingFaceTB/SmolLM2-135M.",
+            f"{name[:80]!a} is not the id of a model. Give an id such as HuggingFaceTB/SmolLM2-135M.",
         ) from error
     if not name:
-        raise Problem("no_such_model", "No model was named. Give the id of one, such as HuggingFaceTB/SmolLM2-135M.")
+        raise Problem(
+            "no_such_model", "No model was given. Give the id of a model, such as HuggingFaceTB/SmolLM2-135M."
+        )
     return name
 
 
 def _files_to_fetch(name: str, sizes: dict[str, int], limits: Limits) -> list[str]:
     weights = [file for file in sizes if is_weights(file)]
     if "adapter_config.json" in sizes and not weights:
-        raise Problem("no_safetensors", f"{name} is an adapter. Name its base model, or one that it was merged into.")
+        raise Problem(
+            "no_safetensors", f"{name} is an adapter. Give its base model, or a model with the adapter merged."
+        )
     if CONFIG not in sizes:
         ggufs = any(file.lower().endswith(GGUF) for file in sizes)
         hint = (
             "It holds GGUF files: download one and upload it here."
             if ggufs
-            else "Name a model saved with transformers."
+            else "Give a model saved with transformers."
         )
         raise Problem("broken_config", f"{name} has no config.json, so transformers cannot load it. {hint}")
     if not weights:
-        what = "only pickles, which can run code that is hidden in them" if any(map(is_pickle, sizes)) else "no weights"
+        what = "only pickles, which can run hidden code" if any(map(is_pickle, sizes)) else "no weights"
         raise Problem(
-            "no_safetensors", f"{name} holds {what}; safetensors weights are needed. Name another version of it."
+            "no_safetensors",
+            f"{name} holds {what}; but safetensors weights are needed. Give another version of the model.",
         )
-    if WEIGHTS in weights:  # what transformers takes, whatever else is there
+    if WEIGHTS in weights:  # the file that transformers uses
         weights = [WEIGHTS]
     files = [file for file in sizes if is_model_file(file) and (file in weights or not is_weights(file))]
     if len(files) > limits.max_files:
-        raise Problem("too_large", f"{name} has {len(files)} files, and at most {limits.max_files} are taken here.")
+        raise Problem("too_large", f"{name} has {len(files)} files; the limit of this Space is {limits.max_files}.")
     for file in files:
         most = limits.max_tokenizer_bytes if file in TOKENIZER_FILES else limits.max_json_bytes
         if not is_weights(file) and file != INDEX and sizes[file] > most:
@@ -152,7 +155,7 @@ def _files_to_fetch(name: str, sizes: dict[str, int], limits: Limits) -> list[st
     if (total := sum(sizes[file] for file in files)) > limits.max_download_bytes:
         raise Problem(
             "too_large",
-            f"{name} is {total / 2**30:.3g} GiB large, and this Space takes at most "
+            f"{name} is {total / 2**30:.3g} GiB large; the limit of this Space is "
             f"{limits.max_download_bytes / 2**30:.3g} GiB. Analyse it on your own machine: pip install depthscope.",
         )
     return files
@@ -176,11 +179,11 @@ def _is_public(name: str) -> bool:
 def hub_problems(
     name: str, revision: str | None, token: str | None, what: str = "model", absent: Kind = "no_such_model"
 ) -> Iterator[None]:
-    """Turn what the Hub's client raises into a `Problem` that names the cause; `absent` is its kind where `what` is."""
+    """Turn exceptions of the Hub's client into a `Problem`; `absent` is its kind if the `what` does not exist."""
     try:
         yield
     except GatedRepoError as error:
-        how = "with this account" if token else "after signing in, where this Space offers it"
+        how = "with this account" if token else "after signing in, if this Space offers it"
         raise Problem(
             "gated",
             f"{name} is gated: its owners grant access on request. Ask at {constants.ENDPOINT}/{name}, and try again "
@@ -191,20 +194,20 @@ def hub_problems(
         raise Problem(absent, f"There is no {what} {name} on the Hub, {private}. Check the spelling.") from error
     except RevisionNotFoundError as error:
         raise Problem(
-            absent, f"{name} has no revision {revision!a}. Give a branch, tag or commit that it has."
+            absent, f"{name} has no revision {revision!a}. Give an existing branch, tag or commit."
         ) from error
     except LocalEntryNotFoundError as error:
         raise _unreachable(name) from error
     except EntryNotFoundError as error:
-        raise Problem(absent, f"A file of {name} is gone. Try again, or give a revision.") from error
+        raise Problem(absent, f"A file of {name} has been removed. Try again, or give a revision.") from error
     except HfHubHTTPError as error:
         status = error.response.status_code
         raise Problem(
-            "hub_unreachable", f"The Hub answered {status} when asked for {name}. Try again later."
+            "hub_unreachable", f"The Hub answered {status} to the request for {name}. Try again later."
         ) from error
     except (HTTPError, ConnectionError, TimeoutError) as error:
         raise _unreachable(name) from error
 
 
 def _unreachable(name: str) -> Problem:
-    return Problem("hub_unreachable", f"The Hub cannot be reached to ask for {name}. Try again in a few minutes.")
+    return Problem("hub_unreachable", f"The Hub cannot be reached for {name}. Try again in a few minutes.")

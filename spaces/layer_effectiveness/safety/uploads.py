@@ -1,10 +1,10 @@
-"""A visitor's upload -> a fresh folder with the checked files of one model, or one checked GGUF file.
+"""A visitor's upload -> a new folder with the checked files of one model, or one checked GGUF file.
 
     a .zip file            a packed folder of save_pretrained (or a packed .gguf file)
     several files          config.json, the tokenizer's files and *.safetensors together
-    a .gguf file           as it is
+    a .gguf file           used directly
 
-Every file is looked at before a library reads it: see `archives`, `weights`, `config`. Nothing that names code is kept,
+Every file is checked before a library reads it: see `archives`, `weights`, `config`. Fields that name code are removed,
 and pickles are never written.
 """
 
@@ -27,34 +27,34 @@ from safety.weights import count_safetensors, gguf_facts
 __all__ = ["Model", "check_model", "fingerprint", "receive", "require_size", "require_upload"]
 
 CHUNK = 1 << 20
-LEAST_BYTES_A_PARAMETER = 0.2  # below this a file cannot hold what it says
+LEAST_BYTES_A_PARAMETER = 0.2  # below this factor a file cannot hold its weights
 
 
 @dataclass(frozen=True)
 class Model:
-    """A model that may be loaded: its folder, or its one GGUF file, and its number of parameters."""
+    """A checked model: its folder or its GGUF file, and its number of parameters."""
 
     path: Path
     parameters: int
 
     @property
     def is_gguf(self) -> bool:
-        """Whether it is one GGUF file."""
+        """Whether the model is a GGUF file."""
         return self.path.suffix.lower() == GGUF
 
 
 def require_upload(paths: Sequence[Path], limits: Limits) -> None:
-    """Refuse, before a job is made of it, an upload that is nothing, too large or of a kind that is not read.
+    """Refuse an upload that is empty, too large or of an unsupported type, before a job is created.
 
     Raises:
-        Problem: the message says what to upload.
+        Problem: the upload is refused; the message says what to upload.
     """
     if not paths:
         raise Problem(
-            "upload", "Nothing was uploaded. Choose a .zip of a model's folder, its files, or one .gguf file."
+            "upload", "No file was uploaded. Choose a .zip of a model's folder, its files, or one .gguf file."
         )
     if len(paths) > limits.max_files:
-        raise Problem("upload", f"{len(paths)} files were uploaded; a model has at most {limits.max_files} here.")
+        raise Problem("upload", f"{len(paths)} files were uploaded; the limit of this Space is {limits.max_files}.")
     for path in paths:
         if not stat.S_ISREG(path.lstat().st_mode):
             raise Problem("upload", f"{path.name} is not a plain file.")
@@ -77,7 +77,7 @@ def require_upload(paths: Sequence[Path], limits: Limits) -> None:
 
 
 def fingerprint(paths: Sequence[Path]) -> str:
-    """Say which bytes were uploaded, whatever the files are called on the visitor's disk: a SHA-256."""
+    """The SHA-256 of the uploaded bytes, independent of the names on the visitor's disk."""
     whole = hashlib.sha256()
     for path in sorted(paths, key=lambda path: path.name):
         whole.update(path.name.encode() if len(paths) > 1 else path.suffix.lower().encode())
@@ -90,7 +90,7 @@ def fingerprint(paths: Sequence[Path]) -> str:
 
 
 def receive(paths: Sequence[Path], folder: Path, limits: Limits) -> Model:
-    """Put an upload's model into the empty `folder`, checked.
+    """Check an upload and put its model into the empty `folder`.
 
     Raises:
         Problem: the upload is refused; the message says why and what to do.
@@ -104,10 +104,10 @@ def receive(paths: Sequence[Path], folder: Path, limits: Limits) -> Model:
 
 
 def check_model(folder: Path, limits: Limits) -> Model:
-    """Check the files of a model in `folder`, and take out of them what names code or other places.
+    """Check the files of a model in `folder`, and remove fields that name code or other places.
 
     Raises:
-        Problem: as `receive`.
+        Problem: as in `receive`.
     """
     names = {path.name for path in folder.iterdir()}
     ggufs = sorted(name for name in names if name.lower().endswith(GGUF))
@@ -124,7 +124,7 @@ def check_model(folder: Path, limits: Limits) -> Model:
         raise Problem(
             "no_safetensors",
             "There are no safetensors weights (model.safetensors, or model-00001-of-0000N.safetensors with their "
-            "index). Save the model with save_pretrained, which writes them; weights in pickles (.bin, .pt) are never "
+            "index). Save the model with save_pretrained, which writes them. Pickles (.bin, .pt) are never "
             "loaded here.",
         )
     parameters = sum(count_safetensors(folder / name, limits) for name in weights)
@@ -133,7 +133,7 @@ def check_model(folder: Path, limits: Limits) -> Model:
 
 
 def _take(paths: Sequence[Path], folder: Path) -> None:
-    """Copy the files of an upload into the folder, those that a model is made of."""
+    """Copy the files of an upload that belong to a model into the folder."""
     pickles = []
     for path in paths:
         name = path.name
@@ -151,7 +151,7 @@ def _take(paths: Sequence[Path], folder: Path) -> None:
 
 
 def _copy(source: Path, target: Path) -> None:
-    """Give weights a second name where the file system can; copy what is going to be changed."""
+    """Link weights if the file system can; copy files that will be changed."""
     if target.suffix in (".safetensors", GGUF):
         with suppress(OSError):  # another file system, or one without links
             os.link(source, target, follow_symlinks=False)
@@ -163,7 +163,7 @@ def _pickles(names: Sequence[str]) -> Problem:
     return Problem(
         "no_safetensors",
         f"The weights are in pickles ({', '.join(ascii(name) for name in names[:3])}), and loading a pickle can run "
-        "code that is hidden in it. Save the model with save_pretrained, which writes safetensors.",
+        "hidden code. Save the model with save_pretrained, which writes safetensors.",
     )
 
 
@@ -186,20 +186,20 @@ def _checked_gguf(path: Path, limits: Limits) -> Model:
     if not isinstance(metadata.get("general.architecture"), str):
         raise Problem("broken_weights", "The GGUF file names no architecture. Convert the model again.")
     if parameters * LEAST_BYTES_A_PARAMETER > path.stat().st_size:
-        raise Problem("broken_weights", "The GGUF file is smaller than the weights that its header speaks of.")
+        raise Problem("broken_weights", "The GGUF file is smaller than the weights in its header.")
     require_size(parameters, limits)
     return Model(path, parameters)
 
 
 def require_size(parameters: float, limits: Limits, what: str = "The model has", slack: float = 1.0) -> None:
-    """Refuse a model of too many parameters; `what` begins the sentence, `slack` is for a number that is a guess.
+    """Refuse a model with too many parameters; `what` begins the message, `slack` allows for a guessed number.
 
     Raises:
-        Problem: it has too many.
+        Problem: the model has too many parameters.
     """
     if parameters > slack * limits.max_parameters:
         raise Problem(
             "too_large",
-            f"{what} {parameters / 1e9:.3g} billion parameters, and this Space takes at most "
+            f"{what} {parameters / 1e9:.3g} billion parameters; the limit of this Space is "
             f"{limits.max_parameters / 1e9:.3g} billion. Analyse it on your own machine: pip install depthscope.",
         )

@@ -1,7 +1,7 @@
-"""Looking at safetensors and GGUF files before anything loads them: headers bounded and held against the file's length.
+"""Checks of safetensors and GGUF files before they are loaded: the size of the header, and the offsets in it.
 
-Both formats begin with a header that says what lies where; a lying one could make a reader allocate or read without
-bound.
+Both formats begin with a header with the offsets of the weights; a false header could make a reader allocate or read
+without limit.
 """
 
 import json
@@ -30,7 +30,7 @@ def count_safetensors(path: Path, limits: Limits) -> int:
     """Check a safetensors file's header against the file and count its parameters.
 
     Raises:
-        Problem: it is no safetensors file, is cut off, or its header does not describe it.
+        Problem: the file is not safetensors, is cut off, or does not match its header.
     """
     size = path.stat().st_size
     with path.open("rb") as file:
@@ -45,7 +45,7 @@ def count_safetensors(path: Path, limits: Limits) -> int:
         _tensor_end(path, name, entry, size - 8 - length) for name, entry in header.items() if name != "__metadata__"
     ]
     if len(ends) > MOST_TENSORS:
-        raise Problem("broken_weights", f"{path.name} lists {len(ends):,} tensors; at most {MOST_TENSORS:,} are taken.")
+        raise Problem("broken_weights", f"{path.name} lists {len(ends):,} tensors; the limit is {MOST_TENSORS:,}.")
     spans = sorted((begin, end) for begin, end, _ in ends)
     place = 0
     for begin, end in spans:
@@ -55,28 +55,28 @@ def count_safetensors(path: Path, limits: Limits) -> int:
     if place != size - 8 - length:
         raise Problem(
             "broken_weights",
-            f"{path.name} is cut off or padded: its header speaks of {place:,} bytes of weights, and "
-            f"{size - 8 - length:,} are there. Upload it again.",
+            f"{path.name} is cut off or padded: its header describes {place:,} bytes of weights, but "
+            f"the file has {size - 8 - length:,}. Upload it again.",
         )
     return sum(count for _, _, count in ends)
 
 
 def _what_else(start: bytes) -> str:
-    """Say what a file is that begins with these bytes and is no safetensors file."""
+    """Describe a file that is not safetensors, from its first bytes."""
     if start[:2] == b"PK" or start[:1] == b"\x80":
         return (
-            "is a pickle with another name. Loading one can run code that is hidden in it; save the model with "
+            "is a pickle with another name. Loading a pickle can run hidden code; save the model with "
             "save_pretrained, which writes safetensors."
         )
     if start.startswith(b"version "):
-        return "is a pointer that Git LFS left in the file's place. Fetch the file itself (git lfs pull)."
+        return "is a pointer of Git LFS instead of the file. Fetch the file itself (git lfs pull)."
     return "is not a safetensors file, or it is cut off. Save the model again with save_pretrained."
 
 
 def _huge_header(path: Path, limits: Limits) -> Problem:
     return Problem(
         "broken_weights",
-        f"The header of {path.name} is larger than {limits.max_header_bytes / 2**20:g} MiB, which no real model's is.",
+        f"The header of {path.name} is larger than {limits.max_header_bytes / 2**20:g} MiB, more than a model needs.",
     )
 
 
@@ -86,7 +86,7 @@ def _parsed(data: bytes, path: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise Problem("broken_weights", f"The header of {path.name} cannot be read. Save the model again.") from error
     if not isinstance(header, dict):
-        raise Problem("broken_weights", f"The header of {path.name} is no list of tensors. Save the model again.")
+        raise Problem("broken_weights", f"The header of {path.name} is not a list of tensors. Save the model again.")
     return header
 
 
@@ -94,7 +94,7 @@ def _tensor_end(path: Path, name: str, entry: Any, available: int) -> tuple[int,
     """The begin, the end and the number of elements of one tensor."""
     what = f"The tensor {name[:60]!a} in {path.name}"
     if not isinstance(entry, dict):
-        raise Problem("broken_weights", f"{what} is not described. Save the model again.")
+        raise Problem("broken_weights", f"{what} has no valid description. Save the model again.")
     dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
     if not isinstance(dtype, str) or dtype not in ELEMENT_BITS:
         raise Problem("broken_weights", f"{what} is of the unknown type {str(dtype)[:20]!a}. Save it as float32.")
@@ -116,10 +116,10 @@ KEPT_ITEMS = 64  # of a list in the metadata; longer ones are vocabularies
 
 
 def gguf_facts(path: Path, limits: Limits) -> tuple[int, dict[str, Any]]:
-    """Check a GGUF file's header against the file; gives its number of parameters and its metadata, lists cut short.
+    """Check a GGUF file's header against the file; return its number of parameters and metadata (lists are cut).
 
     Raises:
-        Problem: it is no GGUF file, is cut off, its header does not describe it, or it is one part of several.
+        Problem: the file is not GGUF, is cut off, does not match its header, or is one part of several.
     """
     try:
         header = read_header(path, path.name, most_bytes=limits.max_header_bytes)

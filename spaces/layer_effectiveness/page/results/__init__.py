@@ -1,1 +1,1 @@
-"""From reports to what the page shows of them."""
+"""Reports on the page."""

@@ -1,4 +1,4 @@
-"""What a report shows, in one sentence for a headline and in a few numbers below it."""
+"""The headline of a report, and the few numbers below it."""
 
 import re
 from html import escape
@@ -16,7 +16,7 @@ JOINT_DROP = re.compile(
 
 
 def headline(report: LayerReport) -> str:
-    """Say how many layers are near the identity, and what dropping some of them costs, as plain text."""
+    """The number of layers near the identity, and the cost of dropping some of them, as plain text."""
     layers = report.model["num_layers"]
     near = report.near_identity()
     if near is None:
@@ -41,7 +41,7 @@ def _cost(report: LayerReport) -> str:
 
 
 def _in_percent(ratio: float) -> str:
-    """What a ratio of losses means for who drops layers."""
+    """The cost of dropping layers, from the ratio of losses."""
     percent = 100 * (ratio - 1)
     if percent < 0.05:
         return "costs nothing" if percent > -0.05 else f"lowers the loss by {format_number(-percent, 2)}%"
@@ -49,7 +49,7 @@ def _in_percent(ratio: float) -> str:
 
 
 def tiles(report: LayerReport) -> str:
-    """The numbers at the head of a report's page, as HTML: each, what it is of, and what it says."""
+    """The numbers at the top of a report's page as HTML, each with its name and meaning."""
     cells = "".join(
         f"<div class='ds-tile'><strong>{escape(number)}</strong><span>{escape(of)}</span>"
         f"<span>{escape(meaning)}</span></div>"

@@ -13,7 +13,7 @@ from page.results.headline import headline, tiles
 __all__ = ["ResultsPanel"]
 
 PNG_SCRIPT = "() => { window.depthscopePng && window.depthscopePng(); }"
-# Figures that stand side by side where there is room.
+# Figures that are side by side if there is room.
 ROWS = (("effectiveness",), ("skip_cost",), ("variance_growth",), ("causal_map", "permutation_map"), ("sparsity",))
 
 
@@ -34,7 +34,7 @@ class ResultsPanel:
 
     @classmethod
     def build(cls) -> "ResultsPanel":
-        """Draw the panel, hidden as long as there is nothing to show."""
+        """Draw the panel, hidden until there is a report."""
         with gr.Column(visible=False, elem_id="results", elem_classes="ds-results") as area:
             title, numbers = gr.HTML(elem_id="headline"), gr.HTML()
             with gr.Row(visible=False, elem_id="downloads") as downloads:
@@ -79,10 +79,10 @@ class ResultsPanel:
         ]
 
     def update(self, report: LayerReport, *, is_whole: bool) -> dict[Any, Any]:
-        """Show a report, finished or in part; files to download come with the finished one."""
+        """Show a finished or partial report; a finished report also has files to download."""
         figures = parts.drawn(report)
         name = escape(report.model["name"])
-        part = "" if is_whole else "<p class='ds-caption'>So far; the measurement goes on.</p>"
+        part = "" if is_whole else "<p class='ds-caption'>Partial results; the measurement continues.</p>"
         changes: dict[Any, Any] = {
             self.area: gr.update(visible=True),
             self.title: f"<p class='ds-eyebrow'>{name}</p><h2>{escape(headline(report))}</h2>{part}",
@@ -101,12 +101,12 @@ class ResultsPanel:
         return changes
 
     def hide(self) -> dict[Any, Any]:
-        """Take the last report off the page."""
+        """Remove the last report from the page."""
         return {self.area: gr.update(visible=False)}
 
 
 def _figure(name: str) -> tuple[gr.Column, gr.Plot]:
-    """The place of one figure: its title, itself, and how to read it."""
+    """One figure with its title and explanation."""
     with gr.Column(visible=False, min_width=320) as group:
         gr.HTML(f"<h3>{parts.titles[name]}</h3>")
         plot = gr.Plot(show_label=False, elem_id=f"plot-{name}", container=False)

@@ -1,4 +1,4 @@
-"""From a report to what the page shows of it: figures, table, facts, files to download, code to reproduce it."""
+"""The parts of a report on the page: figures, table, facts, files to download, code to reproduce it."""
 
 import json
 import re
@@ -50,7 +50,7 @@ COPIED_SECONDS = 600
 
 
 def drawn(report: LayerReport) -> dict[str, PlotData]:
-    """Every figure that the report has scores for, by its name in `titles`."""
+    """Every figure for which the report has scores, by its name in `titles`."""
     found: dict[str, go.Figure] = dict(figures(report))
     if (figure := sparsity.sparsity(report)) is not None:
         found["sparsity"] = figure
@@ -58,7 +58,7 @@ def drawn(report: LayerReport) -> dict[str, PlotData]:
 
 
 def plot_data(figure: go.Figure, name: str) -> PlotData:
-    """A figure as Gradio's plot takes it: without its title, which stands above as a heading, and with our buttons."""
+    """A figure for Gradio's plot: without its title, which is the heading above, and with our buttons."""
     content: dict[str, Any] = json.loads(figure.to_json())
     layout = content["layout"]
     if layout.pop("title", None) is not None:
@@ -70,7 +70,7 @@ def plot_data(figure: go.Figure, name: str) -> PlotData:
 
 
 def layer_table(report: LayerReport) -> pd.DataFrame:
-    """One row per layer, with the scores that the report has, rounded as they are read; to sort in the browser."""
+    """A table with one row per layer and the rounded scores of the report; the browser can sort it."""
     near = report.near_identity()
     columns: dict[str, list[Any]] = {"layer": list(range(len(report.layers)))}
     if near is not None:
@@ -85,7 +85,7 @@ def layer_table(report: LayerReport) -> pd.DataFrame:
 
 
 def facts(report: LayerReport) -> str:
-    """What was analysed and on what, and the notes, as HTML; names come from strangers."""
+    """The model, the text and the notes as HTML; all names are escaped."""
     model, data = report.model, report.data
     parts = [
         model.get("architecture"),
@@ -93,7 +93,7 @@ def facts(report: LayerReport) -> str:
         f"revision {str(model.get('revision'))[:10]}" if model.get("revision") else None,
         model.get("dtype"),
         f"{data.get('tokens', 0):,} tokens of {data['name']}",
-        f"loss {format_with_error(report.scores.get('loss'), report.scores.get('loss_se'))} nats a token",
+        f"loss {format_with_error(report.scores.get('loss'), report.scores.get('loss_se'))} nats per token",
     ]
     line = " · ".join(escape(str(part)) for part in parts if part)
     notes = "".join(f"<li>{escape(note)}</li>" for note in report.notes)
@@ -102,7 +102,7 @@ def facts(report: LayerReport) -> str:
 
 
 def files(reports: Sequence[LayerReport], folder: Path | None = None) -> dict[str, str]:
-    """Write what can be downloaded: the report as JSON, its layers as CSV, and a self-contained page; paths by kind."""
+    """Write the files to download: the report as JSON, its layers as CSV, and a self-contained page; paths by type."""
     _remove_old_files()
     place = folder or own_folder(FILES)
     stem = _stem(reports[0].model["name"]) if len(reports) == 1 else "comparison"
@@ -118,7 +118,7 @@ def files(reports: Sequence[LayerReport], folder: Path | None = None) -> dict[st
 
 
 def code(report: LayerReport) -> str:
-    """How to make the report again with depthscope, on the command line and in Python."""
+    """The code to reproduce the report, on the command line and in Python."""
     command = reproduce(report)
     extra = "[gguf]" if report.model.get("source") == "gguf" else ""
     return f"pip install 'depthscope{extra}'\n\n{command} \\\n    --out report.json --html report.html"
@@ -130,14 +130,14 @@ def listing(text: str, label: str) -> str:
 
 
 def _remove_old_files() -> None:
-    """Remove what was written earlier: Gradio has copied it into its own cache, which it empties by age."""
+    """Remove the files that were written; Gradio has copied them into its own cache, which it empties by age."""
     for place in own_folders(FILES):
         if time.time() - place.stat().st_mtime > COPIED_SECONDS:
             shutil.rmtree(place, ignore_errors=True)
 
 
 def _stem(name: str) -> str:
-    """A file's name out of a model's name."""
+    """A file name from a model's name."""
     return re.sub(r"[^A-Za-z0-9._-]+", "-", name.rsplit("/", 1)[-1]).strip("-.")[:60] or "report"
 
 

@@ -247,9 +247,9 @@ def test_a_text_file_that_cannot_be_read_is_taken_off_the_page(tmp_path, content
 
 
 def test_an_upload_that_is_gone_is_said_to_be_gone(tmp_path):
-    with pytest.raises(Problem, match="not there any more"):
+    with pytest.raises(Problem, match="have been deleted"):
         from_upload([str(tmp_path / "model.zip")], Choices(("skip",)), LIMITS, Estimator())
-    with pytest.raises(Problem, match="not there any more"):
+    with pytest.raises(Problem, match="have been deleted"):
         read_report(str(tmp_path / "report.json"), LIMITS)
 
 

@@ -177,7 +177,7 @@ def _messages(process: Any, receiving: Connection, limits: Limits, stop: threadi
 
 def _grown(limits: Limits, stage: str) -> str:
     return (
-        f"The analysis needs more memory than the {limits.max_job_bytes / 2**30:.3g} GiB of a job on this Space (stage: "
+        f"The analysis needs more memory than {limits.max_job_bytes / 2**30:.3g} GiB, the limit of this Space (stage: "
         f"{stage}). Choose fewer tokens or a smaller model, or run it on your own machine: pip install depthscope."
     )
 

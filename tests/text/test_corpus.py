@@ -404,9 +404,9 @@ def test_text_that_cannot_fill_the_blocks_is_refused(
         (["no-such-file.txt"], "no file or folder 'no-such-file.txt'"),
         ("a text\nof two lines", "To give the text itself"),
         ([], "holds no text"),
-        (7, "not as int"),
-        (b"bytes", "not as bytes"),
-        ({"text": "a"}, "not as dict"),
+        (7, "not int"),
+        (b"bytes", "not bytes"),
+        ({"text": "a"}, "not dict"),
         (["a text", 7], "item 1 is int"),
     ],
 )

@@ -461,7 +461,7 @@ def test_the_figure_draws_what_the_report_and_the_prediction_say() -> None:
     np.testing.assert_allclose(drawn["at initialisation, predicted"], 2 * predicted.variance, rtol=1e-5)
     np.testing.assert_allclose(drawn["attention, predicted"], predicted.attention_variance, rtol=1e-5)
     np.testing.assert_allclose(drawn["MLP"], report.column("mlp_variance"), rtol=1e-5)
-    assert "dashed" in figure.layout.meta
+    assert "Dashed" in figure.layout.meta
     assert list(figure.data[0].x) == [0, 1, 2, 3, 4]
 
 

@@ -170,7 +170,7 @@ def shown_in(place: Where, terms: Mapping[str, Term] = LAYER_SCORES) -> tuple[st
 def measures_markdown() -> str:
     """A Markdown table of all measures with the first clause of each meaning; README shows it."""
     rows = [f"| {measure.title} | {re.split(r'[.:] | [(]', measure.meaning)[0]}. |" for measure in EXPLAINED]
-    return "\n".join(["| score | in a sentence |", "| --- | --- |", *rows])
+    return "\n".join(["| score | meaning |", "| --- | --- |", *rows])
 
 
 def in_order(names: set[str], terms: Mapping[str, Term]) -> list[str]:

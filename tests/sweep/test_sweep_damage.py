@@ -181,7 +181,7 @@ def test_a_point_is_not_gone_on_with_on_other_tokens(tmp_path: Path) -> None:
     shown = depthscope("sweep", "run", tmp_path / "tiny.yaml", "--out", tmp_path / "out", "--jobs", "1")
     assert shown.exit_code == 2
     assert "the text has changed, the fingerprint of its tokens was" in shown.output
-    assert "delete its folder to train it anew" in shown.output
+    assert "delete its folder to train it again" in shown.output
 
 
 # ------------------------------------------------------------------------------------------ checkpoints and models
@@ -343,7 +343,7 @@ def test_a_report_that_was_damaged_before_the_point_was_finished_is_measured_ane
     out = Path(shutil.copytree(undisturbed, tmp_path / "out"))
     (out / "points" / POINT / "result.json").unlink()
     damage(out / "points" / POINT / "untrained_report.json")
-    assert "untrained_report.json is damaged, and is measured anew" in go_on(tokenized, out)
+    assert "untrained_report.json is damaged and is measured again" in go_on(tokenized, out)
     assert_as_undisturbed(out, undisturbed)
 
 
@@ -458,7 +458,7 @@ def test_damage_beside_the_scores_is_noted_and_the_scores_are_shown(
         damage(out / "points" / POINT / name)
         results = load_results(out)
         assert results.is_damaged
-        assert [f"Damaged: {POINT}. {name} is " in line for line in status_lines(results)] == [False, False, True]
+        assert [f"Damaged: {POINT}. {name} " in line for line in status_lines(results)] == [False, False, True]
         assert results.points[0].numbers == whole.points[0].numbers
     assert not whole.is_damaged
 

@@ -130,7 +130,7 @@ def test_a_whole_number_is_taken_where_a_fraction_is_expected(tmp_path: Path) ->
 def test_blocks_are_no_longer_than_the_shortest_sequences(tmp_path: Path) -> None:
     grid = {"f": {"sequence_length": [16, 32]}}
     assert expanded(tmp_path, grid, scoring={"block_size": 16}).shortest == 16
-    with pytest.raises(SpecificationError, match=r"line \d+: scoring\.block_size is 32, .* 16 tokens"):
+    with pytest.raises(SpecificationError, match=r"line \d+: scoring\.block_size is 32, .* is 16"):
         expanded(tmp_path, grid, scoring={"block_size": 32})
 
 
@@ -142,11 +142,11 @@ REFUSED = {
     "{f: {num_hidden_layers: [2, 2]}}": "num_hidden_layers has a value twice",
     "{f: {num_hidden_layers: [0, 2]}}": "num_hidden_layers must be at least 1, got 0",
     "{f: {num_hiden_layers: [2]}}": "did you mean 'num_hidden_layers'",
-    "{f: {seed: [2]}}": "'seed' is no setting",
+    "{f: {seed: [2]}}": "'seed' is not a setting",
     "{f: {tokens: [10]}}": "less than one optimiser step",
-    "{f: {dtype: [bfloat16]}}": "'dtype' is no setting",
+    "{f: {dtype: [bfloat16]}}": "'dtype' is not a setting",
     "{f: {weight_decay: [false, 0.1]}}": "is not a number",
-    "{f: {points: [{name: 8, num_hidden_layers: 3}]}}": "A number is a name in quotes",
+    "{f: {points: [{name: 8, num_hidden_layers: 3}]}}": "Put a number in quotes",
     "{f: {weight_decay: [some]}}": "weight_decay: Input should be a valid number",
     "{f: {num_key_value_heads: [3]}}": "num_key_value_heads must divide num_attention_heads",
     "{f: {num_experts: 4, num_experts_per_tok: [8]}}": "num_experts_per_tok must be from 1 to num_experts",
@@ -154,7 +154,7 @@ REFUSED = {
     "{f: {points: 3}}": "`points` is a list of settings",
     "{f: {points: []}}": "`points` is a list of settings",
     "{f: {num_hidden_layers: 2, points: [{num_hidden_layers: 3}]}}": "both in the point and in its family",
-    "{f: {points: [{name: ../x, num_hidden_layers: 3}]}}": "'../x' is no valid name of a point",
+    "{f: {points: [{name: ../x, num_hidden_layers: 3}]}}": "'../x' is not a valid name of a point",
     "{f: {points: [{name: x, num_hidden_layers: 2}, {name: x, num_hidden_layers: 3}]}}": "have the name 'x'",
     "{f: {points: [{name: x, num_hidden_layers: 2}, {name: X, num_hidden_layers: 3}]}}": "have the name 'X'",
     "{f: {points: [{num_hidden_layers: 2}, {num_hidden_layers: 2}]}}": "have the same settings ('f-L2')",

@@ -57,7 +57,7 @@ REFUSED = {
     HEAD + "trainig: {}": ["line 3", "no setting 'trainig'", "did you mean 'training'?", "extends"],
     HEAD + "training:\n  tokns: 3": ["line 4", "'training.tokns'", "did you mean 'tokens'?", "batch_tokens"],
     HEAD + "data: {held_out: {txt: a}}": ["line 3", "'data.held_out.txt'", "did you mean 'text'?"],
-    HEAD + "training: fast": ["line 3", "training is 'fast'", "takes settings"],
+    HEAD + "training: fast": ["line 3", "training is 'fast'", "give settings"],
     HEAD + "training:": ["line 3", "training is empty; give it a value, or leave it out"],
     HEAD + "training:\n  tokens:": ["line 4", "training.tokens is empty"],
     HEAD + "model:": ["line 3", "model is empty"],

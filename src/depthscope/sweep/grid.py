@@ -227,7 +227,7 @@ def _entries(sweep: Sweep, family: str) -> Iterator[_Entry]:
         if explicit_name is not None and not (isinstance(explicit_name, str) and _is_name(explicit_name)):
             hint = "" if isinstance(explicit_name, str) else " Put a number in quotes."
             raise sweep.error(
-                where, f"{explicit_name!r} is no valid name of a point; use letters, digits, '.', '_' and '-'.{hint}"
+                where, f"{explicit_name!r} is not a valid name of a point; use letters, digits, '.', '_' and '-'.{hint}"
             )
         for chosen in _products(sweep, where, {**settings, **own}, path):
             many = [key for key, value in {**settings, **own}.items() if isinstance(value, list) and len(value) > 1]

@@ -1,4 +1,4 @@
-"""Train a small DepthLM on Python's own source and watch its layers: two lines more than any Trainer script.
+"""Train a small DepthLM on Python's own source and log its layers: two lines more than a plain Trainer script.
 
 python examples/train.py --out run && depthscope show run --html run.html
 """

@@ -65,7 +65,7 @@ def test_a_reshaped_model_may_go_back_to_where_it_came_from(tmp_path: Path) -> N
     tiny_llama().save_pretrained(tmp_path / "llama")
     result = convert(tmp_path / "llama", tmp_path / "pooled", "--kv-heads", 1)
     assert result.exit_code == 0, result.output
-    assert "to be trained on" in result.output
+    assert "needs training" in result.output
     pooled = AutoModelForCausalLM.from_pretrained(tmp_path / "pooled")
     assert (pooled.config.model_type, pooled.config.num_key_value_heads) == ("llama", 1)
 

@@ -24,8 +24,8 @@ from jobs.service import Service
 from jobs.tasks import STAGES, Text, choose_settings, make_text, read_text_file
 from jobs.visitor import Choices, from_upload, read_report
 from models import make_identity, random_blocks, tiny_llama
-from page.choices_panel import _taken
-from page.compare_tab import _one_a_depth
+from page.choices_panel import _read_uploaded_text
+from page.compare_tab import _one_per_depth
 from page.interface import build
 from page.results import parts
 from page.results.headline import headline, tiles
@@ -229,7 +229,7 @@ def test_a_text_that_cannot_be_had_is_refused(kind, given, words):
 def test_the_file_of_a_text_is_read_once_and_deleted(tmp_path):
     path = tmp_path / "text.txt"
     path.write_text("words")
-    content, _ = _taken(str(path), LIMITS)
+    content, _ = _read_uploaded_text(str(path), LIMITS)
     for _ in range(2):  # as often as it is wanted
         assert make_text("file", file=content, limits=LIMITS) == Text("file", "words")
     assert not path.exists()
@@ -242,7 +242,7 @@ def test_a_text_file_that_cannot_be_read_is_taken_off_the_page(tmp_path, content
         path.write_bytes(content)
     with pytest.raises(Problem):
         read_text_file(path, LIMITS)
-    assert _taken(str(path), LIMITS) == (None, None)
+    assert _read_uploaded_text(str(path), LIMITS) == (None, None)
     assert not path.exists()
 
 
@@ -307,9 +307,9 @@ def test_who_has_signed_in_brings_their_token():
 
 def test_of_a_deep_sweep_some_depths_are_set_side_by_side():
     reports = [sample_report(depth) for depth in (4, 8, 8, 12, 16, 24, 32)]
-    assert [len(report.layers) for report in _one_a_depth(reports, 6)] == [4, 8, 12, 16, 24, 32]
-    assert [len(report.layers) for report in _one_a_depth(reports, 3)] == [4, 12, 32]
-    assert _one_a_depth(reports, 0) == []
+    assert [len(report.layers) for report in _one_per_depth(reports, 6)] == [4, 8, 12, 16, 24, 32]
+    assert [len(report.layers) for report in _one_per_depth(reports, 3)] == [4, 12, 32]
+    assert _one_per_depth(reports, 0) == []
 
 
 def test_a_note_that_only_looks_like_ours_breaks_nothing():

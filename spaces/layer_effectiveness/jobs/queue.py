@@ -45,7 +45,7 @@ class Job:
     is_over: bool = False
     is_running: bool = False
     is_deserted: bool = False
-    asked: float = field(default_factory=time.monotonic)
+    requested_at: float = field(default_factory=time.monotonic)
     began: float = 0.0
     on_end: Callable[[], None] = lambda: None
 
@@ -115,7 +115,7 @@ class Jobs:
         self.limits = limits
         self.results = results or Results(limits.max_results)
         self._runner = runner
-        self._heard = heard
+        self._last_read = heard
         self._pool = ThreadPoolExecutor(limits.max_jobs, thread_name_prefix="job")
         self._open: list[Job] = []  # waiting and running, in their order
         self._lock = threading.Lock()
@@ -168,12 +168,12 @@ class Jobs:
         Raises:
             Problem: the job failed.
         """
-        told, place = 0, -1
+        sent, place = 0, -1
         while True:
             over = job.is_over  # before the messages are read, because none follows it
-            news = job.messages[told:]
-            told += len(news)
-            for message in _newest(news):
+            messages = job.messages[sent:]
+            sent += len(messages)
+            for message in _newest(messages):
                 yield message
             if over:
                 break
@@ -237,7 +237,7 @@ class Jobs:
     def _watch(self, job: Job) -> None:
         """Stop a job whose visitor has left."""
         while not job.is_over:
-            if has_left(max(job.asked, self._heard(job.owner))):
+            if has_left(max(job.requested_at, self._last_read(job.owner))):
                 job.is_deserted = True
                 self._end(job)
             time.sleep(WATCH_SECONDS)

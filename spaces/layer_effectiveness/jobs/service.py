@@ -156,7 +156,9 @@ class Service:
                 case "waiting":
                     yield progress_bar(_place_in_words(message["place"]), 0.0)
                 case "stage":
-                    yield progress_bar(message["stage"], message["share"], _left(planned, job.began, message["share"]))
+                    yield progress_bar(
+                        message["stage"], message["share"], _seconds_left(planned, job.began, message["share"])
+                    )
                 case "partial":
                     report = LayerReport.from_json(message["report"])
                     yield report
@@ -180,7 +182,7 @@ class Service:
         return planned if time.monotonic() - when < REMEMBERED_SECONDS else None
 
 
-def _left(planned: Planned, began: float, share: float) -> float:
+def _seconds_left(planned: Planned, began: float, share: float) -> float:
     """The seconds left: at first from the estimate, later more and more from the progress."""
     gone = time.monotonic() - began
     by_plan = max(planned.seconds - gone, planned.seconds * (1 - share) / 2)

@@ -91,7 +91,7 @@ def build(service: Service, page: gr.Blocks, kept: gr.State) -> None:
         return await anyio.to_thread.run_sync(work, limiter=service.drawing)
 
     async def analyse(visit: Visit, token: str | None, values: tuple[Any, ...]) -> AsyncIterator[dict[Any, Any]]:
-        chosen, name, wanted, uploaded, given, reports, named, *choices = values
+        chosen, name, branch, uploaded, given, reports, named, *choices = values
         yield {
             **buttons.busy,
             status: progress_bar("Looking at what you chose", 0.0),
@@ -99,14 +99,14 @@ def build(service: Service, page: gr.Blocks, kept: gr.State) -> None:
             **results.hide(),
         }
         finished: LayerReport | None = None
-        said = ""
+        message = ""
         try:
             if chosen == REPORT:
                 read = partial(read_report, given, service.limits)
                 finished = await anyio.to_thread.run_sync(read, limiter=service.drawing)
             else:
                 on_hub = (name or "") if chosen == HUB else None
-                planned = await service.plan(on_hub, wanted or "", uploaded, panel.read(choices, service.limits), token)
+                planned = await service.plan(on_hub, branch or "", uploaded, panel.read(choices, service.limits), token)
                 async for step in service.follow(planned, visit):
                     if isinstance(step, str):
                         yield {status: step}
@@ -114,11 +114,11 @@ def build(service: Service, page: gr.Blocks, kept: gr.State) -> None:
                         finished = step
                         yield await draw(step, is_whole=False)
         except Problem as problem:
-            said = failed(problem, partly=finished is not None)
-        last: dict[Any, Any] = {**buttons.idle, status: said}
+            message = failed(problem, partly=finished is not None)
+        last: dict[Any, Any] = {**buttons.idle, status: message}
         if chosen == UPLOAD:
             last[upload] = None  # the job has removed the files
-        if finished is not None and not said:
+        if finished is not None and not message:
             last |= await draw(finished, is_whole=True)
             text = finished.to_json()
             last[kept] = [*(other for other in reports if other != text), text][-MOST_KEPT:]
@@ -130,17 +130,17 @@ def build(service: Service, page: gr.Blocks, kept: gr.State) -> None:
     buttons.bind(service, analyse, inputs, status, [estimated, upload, kept, recent, *results.outputs])
 
     async def say_estimate(owner: str, token: str | None, values: tuple[Any, ...]) -> AsyncIterator[str]:
-        chosen, name, wanted, uploaded, *choices = values
+        chosen, name, branch, uploaded, *choices = values
         if chosen == REPORT or (chosen == UPLOAD and not uploaded) or (chosen == HUB and not name):
             yield ""
             return
         try:
             on_hub = name if chosen == HUB else None
-            planned = await service.plan(on_hub, wanted or "", uploaded, panel.read(choices, service.limits), token)
-            said = planned.in_words()
+            planned = await service.plan(on_hub, branch or "", uploaded, panel.read(choices, service.limits), token)
+            message = planned.in_words()
         except Problem as problem:
-            said = str(problem)
-        yield f"<p class='ds-caption'>{escape(said)}</p>"
+            message = str(problem)
+        yield f"<p class='ds-caption'>{escape(message)}</p>"
 
     gr.on(
         [page.load, source.change, model.change, revision.blur, upload.change, *(part.change for part in panel.costly)],

@@ -86,7 +86,7 @@ class ChoicesPanel:
             [pasted, file, dataset_row],
             **QUIETLY,
         )
-        file.change(partial(_taken, limits=limits), file, [content, file], **QUIETLY)
+        file.change(partial(_read_uploaded_text, limits=limits), file, [content, file], **QUIETLY)
         return cls(
             [text, pasted, content, dataset, column, split, scores, tokens, block, dtype, bos], [scores, tokens, block]
         )
@@ -123,7 +123,7 @@ def default_block_size(limits: Limits) -> int:
     return min(DEFAULT_BLOCK_SIZE, limits.max_block_size, limits.max_tokens)
 
 
-def _taken(path: str | None, limits: Limits) -> tuple[str | None, Any]:
+def _read_uploaded_text(path: str | None, limits: Limits) -> tuple[str | None, Any]:
     """Read an uploaded text and delete its file; an invalid file is removed from the page, with a warning."""
     if not path:
         return None, gr.skip()

@@ -110,7 +110,7 @@ def build(service: Service, kept: gr.State) -> None:
             area: gr.update(visible=False),
             status: progress_bar("Reading the reports", 0.0),
         }
-        said: str = ""
+        message: str = ""
         change: dict[Any, Any] = {}
         try:
             picked = [own[index] for index in chosen or () if index < len(own)]
@@ -127,7 +127,7 @@ def build(service: Service, kept: gr.State) -> None:
             for path in uploaded or ():
                 found.append(await anyio.to_thread.run_sync(read_report, path, service.limits, limiter=service.drawing))
             if read is not None:
-                found += _one_a_depth(read.trained, MOST - count)
+                found += _one_per_depth(read.trained, MOST - count)
             _require_count(len(found) + len(names))
             for index, name in enumerate(names):
                 planned = await service.plan(name, "", None, panel.read(choices, service.limits), token)
@@ -139,8 +139,8 @@ def build(service: Service, kept: gr.State) -> None:
                 found.append(last)
             change = await anyio.to_thread.run_sync(partial(show, found, read), limiter=service.drawing)
         except Problem as problem:
-            said = failed(problem)
-        yield {**buttons.idle, status: said, **change}
+            message = failed(problem)
+        yield {**buttons.idle, status: message, **change}
 
     buttons.bind(service, run, [mine, reports, models, sweep, kept, *panel.inputs], status, outputs)
 
@@ -183,7 +183,7 @@ def compared(reports: Sequence[LayerReport], sweep: Sweep | None = None) -> dict
     }
 
 
-def _one_a_depth(reports: Sequence[LayerReport], most: int) -> list[LayerReport]:
+def _one_per_depth(reports: Sequence[LayerReport], most: int) -> list[LayerReport]:
     """The first report of each depth; where there are too many depths, some of them, spread evenly."""
     by_depth: dict[int, LayerReport] = {}
     for report in reports:

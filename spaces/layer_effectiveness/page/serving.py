@@ -19,7 +19,7 @@ ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # Ctrl-C; systemd and d
 CLOSING_SECONDS = 2.0  # for jobs to end, and for visitors who still read an answer
 
 
-class _Told(BaseException):
+class _EndSignal(BaseException):
     """A signal that ends the Space; no `except Exception` of a library catches it."""
 
     def __init__(self, number: int) -> None:
@@ -31,7 +31,7 @@ def serve(page: gr.Blocks, service: Service, options: dict[str, Any]) -> NoRetur
     """Serve a page until a signal arrives, and then end with that signal."""
 
     def tell(number: int, frame: Any) -> NoReturn:
-        raise _Told(number)
+        raise _EndSignal(number)
 
     for number in ENDING:
         if signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores this signal on purpose
@@ -40,12 +40,12 @@ def serve(page: gr.Blocks, service: Service, options: dict[str, Any]) -> NoRetur
         page.launch(prevent_thread_lock=True, **options)
         while True:
             signal.pause()
-    except _Told as told:
+    except _EndSignal as signalled:
         for number in ENDING:  # a second one ends it at once
             signal.signal(number, signal.SIG_DFL)
         print("The page is no longer served.", file=sys.stderr, flush=True)
         _close(page, service)
-        _end_by(told.number)
+        _end_by(signalled.number)
 
 
 def _close(page: gr.Blocks, service: Service) -> None:

@@ -86,7 +86,7 @@ def _checked_entries(opened: zipfile.ZipFile, limits: Limits) -> list[tuple[zipf
         total += entry.file_size
         _check_size(entry, total, limits)
         if (key := str(path).casefold()) in seen:
-            raise Problem("upload", f"The archive holds {_shown(entry)} twice. Pack it again.")
+            raise Problem("upload", f"The archive holds {_safe_name(entry)} twice. Pack it again.")
         seen.add(key)
         checked.append((entry, path))
     return checked
@@ -105,12 +105,12 @@ def _checked_path(entry: zipfile.ZipInfo, limits: Limits) -> PurePosixPath:
     if hostile:
         raise Problem(
             "upload",
-            f"The archive holds a file with the path {_shown(entry)}, which leads outside or is not a plain "
+            f"The archive holds a file with the path {_safe_name(entry)}, which leads outside or is not a plain "
             "name. Pack the model's folder again.",
         )
     if len(path.parts) > limits.max_folders + 1:
         raise Problem(
-            "upload", f"{_shown(entry)} lies deeper than {limits.max_folders} folders; pack the model's folder."
+            "upload", f"{_safe_name(entry)} lies deeper than {limits.max_folders} folders; pack the model's folder."
         )
     return path
 
@@ -119,11 +119,11 @@ def _check_kind(entry: zipfile.ZipInfo) -> None:
     kind = stat.S_IFMT(entry.external_attr >> 16)
     if kind not in (0, stat.S_IFREG, stat.S_IFDIR):
         what = "a link" if kind == stat.S_IFLNK else "a device, a pipe or a socket"
-        raise Problem("upload", f"{_shown(entry)} in the archive is {what}; pack plain files only.")
+        raise Problem("upload", f"{_safe_name(entry)} in the archive is {what}; pack plain files only.")
     if entry.flag_bits & ENCRYPTED:
-        raise Problem("upload", f"{_shown(entry)} is protected by a password; pack the model without one.")
+        raise Problem("upload", f"{_safe_name(entry)} is protected by a password; pack the model without one.")
     if entry.compress_type not in PLAIN:
-        raise Problem("upload", f"{_shown(entry)} is packed in an unusual way; pack it again as an ordinary .zip.")
+        raise Problem("upload", f"{_safe_name(entry)} is packed in an unusual way; pack it again as an ordinary .zip.")
 
 
 def _check_size(entry: zipfile.ZipInfo, total: int, limits: Limits) -> None:
@@ -132,7 +132,7 @@ def _check_size(entry: zipfile.ZipInfo, total: int, limits: Limits) -> None:
     if entry.file_size > SMALL and entry.file_size > limits.max_ratio * max(entry.compress_size, 1):
         raise Problem(
             "upload",
-            f"{_shown(entry)} would unpack to more than {limits.max_ratio} times its size, which weights never do.",
+            f"{_safe_name(entry)} would unpack to more than {limits.max_ratio} times its size, which weights never do.",
         )
 
 
@@ -168,13 +168,13 @@ def _write(opened: zipfile.ZipFile, entry: zipfile.ZipInfo, target: Path) -> Non
         while chunk := source.read(min(CHUNK, left + 1)):
             left -= len(chunk)
             if left < 0:
-                raise Problem("upload", f"{_shown(entry)} is larger than the archive says. Pack it again.")
+                raise Problem("upload", f"{_safe_name(entry)} is larger than the archive says. Pack it again.")
             file.write(chunk)
     if left:
-        raise Problem("upload", f"{_shown(entry)} is shorter than the archive says. Pack it again.")
+        raise Problem("upload", f"{_safe_name(entry)} is shorter than the archive says. Pack it again.")
 
 
-def _shown(entry: zipfile.ZipInfo) -> str:
+def _safe_name(entry: zipfile.ZipInfo) -> str:
     """A file name that is safe for a page and a terminal."""
     name = entry.orig_filename
     return ascii(name if len(name) <= 80 else f"{name[:79]}...")

@@ -147,7 +147,7 @@ def require_sane_numbers(content: dict[str, Any], name: str, limits: Limits) -> 
         if abs(value) > largest or (value < 0 and (field in LARGEST or field in LAYER_FIELDS)):
             raise Problem(
                 "broken_config",
-                f"{field} in {name} is {_shown(value)}, but this Space accepts at most {largest:,}. Repair the config, "
+                f"{field} in {name} is {_words(value)}, but this Space accepts at most {largest:,}. Repair the config, "
                 "or analyse the model on your own machine: pip install depthscope.",
             )
         sizes.setdefault(field, value)
@@ -179,5 +179,5 @@ def _without_unsafe(value: Any, level: int = 0) -> Any:
     return value
 
 
-def _shown(value: int) -> str:
+def _words(value: int) -> str:
     return f"{value:,}" if abs(value) < 10**18 else f"a number of {value.bit_length():,} bits"

@@ -37,7 +37,7 @@ def count_safetensors(path: Path, limits: Limits) -> int:
         start = file.read(8)
         length = int.from_bytes(start, "little")
         if len(start) < 8 or length > size - 8 or length < 2:
-            raise Problem("broken_weights", f"{path.name} {_what_else(start)}")
+            raise Problem("broken_weights", f"{path.name} {_describe_other_format(start)}")
         if length > limits.max_header_bytes:
             raise _huge_header(path, limits)
         header = _parsed(file.read(length), path)
@@ -61,7 +61,7 @@ def count_safetensors(path: Path, limits: Limits) -> int:
     return sum(count for _, _, count in ends)
 
 
-def _what_else(start: bytes) -> str:
+def _describe_other_format(start: bytes) -> str:
     """Describe a file that is not safetensors, from its first bytes."""
     if start[:2] == b"PK" or start[:1] == b"\x80":
         return (

@@ -13,7 +13,7 @@ from depthscope.sweep.cost.plan import launcher
 from depthscope.sweep.specification import Training
 from depthscope.wording.messages import counted
 
-__all__ = ["Step", "ablation_steps", "sweep_yaml"]
+__all__ = ["AblationStep", "ablation_steps", "sweep_yaml"]
 
 STANDARD_LIBRARY_TOKENS = 5_000_000  # up to this number Python's own source has enough text
 FINEWEB = "HuggingFaceFW/fineweb-edu"
@@ -27,7 +27,7 @@ LINE = 120
 
 
 @dataclass(frozen=True)
-class Step:
+class AblationStep:
     """One model of the ablation: the previous model with one more change.
 
     Attributes:
@@ -41,7 +41,7 @@ class Step:
     note: str
 
 
-def ablation_steps(request: Request, shape: Shape, training: Training) -> list[Step]:
+def ablation_steps(request: Request, shape: Shape, training: Training) -> list[AblationStep]:
     """The steps from the plain model of the same depth to the recipe; steps that would change nothing are left out.
 
     If the recipe has experts, the MLPs of the dense models before them are as wide as all experts of a token together,
@@ -68,19 +68,21 @@ def ablation_steps(request: Request, shape: Shape, training: Training) -> list[S
         ("norms", {"norm_scaling": request.norm_scaling}, "LayerNorm Scaling (not in the paper)"),
     ]
     steps = [
-        Step("1-plain", settings, f"the plain model with {counted(request.layers, 'layer')} (paper, 32 layers: 39.5)")
+        AblationStep(
+            "1-plain", settings, f"the plain model with {counted(request.layers, 'layer')} (paper, 32 layers: 39.5)"
+        )
     ]
     for name, change, note in changes:
         changed = {**steps[-1].settings, **change}
         if changed != steps[-1].settings:
-            steps.append(Step(f"{len(steps) + 1}-{name}", changed, f"+ {note}"))
+            steps.append(AblationStep(f"{len(steps) + 1}-{name}", changed, f"+ {note}"))
     return _without_constants(steps)
 
 
-def _without_constants(steps: list[Step]) -> list[Step]:
+def _without_constants(steps: list[AblationStep]) -> list[AblationStep]:
     """Every step with only the settings that differ between steps."""
     varied = [key for key in VARIED if any(step.settings[key] != steps[0].settings[key] for step in steps)]
-    return [Step(step.name, {key: step.settings[key] for key in varied}, step.note) for step in steps]
+    return [AblationStep(step.name, {key: step.settings[key] for key in varied}, step.note) for step in steps]
 
 
 def sweep_yaml(request: Request, shape: Shape, training: Training) -> str:

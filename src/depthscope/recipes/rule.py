@@ -8,7 +8,7 @@ import torch
 from transformers import TrainingArguments
 
 from depthscope.errors import SettingsError
-from depthscope.recipes.ablation import Step, ablation_steps, sweep_yaml
+from depthscope.recipes.ablation import AblationStep, ablation_steps, sweep_yaml
 from depthscope.recipes.draft import Draft, draft
 from depthscope.recipes.request import GB, Request
 from depthscope.recipes.shape import possible_experts
@@ -67,7 +67,7 @@ class Recipe(Draft):
         return warnings
 
     @property
-    def steps(self) -> list[Step]:
+    def steps(self) -> list[AblationStep]:
         """The models of the sweep, from the plain one to the recipe."""
         return ablation_steps(self.request, self.shape, self.training)
 

@@ -110,7 +110,7 @@ class Sequences(Dataset):
     """The training sequences of one point, [T] tokens each, in the order drawn with its seed.
 
     The order is drawn over spans of the longest sequence length in the sweep, so that points with shorter sequences
-    read the same tokens at the same time. A further epoch is drawn anew.
+    read the same tokens at the same time. Each further epoch is drawn again.
     """
 
     def __init__(self, corpus: Corpus, sequence_length: int, count: int, seed: int) -> None:
@@ -183,7 +183,7 @@ def prepare_corpus(sweep: Sweep, grid: Grid, out: Path, report: Callable[[str], 
         SweepError: the folder holds the tokens of other text, or is damaged.
     """
     folder, needed = out / DATA, needs(sweep, grid)
-    made_from = _made_from(sweep, needed)
+    made_from = _origin_digest(sweep, needed)
     if not os.path.lexists(folder) or (folder.is_dir() and not any(folder.iterdir())):
         part = out / DATA_PART
         _make(sweep, grid, part, needed, made_from, report)
@@ -291,7 +291,7 @@ def _facts(folder: Path) -> _Facts:
         ) from error
 
 
-def _made_from(sweep: Sweep, needed: Needs) -> str:
+def _origin_digest(sweep: Sweep, needed: Needs) -> str:
     specification = sweep.specification
     data = specification.data.model_dump(exclude={"name"})  # the name changes no token
     return digest([data, specification.tokenizer.model_dump(), asdict(needed)])
@@ -300,7 +300,7 @@ def _made_from(sweep: Sweep, needed: Needs) -> str:
 def _serves(facts: _Facts, sweep: Sweep, needed: Needs) -> bool:
     """Whether the tokens belong to the same text and training, with at least as many held-out tokens."""
     held_out = facts.needed.held_out
-    return facts.made_from == _made_from(sweep, Needs(needed.train, held_out)) and held_out >= needed.held_out
+    return facts.made_from == _origin_digest(sweep, Needs(needed.train, held_out)) and held_out >= needed.held_out
 
 
 def _make(sweep: Sweep, grid: Grid, part: Path, needed: Needs, made_from: str, report: Callable[[str], None]) -> None:

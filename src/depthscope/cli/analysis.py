@@ -49,7 +49,7 @@ def analyze(
         int, typer.Option(help="Blocks at the start of the text that fit the linear maps.", rich_help_panel=TEXT)
     ] = 16,
     eval_blocks: Annotated[
-        int, typer.Option(help="Blocks after those that all scores are measured on.", rich_help_panel=TEXT)
+        int, typer.Option(help="Blocks after those, to measure all scores on.", rich_help_panel=TEXT)
     ] = 8,
     block_size: BlockSize = 256,
     bos: Bos = "auto",
@@ -184,7 +184,7 @@ def compare(
     reports: Annotated[list[Path], typer.Argument(help="Two or more reports.", metavar="REPORT..."), READS],
     html: Annotated[Path | None, typer.Option(help="Write a page that shows the layers side by side."), WRITES] = None,
 ) -> None:
-    """Compare reports: what differs, and whether by more than the noise."""
+    """Compare reports: the differences, and which exceed the noise."""
     with errors_for_people():
         from depthscope.report.comparison import compare as compare_reports
         from depthscope.report.report import LayerReport

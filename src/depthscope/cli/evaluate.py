@@ -68,7 +68,7 @@ def evaluate(
     ] = None,
     quiet: Quiet = False,
 ) -> None:
-    """Measure the accuracy of MODEL on downstream tasks, through lm-eval (the extra `eval`)."""
+    """Measure the accuracy of MODEL on downstream tasks with lm-eval (the extra `eval`)."""
     with errors_for_people():
         require_places(out)
         from depthscope.downstream.evaluation import evaluate as measure

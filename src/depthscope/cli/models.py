@@ -28,9 +28,7 @@ def convert(
     experts: Annotated[
         int | None, typer.Option(help="Turn a dense model into one with this many experts.", rich_help_panel=SHAPE)
     ] = None,
-    top_k: Annotated[
-        int | None, typer.Option(help="Experts that see each token, with --experts.", rich_help_panel=SHAPE)
-    ] = None,
+    top_k: Annotated[int | None, typer.Option(help="Experts per token, with --experts.", rich_help_panel=SHAPE)] = None,
     layers: Annotated[
         int | None, typer.Option(help="Grow to this many layers by stacking copies.", rich_help_panel=SHAPE)
     ] = None,
@@ -41,7 +39,7 @@ def convert(
     dtype: Annotated[
         str,
         typer.Option(
-            help="float32, bfloat16, float16, or auto: the checkpoint's own where that loses nothing.",
+            help="float32, bfloat16, float16, or auto: the checkpoint's own if that is exact.",
             rich_help_panel=HOW,
         ),
     ] = "auto",
@@ -52,7 +50,7 @@ def convert(
 ) -> None:
     """Turn MODEL into a DepthLM or into a native architecture, exactly, or give it another shape.
 
-    Exact means that the logits differ by rounding at most. That is measured before anything is written, and a model
+    Exact means that the logits differ only by rounding. This is checked before anything is written, and a model
     that cannot be converted exactly is refused. Averaged heads and stacked layers need further training.
     """
     with errors_for_people():

@@ -48,7 +48,7 @@ Text = Annotated[
 ]
 Dataset = Annotated[
     str | None,
-    typer.Option(help="A datasets name, or name:config, instead of --text.", rich_help_panel=TEXT),
+    typer.Option(help="A dataset name, or name:config, instead of --text.", rich_help_panel=TEXT),
     READS_TREE,
 ]
 Column = Annotated[str | None, typer.Option(help="The column that holds the text.", rich_help_panel=TEXT)]
@@ -58,7 +58,7 @@ Bos = Annotated[
     str,
     typer.Option(
         help="Whether each block begins with the beginning-of-sequence token, which no score includes: yes, no, or "
-        "auto (what the tokenizer does by itself).",
+        "auto (as the tokenizer does by default).",
         rich_help_panel=TEXT,
     ),
 ]

@@ -38,7 +38,9 @@ def push(
     native: Annotated[
         bool,
         typer.Option(
-            "--native", help="Push each model also as a Llama, Mixtral, ... of its own.", rich_help_panel=WHAT
+            "--native",
+            help="Also push each model as a Llama, Mixtral, ... in another repository.",
+            rich_help_panel=WHAT,
         ),
     ] = False,
     steps: Annotated[
@@ -46,7 +48,7 @@ def push(
     ] = True,
     only: Annotated[
         list[str] | None,
-        typer.Option(help="Only these points or variants of a sweep; * stands for anything.", rich_help_panel=WHAT),
+        typer.Option(help="Only these points or variants of a sweep; * matches anything.", rich_help_panel=WHAT),
     ] = None,
     license: Annotated[
         str | None, typer.Option(help="The Hub's name of the license: apache-2.0, mit, ...", rich_help_panel=CARD)
@@ -55,14 +57,14 @@ def push(
         list[str] | None, typer.Option(help="Language codes: en, de, ..., code.", rich_help_panel=CARD)
     ] = None,
     dataset: Annotated[
-        list[str] | None, typer.Option(help="Data sets of the Hub that it was trained on.", rich_help_panel=CARD)
+        list[str] | None, typer.Option(help="Datasets on the Hub that the model was trained on.", rich_help_panel=CARD)
     ] = None,
     base_model: Annotated[
         str | None, typer.Option(help="The model on the Hub that a run started from.", rich_help_panel=CARD)
     ] = None,
     collection: Annotated[
         str | None,
-        typer.Option(help="Its title; by default a sweep gets one with its own name.", rich_help_panel=COLLECTION),
+        typer.Option(help="Title of the collection; by default the name of a sweep.", rich_help_panel=COLLECTION),
     ] = None,
     space: Annotated[
         str | None, typer.Option(help="A Space that the collection lists.", rich_help_panel=COLLECTION)

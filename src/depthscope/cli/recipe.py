@@ -53,8 +53,8 @@ def recipe(
 ) -> None:
     """Turn a depth, a width and a budget into a model and its training, with the evidence for each choice.
 
-    The rule of thumb of arXiv 2603.15389: long sequences, weight decay, grouped queries, experts. A star marks what the
-    paper did not test.
+    The rule of thumb of arXiv 2603.15389: long sequences, weight decay, grouped queries, experts. A star marks values
+    that the paper did not test.
     """
     with errors_for_people():
         from depthscope.recipes import recipe as make_recipe

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from depthscope.sweep.report.results import SweepResults
 
 sweep_app = Program(
-    help="Train a grid of models, measure each, and report what holds.", no_args_is_help=True, rich_markup_mode="rich"
+    help="Train a grid of models, measure each, and report the results.", no_args_is_help=True, rich_markup_mode="rich"
 )
 app.add_typer(sweep_app, name="sweep")
 
@@ -38,7 +38,7 @@ def run(
     out: Annotated[Path | None, typer.Option(help="The sweep's folder; sweeps/NAME by default."), FILLS] = None,
     only: Annotated[
         list[str] | None,
-        typer.Option(help="Only this point, variant or family; * stands for anything. For several: --only A --only B."),
+        typer.Option(help="Only this point, variant or family; * matches anything. For several: --only A --only B."),
     ] = None,
     jobs: Annotated[
         int | None,

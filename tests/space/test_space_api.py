@@ -48,7 +48,7 @@ def test_null_for_an_argument_is_refused_with_what_is_expected(space, endpoint):
         ("block_size", 10**400, "settings: block_size is 1000"),
         ("scores", ["variance"], "settings: scores is ['variance']; give names"),
         ("scores", "", "settings: "),
-        ("precision", "float8", "settings: 'float8' is no precision"),
+        ("precision", "float8", "settings: 'float8' is not a precision"),
         ("bos", "perhaps", "settings: 'perhaps' is no way"),
         ("text", {}, "settings: text is {}; give a text"),
         ("text", " \n\t", "text: No text was pasted, or blanks alone."),

@@ -80,7 +80,7 @@ def test_a_block_begins_as_the_visitor_chose(tmp_path):
     assert report.settings["bos"] == "yes"
     assert report.data["tokens"] == 62
     assert task.key() != replace(task, settings=replace(settings, bos="no")).key()
-    with pytest.raises(Problem, match="no way to begin a block; choose one of auto, yes, no"):
+    with pytest.raises(Problem, match="not a choice for BOS; choose one of auto, yes, no"):
         Choices(("skip",), bos="<b>")
 
 

@@ -12,12 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from depthscope.analysis.assemble import assemble
-from depthscope.analysis.measure import measure, require_finite, total_work
+from depthscope.analysis.measure import measure, require_finite, runs_experiments, total_work
 from depthscope.console.progress import Listener, showing_progress, showing_status
 from depthscope.errors import CorpusError, SettingsError
 from depthscope.layers.facts import model_facts, text_only_notes
 from depthscope.layers.lanes.lanes import Lanes
 from depthscope.layers.modes import evaluating
+from depthscope.layers.offloaded import borrowing_weights, is_offloaded
 from depthscope.layers.stack import LayerStack
 from depthscope.layers.tracing import input_embeddings, text_config
 from depthscope.loading import failures
@@ -49,6 +50,7 @@ def analyze(
     trust_remote_code: bool = False,
     attn_implementation: str | None = None,
     base_model: str | None = None,
+    offload: bool | None = None,
     progress: bool | Listener = True,
     **options: Any,
 ) -> LayerReport:
@@ -72,6 +74,9 @@ def analyze(
         attn_implementation: the implementation of attention to load a model with; None takes what its config names, or
             transformers' default where that does not run here.
         base_model: for an adapter whose base model has moved: its id, folder or .gguf file.
+        offload: for a model that is larger than memory: the layers' weights stay in the checkpoint's files (on a CPU)
+            or in main memory (with an accelerator), and each is read once for many experiments. None does so where
+            the weights do not fit. What needs other layers' weights, the permutation score, is left out.
         progress: show a progress bar on a terminal, or a function that is told instead: what is being done, and the
             share of the work that is done.
         **options: fields of `Settings`.
@@ -103,6 +108,7 @@ def analyze(
                 trust_remote_code=trust_remote_code,
                 attn_implementation=attn_implementation,
                 base_model=base_model,
+                offload=offload,
             )
     if blocks is None:
         needed = chosen.fit_blocks + chosen.eval_blocks
@@ -137,18 +143,25 @@ def analyze_blocks(
     processes = processes or Processes.here()
     with processes.together(), evaluating(model), torch.no_grad(), memory_errors(settings), ExitStack() as compiled:
         _require_blocks(model, blocks, settings)
-        stack = LayerStack(model)
-        _require_positions(model, settings.block_size, stack.virtual_tokens)
-        _require_maps(stack, settings)
-        compiled.enter_context(stack.as_written())
-        lanes = Lanes(stack)
-        require_finite(stack)
-        scores = {name: SCORES[name](stack, settings, settings.eval_blocks) for name in settings.scores}
+        settings, left_out = _without_distant_weights(model, settings)
+        # What is tried on a small example asks how the model's code works, so one layer's weights do for all.
+        with borrowing_weights(model):
+            stack = LayerStack(model)
+            _require_positions(model, settings.block_size, stack.virtual_tokens)
+            _require_maps(stack, settings)
+            compiled.enter_context(stack.as_written())
+            lanes = Lanes(stack)
+            scores = {name: SCORES[name](stack, settings, settings.eval_blocks) for name in settings.scores}
+            if stack.is_offloaded and runs_experiments(scores):
+                lanes.prepare()
+        if not stack.is_offloaded:
+            require_finite(stack)
         total = total_work(stack, scores, settings) / processes.count
         listener = progress if callable(progress) else None
         with showing_progress(total, visible=bool(progress) and processes.is_main, listener=listener) as shown:
             baseline = measure(lanes, scores, blocks, settings, processes, shown)
-        return assemble(lanes, scores, baseline, blocks, settings, facts)
+        report = assemble(lanes, scores, baseline, blocks, settings, facts)
+    return report.model_copy(update={"notes": [*left_out, *report.notes]})
 
 
 def _settings(settings: Settings | None, options: dict[str, Any]) -> Settings:
@@ -159,6 +172,20 @@ def _settings(settings: Settings | None, options: dict[str, Any]) -> Settings:
         raise SettingsError(
             f"{', '.join(options)}: not all of these are options of an analysis; they are {known}."
         ) from error
+
+
+def _without_distant_weights(model: nn.Module, settings: Settings) -> tuple[Settings, list[str]]:
+    """The settings without what needs the weights of several layers at a time, where they are not all in memory."""
+    if "permutation" not in settings.scores or not is_offloaded(model):
+        return settings, []
+    others = [name for name in settings.scores if name != "permutation"]
+    if not others:
+        raise SettingsError(
+            "The permutation score needs the weights of two layers at a time, and the layers' weights are outside of "
+            "memory; choose other scores, or a machine that the model fits on."
+        )
+    note = "The permutation score was left out: the layers' weights were outside of memory, and it needs two at a time."
+    return settings.with_(scores=tuple(others)), [note]
 
 
 def _require_blocks(model: nn.Module, blocks: Blocks, settings: Settings) -> None:

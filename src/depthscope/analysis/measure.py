@@ -59,7 +59,6 @@ def measure(
 ) -> dict[str, Array]:
     """Fill every score's sums; returns the sums of the unchanged model's loss and number of predictions by block."""
     stack = lanes.stack
-    size = settings.batch_size or _batch_size(stack, settings)
     parts = blocks[: settings.fit_blocks or 1], blocks[settings.fit_blocks :][: settings.eval_blocks]
     fitting, measured = (part.behind(PLACEHOLDER, stack.virtual_tokens) for part in parts)
     baseline = {name: np.zeros(settings.eval_blocks) for name in ("loss", "targets")}
@@ -68,7 +67,9 @@ def measure(
         if isinstance(useful := scores.get("usefulness"), Usefulness):
             shown.at("fitting linear maps")
             fitted = measured if settings.fits_in_sample else fitting
-            useful.fit(lambda: _fit_batches(fitted, size, stack, processes, shown), processes.add_up)
+            at_once = len(fitted) if stack.is_offloaded else _batch_size(lanes, {}, settings)
+            useful.fit(lambda: _fit_batches(fitted, at_once, stack, processes, shown), processes.add_up)
+        size = _batch_size(lanes, scores, settings)
         for rows in _chunks(processes.share(range(settings.eval_blocks)), size):
             batch = _measure_batch(lanes, scores, measured, rows, shown)
             baseline["loss"][rows], baseline["targets"][rows] = batch.loss, batch.target_mask.sum(1).cpu().numpy()
@@ -131,10 +132,16 @@ def require_finite(stack: LayerStack) -> None:
         raise NonFiniteError(_not_finite(stack, stack.example_ids))
 
 
-def _batch_size(stack: LayerStack, settings: Settings) -> int:
-    vocabulary = stack.example_logits.shape[-1]
+def _batch_size(lanes: Lanes, scores: Mapping[str, Score], settings: Settings) -> int:
+    if settings.batch_size:
+        return settings.batch_size
+    stack = lanes.stack
     budget = LOGITS_BYTES.get(stack.device.type, LOGITS_BYTES["cpu"])
-    return max(1, min(LARGEST_BATCH, budget // (settings.block_size * vocabulary * 4)))
+    size = min(LARGEST_BATCH, budget // (settings.block_size * stack.vocabulary * 4))
+    if stack.is_offloaded:  # all lanes in one pass, so that each layer's weights are read once
+        count = len(_experiments(scores.values(), np.arange(1)))
+        size = min(size, lanes.limits.state_bytes // (max(1, count) * settings.block_size * stack.width * 4))
+    return max(1, size)
 
 
 def _chunks(rows: list[int], size: int) -> Iterator[list[int]]:

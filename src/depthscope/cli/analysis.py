@@ -92,6 +92,15 @@ def analyze(
     trust_remote_code: TrustRemoteCode = False,
     attn_implementation: AttnImplementation = None,
     base_model: BaseModel = None,
+    offload: Annotated[
+        bool,
+        typer.Option(
+            "--offload",
+            help="Keep the layers' weights in the files (with a GPU, in main memory) and read them layer by layer; "
+            "this happens by itself where they do not fit in memory.",
+            rich_help_panel=HOW,
+        ),
+    ] = False,
     out: ReportOut = None,
     html: Annotated[
         Path | None, typer.Option(help="Write a page with interactive plots.", rich_help_panel=OUTPUT), WRITES
@@ -138,6 +147,7 @@ def analyze(
             trust_remote_code=trust_remote_code,
             attn_implementation=attn_implementation,
             base_model=base_model,
+            offload=offload or None,
             progress=not quiet,
         )
         if Processes.here().is_main:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from depthscope.errors import AnalysisError, NoLayerStackError
 from depthscope.layers.compiled import as_written, class_name, is_compiled
 from depthscope.layers.modes import evaluating
+from depthscope.layers.offloaded import is_offloaded
 from depthscope.layers.stand_ins import (
     Feed,
     PassThrough,
@@ -151,6 +152,11 @@ class LayerStack:
     def example_logits(self) -> Tensor:
         """The logits of the small example that the layers were found with, [B, T, V]."""
         return self._require_logits(self._trace.logits)
+
+    @cached_property
+    def is_offloaded(self) -> bool:
+        """Whether layers fetch their weights when they run."""
+        return is_offloaded(self.layers)
 
     @property
     def vocabulary(self) -> int:

@@ -4,6 +4,7 @@ transformers does the loading (`AutoConfig`, `AutoModelForCausalLM`, `AutoTokeni
 each cause of failure, and refuses a checkpoint that does not fit its config instead of adding random weights.
 """
 
+import weakref
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -35,7 +36,7 @@ from depthscope.loading.attn_implementation import choose_attn_implementation, r
 from depthscope.loading.audit.audit import audit, require_all_weights
 from depthscope.loading.audit.stored import FLOATS, StoredTensors
 from depthscope.loading.checkpoint import ADAPTER_CONFIG, CONFIG, Checkpoint, find_checkpoint, require_weights
-from depthscope.loading.devices import device_arguments, find_device, find_dtype
+from depthscope.loading.devices import find_device, find_dtype
 from depthscope.loading.failures import LOAD_FAILURES, load_errors
 from depthscope.loading.gguf.audit import audit_gguf, complete_biases
 from depthscope.loading.gguf.header import GgufHeader
@@ -43,6 +44,7 @@ from depthscope.loading.gguf.reading import reading_once
 from depthscope.loading.gguf.settings import adopt_settings
 from depthscope.loading.gguf.split import read_gguf
 from depthscope.loading.loaded import LoadedModel
+from depthscope.loading.offloading import places_of_weights
 from depthscope.wording.messages import one_line
 
 __all__ = ["LoadedModel", "load_model", "model_facts", "require_for_loading"]
@@ -70,6 +72,7 @@ class _Options:
     trust_remote_code: bool
     token: str | None
     attn_implementation: str | None
+    offload: bool | None  # None: where the weights do not fit
 
 
 def load_model(
@@ -82,6 +85,7 @@ def load_model(
     token: str | None = None,
     attn_implementation: str | None = None,
     base_model: str | None = None,
+    offload: bool | None = False,
 ) -> LoadedModel:
     """Load a causal language model for analysis.
 
@@ -97,6 +101,8 @@ def load_model(
         attn_implementation: "eager", "sdpa", "flash_attention_2", ...; None takes what the config names, or
             transformers' default where that does not run here.
         base_model: for an adapter whose base model has moved: its id, folder or .gguf file.
+        offload: leave the weights of the layers in the checkpoint's files (for a CPU) or in main memory (for an
+            accelerator), from where each layer fetches its own when it runs; None does so where they do not fit.
 
     Raises:
         ModelLoadError: the model cannot be loaded; the message says why and what to do.
@@ -110,7 +116,7 @@ def load_model(
     target = find_device(device)
     chosen_dtype = find_dtype(dtype, target)
     require_attn_implementation(attn_implementation, target, chosen_dtype)
-    options = _Options(chosen_dtype, target, trust_remote_code, token, attn_implementation)
+    options = _Options(chosen_dtype, target, trust_remote_code, token, attn_implementation, offload)
     with quiet():
         checkpoint = find_checkpoint(str(name), revision=revision, token=token)
         if revision is not None and checkpoint.source != "hub":
@@ -306,12 +312,20 @@ def _load_weights(
     files = [*files, *(file for file in extra if file in checkpoint.files)]
     config_dtype = next((dtype for dtype in FLOATS.values() if dtype == config.dtype), None)
     with load_errors(checkpoint, "weights"):
-        dtype = options.dtype
+        dtype, stored = options.dtype, StoredTensors(checkpoint, files)
         if dtype == "auto" and config_dtype is None and files:  # transformers takes the dtype of the first tensor
-            dtype = StoredTensors(checkpoint, files).main_dtype or dtype
+            dtype = stored.main_dtype or dtype
+        places, folder = places_of_weights(
+            checkpoint,
+            stored,
+            lambda: _auto_class(config).from_config(config, trust_remote_code=options.trust_remote_code),
+            dtype,
+            options.device,
+            options.offload,
+        )
         loaded: Any = _auto_class(config).from_pretrained(
             **checkpoint.where,
-            **device_arguments(options.device),
+            **places,
             **_plain_weights(checkpoint),
             **_no_adapter(checkpoint),
             config=config,
@@ -323,13 +337,18 @@ def _load_weights(
             ignore_mismatched_sizes=True,  # so that our own message names them
         )
     model, info = loaded
+    if folder is not None:
+        weakref.finalize(model, folder.cleanup)
     if gguf is not None:
         complete_biases(model, info, gguf)
         require_all_weights(checkpoint.name, info)
         with load_errors(checkpoint, "weights"):
             return model.eval(), audit_gguf(model, gguf, info["unexpected_keys"]), None
-    stored = StoredTensors(checkpoint, files)
     notes = audit(checkpoint, settings, stored, model, info)
+    if folder is not None:
+        notes.append(
+            "The layers' weights stayed outside of the device's memory; each layer fetched its own when it ran."
+        )
     stored_dtype = stored.main_dtype
     is_rounded = config_dtype and stored_dtype and torch.promote_types(config_dtype, stored_dtype) != config_dtype
     if options.dtype == "auto" and config_dtype and stored_dtype and is_rounded:

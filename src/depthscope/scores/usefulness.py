@@ -11,10 +11,14 @@ evaluation blocks. arXiv 2603.15389, usefulness score.
 The sums that the fits of all layers need are gathered in one pass over the fitting blocks (`least_squares.py`).
 """
 
+import weakref
 from collections.abc import Callable, Iterable
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from depthscope.layers.lanes.lane import Lane
@@ -41,6 +45,22 @@ class OnFlat(nn.Module):
         return self._unflat(self.inner(self._flat(hidden)))
 
 
+class StoredMap(nn.Module):
+    """An affine map that lies in a file and is read when it is applied."""
+
+    def __init__(self, affine: AffineMap, path: Path) -> None:
+        super().__init__()
+        self.path, self.residual = path, affine.residual
+        save_file({name: value.contiguous() for name, value in affine.state_dict().items()}, path)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Map [..., d] to [..., d]."""
+        stored = load_file(self.path)
+        affine = AffineMap(stored["weight"], stored["bias"], residual=self.residual)
+        mapped: Tensor = affine(hidden)
+        return mapped
+
+
 class Usefulness(Score):
     """The loss ratio of linearising each layer, and the share of layers where it exceeds the threshold."""
 
@@ -56,8 +76,11 @@ class Usefulness(Score):
         """
         layers = [layer for layer in range(self.stack.num_layers) if layer not in self.stack.unskippable]
         at_once = max(1, ACCUMULATOR_BYTES // (16 * self.stack.width**2))
-        self.maps: dict[int, AffineMap] = {}
+        self.maps: dict[int, nn.Module] = {}
         self.undetermined: list[int] = []
+        if self.stack.is_offloaded:
+            self._fit_in_one_pass(layers, batches(), add_up)
+            return
         for start in range(0, len(layers), at_once):
             self._fit_some(layers[start : start + at_once], batches(), add_up)
 
@@ -86,11 +109,40 @@ class Usefulness(Score):
                     mask = blocks.token_mask.to(before.device)
                     sums[layer].add(before[mask], after[mask])
         for layer in layers:
-            add_up(*sums[layer].tensors())
-            fit = sums.pop(layer).solve(self.settings.ridge)
-            self.maps[layer] = self._affine(fit)
-            if not fit.determined:
-                self.undetermined.append(layer)
+            self._solve(layer, sums.pop(layer), add_up)
+
+    def _fit_in_one_pass(self, layers: list[int], batches: Iterable[Blocks], add_up: Callable[..., None]) -> None:
+        """Fit each layer as it runs, on all fitting blocks at once: its weights are read once, and no sums are kept."""
+        folder = TemporaryDirectory(prefix="depthscope-maps-")
+        weakref.finalize(self, folder.cleanup)
+
+        def solve(layer: int, sums: LeastSquares) -> None:
+            self._solve(layer, sums, add_up)
+            affine = self.maps[layer]
+            assert isinstance(affine, AffineMap)
+            self.maps[layer] = StoredMap(affine, Path(folder.name) / f"{layer}.safetensors")
+
+        blocks = next(iter(batches), None)
+        if blocks is None:  # this process has none, but the others wait for its sums
+            for layer in layers:
+                solve(layer, LeastSquares(self.stack.width))
+            return
+
+        def on_layer(layer: int, before: Tensor, after: Tensor) -> None:
+            if layer in layers:
+                mask, sums = blocks.token_mask.to(before.device), LeastSquares(self.stack.width)
+                sums.add(self.stack.flat(before)[mask], self.stack.flat(after)[mask])
+                solve(layer, sums)
+
+        with self.stack.observing(on_layer):
+            self.stack.run_through(self.stack.num_layers - 1, blocks.input_ids, blocks.attention_mask)
+
+    def _solve(self, layer: int, sums: LeastSquares, add_up: Callable[..., None]) -> None:
+        add_up(*sums.tensors())
+        fit = sums.solve(self.settings.ridge)
+        self.maps[layer] = self._affine(fit)
+        if not fit.determined:
+            self.undetermined.append(layer)
 
     def _affine(self, fit: Fit) -> AffineMap:
         if not self.settings.paper_code:

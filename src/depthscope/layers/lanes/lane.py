@@ -77,10 +77,10 @@ class Limits:
     halved: bool = False
 
     @classmethod
-    def of(cls, device: str) -> "Limits":
-        """Those of a type of device."""
-        kind = "cpu" if device == "cpu" else "elsewhere"
-        return cls(CHUNK_TOKENS[kind], LOGITS_BYTES[kind], STATE_BYTES[kind])
+    def of(cls, device: str, *, offloaded: bool) -> "Limits":
+        """Those of a type of device; less for a model that does not fit on it."""
+        kind, share = ("cpu" if device == "cpu" else "elsewhere"), (2 if offloaded else 1)
+        return cls(CHUNK_TOKENS[kind], LOGITS_BYTES[kind] // share, STATE_BYTES[kind] // share)
 
     def halve(self) -> None:
         """Do less at once, because memory ran out."""

@@ -48,7 +48,7 @@ class Lanes:
 
     def __init__(self, stack: LayerStack, way: Way | None = None) -> None:
         self.stack = stack
-        self.limits = Limits.of(stack.device.type)
+        self.limits = Limits.of(stack.device.type, offloaded=stack.is_offloaded)
         self._way = way
 
     @property
@@ -58,6 +58,10 @@ class Lanes:
             with evaluating(self.stack.model), torch.no_grad():
                 self._way = self._right_way()
         return self._way
+
+    def prepare(self) -> None:
+        """Try now, on the small example, what the model allows, and not when it is first asked for."""
+        _ = self.way, self.stack.unskippable
 
     def over(
         self,

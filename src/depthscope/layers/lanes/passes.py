@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from depthscope.layers.lanes.arguments import learn_arguments
 from depthscope.layers.lanes.lane import Lane, Limits, Step
 from depthscope.layers.memory import is_out_of_memory
+from depthscope.layers.offloaded import holding_weights
 from depthscope.layers.stack import LayerStack
 from depthscope.layers.stand_ins import LayerResult, StandIn, hidden_among, hidden_of, with_hidden
 
@@ -250,10 +251,11 @@ class _Position(StandIn):
         stack = self.owner.stack
         before = hidden_among(args, kwargs)
         before = before.clone() if stack.changes_in_place else before
-        result: LayerResult = self.layer(*args, **kwargs)
-        after = hidden_of(result)
-        with stack.aside():
-            self.owner.advance(self, args, kwargs, before, after)
+        with holding_weights(self.layer):
+            result: LayerResult = self.layer(*args, **kwargs)
+            after = hidden_of(result)
+            with stack.aside():
+                self.owner.advance(self, args, kwargs, before, after)
         return result
 
 

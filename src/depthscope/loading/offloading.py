@@ -26,6 +26,11 @@ except ImportError:  # Windows
 __all__ = ["free_memory", "places_of_weights"]
 
 CGROUP = Path("/sys/fs/cgroup")
+# Of version 2 and 1: the limit, what is used of it, and how much of that is kept of files.
+CGROUPS = (
+    ("memory.max", "memory.current", "memory.stat", "file"),
+    ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat", "cache"),
+)
 SHARE_FOR_WEIGHTS = 0.85  # of free memory
 
 
@@ -74,10 +79,11 @@ def free_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     free = [psutil.virtual_memory().available]
-    with suppress(OSError, ValueError, KeyError):  # of a container (Linux); "max" where it has no limit
-        most, used = (int((CGROUP / name).read_text()) for name in ("memory.max", "memory.current"))
-        parts = dict(line.split() for line in (CGROUP / "memory.stat").read_text().splitlines())
-        free.append(most - used + int(parts["file"]))  # what is kept of files gives way
+    for most, used, stat, cache in CGROUPS:
+        with suppress(OSError, ValueError, KeyError):  # of a container (Linux); "max" where it has no limit
+            parts = dict(line.split() for line in (CGROUP / stat).read_text().splitlines())
+            left = int((CGROUP / most).read_text()) - int((CGROUP / used).read_text())
+            free.append(left + int(parts[cache]))  # what is kept of files gives way
     if resource is not None:
         limit, _ = resource.getrlimit(resource.RLIMIT_AS)
         if limit != resource.RLIM_INFINITY:

@@ -274,7 +274,7 @@ def test_chats_and_token_ids_are_no_text_to_train_on(tmp_path: Path, columns: di
 
 def test_a_text_of_which_nothing_can_be_held_out_is_refused_with_what_helps(tmp_path: Path) -> None:
     (tmp_path / "one.txt").write_text("some words, " * 2000)
-    with pytest.raises(CorpusError, match=r"No part of one\.txt can be held out.* Give\.held_out") as refused:
+    with pytest.raises(CorpusError, match=r"No part of one\.txt can be held out: .* as data\.held_out") as refused:
         prepared(tmp_path, data={"text": "one.txt"})
     assert "lower" not in str(refused.value)
     with pytest.raises(CorpusError, match=r"lower scoring\.loss_tokens to [\d,]+\.$"):

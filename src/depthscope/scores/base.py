@@ -37,7 +37,7 @@ Sums = Mapping[str, Array]
 LOSS_CHUNK = {"cpu": 1 << 21, "elsewhere": 1 << 27}
 
 # Elements of a stream that one thread of a CPU reads at once, so few that they stay in its cache from step to step.
-STREAM_CHUNK = 1 << 15
+STREAM_CHUNK = 1 << 16
 
 
 @dataclass

@@ -428,10 +428,13 @@ def compare(given: argparse.Namespace, place: Path) -> None:
     for vector, count in counts.items():
         tokens[vector] = place / f"{vector}.pt"
         torch.save(blocks_for(folder, count, given.block_size, given.tiny), tokens[vector])
-    pythons = {tool: Path(sys.executable) for tool in OURS}
+    wanted = {"plain hooks", *(given.tool or (*OURS, *PEERS))}
+    pythons = {tool: Path(sys.executable) for tool in OURS if tool in wanted}
     found: dict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
     vectors = given.only or list(VECTORS)
-    for tool, packages in () if given.tiny else PEERS.items():
+    for tool, packages in PEERS.items():
+        if given.tiny or tool not in wanted:
+            continue
         try:
             pythons[tool] = make_environment(place, packages)
         except CannotError as error:
@@ -466,6 +469,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--model", help="folder of a model, or a .gguf file; SmolLM2-135M by default")
     parser.add_argument("--environments", type=Path, help="where environments and the model are kept")
     parser.add_argument("--only", action="append", choices=VECTORS, help="one vector; may be given again")
+    parser.add_argument("--tool", action="append", choices=[*OURS, *PEERS], help="one beside plain hooks; likewise")
     parser.add_argument("--blocks", type=int, help="for variance and influence (8)")
     parser.add_argument("--experiment-blocks", type=int, help="for what runs the model many times (2)")
     parser.add_argument("--block-size", type=int, help="tokens in a block (128)")

@@ -109,7 +109,7 @@ def test_the_analysis_of_such_an_adapter_is_that_of_the_merged_model(tmp_path: P
 )
 def test_rows_that_are_stored_nowhere_are_refused(config: Any, how: dict, tmp_path: Path) -> None:
     trained(tmp_path, config, **how)
-    with pytest.raises(ModelLoadError, match=f"was trained with {VOCABULARY + ADDED} tokens, its base model has 90"):
+    with pytest.raises(ModelLoadError, match=f"was trained with {VOCABULARY + ADDED} tokens and its base model has 90"):
         load_model(str(tmp_path / "adapter"))
 
 
@@ -127,7 +127,7 @@ def test_a_tokenizer_with_more_tokens_than_rows_is_a_note(tmp_path: Path) -> Non
     save_tokenizer(tmp_path / "adapter")
     loaded = load_model(str(tmp_path / "adapter"))
     (note,) = loaded.notes
-    assert f"has {len(loaded.tokenizer)} tokens and the model rows for {VOCABULARY}" in note
+    assert f"has {len(loaded.tokenizer)} tokens but the model has rows for {VOCABULARY}" in note
 
 
 # Where the base model is

@@ -289,7 +289,7 @@ def test_other_scoring_is_measured_anew_and_trains_nothing(copy: Path, tmp_path:
 
 def test_what_cannot_be_measured_anew_keeps_its_measurements(copy: Path, tmp_path: Path) -> None:
     before = measured(copy)
-    with pytest.raises(SweepError, match=r"L2-seed0 was measured.*eval_blocks was 2, is now 1\), and --only leaves it"):
+    with pytest.raises(SweepError, match=r"L2-seed0 was measured.*eval_blocks was 2, is now 1\), but --only leaves it"):
         run(tmp_path, copy, only=("depth-L3",), scoring={"eval_blocks": 1})
     with pytest.raises(SweepError, match=r"trained with other settings.*scoring.eval_blocks was 2, is now 1"):
         run(tmp_path, copy, scoring={"eval_blocks": 1}, tracking={"effectiveness_every": 6})

@@ -28,19 +28,28 @@ from depthlm import KINDS, random_ids, tiny_depthlm
 from depthscope.models import DepthLMForCausalLM
 
 CLOSE = 1e-5
+TWO: dict = {"num_hidden_layers": 2}  # a layer of each kind that a model has
 # One head of keys cannot be split; "full" norms need whole heads on every process, so there it need not be.
 TENSOR_PARALLEL: dict[str, tuple[str, dict]] = {
-    **{kind: (kind, {}) for kind in KINDS if kind != "mqa"},
-    "biases": ("gqa", {"attention_bias": True, "mlp_bias": True}),
-    "mqa_qk_norm_full": ("mqa", {"qk_norm": "full"}),
-    "moe_shared_qk_norm_full": ("moe_shared", {"qk_norm": "full"}),
-    "moe_shared_qk_norm_head": ("moe_shared", {"qk_norm": "head"}),
+    **{kind: (kind, TWO) for kind in KINDS if kind != "mqa"},
+    "sliding": ("sliding", TWO | {"layer_types": ["sliding_attention", "full_attention"]}),
+    "mix": ("mix", TWO | {"mix_post_layers": 1}),
+    "biases": ("gqa", TWO | {"attention_bias": True, "mlp_bias": True}),
+    "mqa_qk_norm_full": ("mqa", TWO | {"qk_norm": "full"}),
+    "moe_shared_qk_norm_full": ("moe_shared", TWO | {"qk_norm": "full"}),
+    "moe_shared_qk_norm_head": ("moe_shared", TWO | {"qk_norm": "head"}),
 }
 EXPERT_PARALLEL = {
     "tensors_and_experts": {"tp_size": 2, "ep_size": 2},
     "shards_and_experts": {"fsdp_size": 2, "ep_size": 2},
 }
 DATA_PARALLEL = ("dense", "moe", "moe_shared", "tied")
+
+
+def saved(name: str) -> DepthLMForCausalLM:
+    """The model that two processes load."""
+    kind, changes = TENSOR_PARALLEL[name]
+    return tiny_depthlm(kind, **changes)
 
 
 # --- what each of the two processes does ----------------------------------------------------------------------------
@@ -76,8 +85,8 @@ def split_model(folder: Path, **sizes: int) -> dict[str, float | bool | list[str
         outcome: dict = {"logits": (split(mine).logits - one(mine).logits).abs().max().item()}
     if "pp_size" in sizes:
         return outcome
-    generated = split.generate(mine, do_sample=False, max_new_tokens=6)
-    outcome["generated"] = torch.equal(generated, one.generate(mine, do_sample=False, max_new_tokens=6))
+    generated = split.generate(mine, do_sample=False, max_new_tokens=4)
+    outcome["generated"] = torch.equal(generated, one.generate(mine, do_sample=False, max_new_tokens=4))
     expected = gradients(one, every if "fsdp_size" in sizes else mine)
     outcome["gradients"] = furthest(gradients(split, mine), expected)
     outcome["split"] = [name for name, weight in split.named_parameters() if isinstance(weight, DTensor)]
@@ -92,7 +101,7 @@ def split_model(folder: Path, **sizes: int) -> dict[str, float | bool | list[str
 def train_a_step(kind: str, shard: Callable[[DepthLMForCausalLM], nn.Module]) -> dict[str, float]:
     """A step of two processes with two rows each, beside one of a single process with four."""
     ids, rank = random_ids(4, 12), distributed.get_rank()
-    model, one = tiny_depthlm(kind), tiny_depthlm(kind)
+    model, one = tiny_depthlm(kind, **TWO), tiny_depthlm(kind, **TWO)
     wrapped = shard(model)
     optimizers = [torch.optim.SGD(each.parameters(), lr=0.1) for each in (model, one)]
     before = {name: weight.clone() for name, weight in one.state_dict().items()}
@@ -162,8 +171,8 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, dict]]:
     files = [folder / f"outcomes-{rank}.json" for rank in range(2)]
     with FileLock(f"{folder}.lock"):
         if not all(file.exists() for file in files):
-            for name, (kind, changes) in TENSOR_PARALLEL.items():
-                model = tiny_depthlm(kind, **changes)
+            for name in TENSOR_PARALLEL:
+                model = saved(name)
                 for weight_name, weight in model.named_parameters():
                     if weight_name.endswith("bias"):
                         nn.init.normal_(weight, std=0.2)
@@ -191,7 +200,7 @@ def test_tensor_parallel_is_one_model(outcomes: list[dict], name: str) -> None:
         assert outcome["generated"]
         assert outcome["saved"]
         # All the matrices of all layers are split, but for the small one of the router.
-        model = tiny_depthlm(*TENSOR_PARALLEL[name][:1], **TENSOR_PARALLEL[name][1])
+        model = saved(name)
         matrices = {name for name, weight in model.model.layers.named_parameters("model.layers") if weight.dim() > 1}
         assert matrices - set(outcome["split"]) == {name for name in matrices if name.endswith("mlp.gate.weight")}
 
@@ -215,7 +224,7 @@ def test_expert_parallel_is_one_model(outcomes: list[dict], how: str, name: str)
         assert outcome["gradients"] < CLOSE
         assert outcome["generated"]
         assert {name for name in outcome["split"] if "mlp.experts." in name} == {
-            name for name, _ in tiny_depthlm(name).named_parameters() if "mlp.experts." in name
+            name for name, _ in saved(name).named_parameters() if "mlp.experts." in name
         }
 
 
@@ -225,7 +234,7 @@ def test_shards_of_transformers_are_one_model(outcomes: list[dict], name: str) -
         assert outcome["logits"] < CLOSE
         assert outcome["gradients"] < CLOSE
         assert outcome["generated"]
-        assert len(outcome["split"]) == len(list(tiny_depthlm(name).parameters()))
+        assert len(outcome["split"]) == len(list(saved(name).parameters()))
 
 
 @pytest.mark.parametrize("name", DATA_PARALLEL)

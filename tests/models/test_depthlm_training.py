@@ -142,8 +142,9 @@ def test_memorising_with_gradient_checkpointing(kind: str) -> None:
 )
 def test_one_graph_holds_the_whole_training_step(kind: str) -> None:
     # Captured, differentiated and run in one graph, without the minutes that generating code for it takes.
-    model, ids = tiny_depthlm(kind), random_ids(2, 12)
-    expected_loss, expected = gradients(tiny_depthlm(kind), ids)
+    layers, ids = {"num_hidden_layers": 2}, random_ids(2, 12)  # of moe_shared, the second has experts
+    model = tiny_depthlm(kind, **layers)
+    expected_loss, expected = gradients(tiny_depthlm(kind, **layers), ids)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     compiled.train()
     loss = compiled(input_ids=ids, labels=ids).loss

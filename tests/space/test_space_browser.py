@@ -275,7 +275,7 @@ def test_stop_stops(visit, space):
     page.locator("#model input").fill("acme/deep")
     page.locator("#model input").press("Enter")
     page.get_by_text("Text, scores and precision").first.click()
-    page.get_by_label("Tokens to measure on").first.fill("2048")
+    page.get_by_label("Tokens to measure on").first.fill("1024")
     page.get_by_label("Tokens to measure on").first.press("Enter")
     page.locator("#analyze").click()
     page.locator("#status").get_by_text("Leaving out each layer").wait_for()

@@ -20,7 +20,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Started", "depthscope", "in_two_processes", "python", "side_by_side", "started"]
+__all__ = ["Started", "depthscope", "in_two_processes", "prepare", "python", "side_by_side", "started"]
 
 PRELOADED = [
     "torch",
@@ -40,6 +40,12 @@ def _new_processes() -> Any:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
     return context
+
+
+def prepare() -> None:
+    """Start the one process that all are forked from, before a sweep would start it with what its workers need."""
+    if _new_processes().get_start_method() == "forkserver":
+        multiprocessing.forkserver.ensure_running()
 
 
 def in_two_processes(work: Callable[..., None], *arguments: object) -> None:

@@ -18,6 +18,7 @@ import torch
 from transformers import Trainer, TrainingArguments, default_data_collator, set_seed
 from typer.testing import CliRunner, Result
 
+from commands import prepare
 from depthscope.cli import app
 from depthscope.errors import SweepError
 from depthscope.models import DepthLMConfig, DepthLMForCausalLM
@@ -418,6 +419,7 @@ def test_workers_take_the_costliest_point_of_a_seed_first(tmp_path: Path) -> Non
 def test_workers_give_what_one_process_gives_and_a_killed_one_costs_one_point(tmp_path: Path) -> None:
     grid = {"depth": {"num_hidden_layers": [2, 3, 4]}}
     sweep = load_sweep(write_sweep(tmp_path, grid=grid))
+    prepare()
     before = set(multiprocessing.active_children())
     out = tmp_path / "out"
 

@@ -4,6 +4,7 @@ The process is started by multiprocessing's fork server, which has imported torc
 fraction of a second. Messages are sent through a pipe as JSON, never as pickles.
 """
 
+import gc
 import json
 import multiprocessing
 import os
@@ -207,6 +208,7 @@ def _child(sending: Connection, job: Apart, folder: str, limits: Limits) -> None
     threading.Thread(target=_end_with_parent, args=(folder,), daemon=True).start()
     forget_owner()
     _limit_resources(limits)
+    gc.freeze()  # garbage collections need not look at what was imported
     import torch
 
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // limits.max_jobs))

@@ -4,9 +4,11 @@ If a worker dies (such as for lack of memory), only its current point fails. Wor
 them, whatever ends it.
 """
 
+import gc
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -15,6 +17,8 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from depthscope.runs.layout import FAILED
 from depthscope.sweep.data import open_corpus
@@ -26,6 +30,7 @@ from depthscope.sweep.specification import Specification
 __all__ = ["costliest_first", "run_in_workers"]
 
 GPUS = "CUDA_VISIBLE_DEVICES"
+PRELOADED = ["depthscope.sweep.workers"]
 
 
 @dataclass(frozen=True)
@@ -110,19 +115,30 @@ def _receive(connection: Connection) -> Any:
 
 
 def _start(index: int, work: _Work) -> _Worker:
-    context = multiprocessing.get_context("spawn")
+    context = _new_processes()
     ours, theirs = context.Pipe()
-    process = context.Process(target=_serve, args=(theirs, work), daemon=True)
-    with _environment(_share(index, work.jobs)):
+    share = _share(index, work.jobs)
+    process = context.Process(target=_serve, args=(theirs, work, {**os.environ, **share}), daemon=True)
+    with _environment(share):
         process.start()
     theirs.close()
     return _Worker(index, process, ours)
 
 
+def _new_processes() -> Any:
+    """How workers start: forked from one process that has imported what all need; with a GPU, each imports it itself.
+
+    A process that may have asked for a GPU must not fork those that use it.
+    """
+    if sys.platform != "linux" or torch.accelerator.is_available():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    return context
+
+
 def _share(index: int, jobs: int) -> dict[str, str]:
     """A worker's share of the machine, as environment variables that libraries read when they are imported."""
-    import torch
-
     share = {"OMP_NUM_THREADS": str(max(1, torch.get_num_threads() // jobs))}
     if count := torch.cuda.device_count():
         visible = os.environ.get(GPUS) or ",".join(map(str, range(count)))
@@ -144,10 +160,13 @@ def _environment(settings: dict[str, str]) -> Iterator[None]:
                 os.environ[name] = value
 
 
-def _serve(connection: Connection, work: _Work) -> None:
+def _serve(connection: Connection, work: _Work, environment: dict[str, str]) -> None:
     """Run the points that come through the connection, one after the other."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that started this one
     _end_with_parent()
+    os.environ.update(environment)  # the process that this one is forked from may be older
+    torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))
+    gc.freeze()  # every Trainer asks for collections, which need not look at what was imported
 
     corpus = open_corpus(work.out, work.grid.longest)
 

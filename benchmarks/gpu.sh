@@ -21,6 +21,8 @@ part() {
 nvidia-smi --query-gpu=name,memory.total,driver_version --format=csv,noheader
 part 60 benchmarks/gpu.py --only equal
 part 150 benchmarks/gpu.py --only times
+# Short batches leave a card idle: all experiments in one pass, beside each in its own.
+part 60 benchmarks/lanes.py --device cuda
 # A batch that keeps the card busy, and one so small that starting kernels is all the work there is.
 part 100 benchmarks/callbacks.py --only 134M --rounds 15 --rows 64 --length 1024
 part 70 benchmarks/callbacks.py --only 134M --rounds 15

@@ -5,7 +5,7 @@
     python benchmarks/offload.py --before /tmp/before/src      # and accelerate's disk offload with another source tree
 
 A random checkpoint of Llama's type in bfloat16 is written to --folder (and kept there for the next time). Each way runs
-in a process of its own. The limit is hard: a control group where one can be made (Linux, as root), else RLIMIT_DATA. Read
+in a process of its own. The limit is a control group where one can be made (Linux, as root), else RLIMIT_DATA. Read
 means the bytes of the checkpoint that safetensors is asked for while an analysis runs, over the size of the layers.
 """
 

@@ -9,6 +9,9 @@ from depthscope.report.measures import SCORE_NAMES, SPARSITY_NAMES
 from depthscope.text.choices import bos_choice, require_tokens
 from depthscope.wording.numeric import LARGEST_SEED, MOST, require_number, require_whole
 
+# The scores that attention and MLP can have of their own.
+OF_SUBLAYERS = ("skip", "causal", "usefulness")
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -35,6 +38,8 @@ class Settings:
         probes: backward passes per layer that estimate the Jacobian distance, each with a random vector for every
             block, or "exact" for one per feature; as many as there are features, or more, are exact too.
         seed: seeds the probes and the sampled pairs.
+        sublayers: measure skip, causal and usefulness, those of them that are chosen, for the attention and the MLP of
+            each layer too.
     """
 
     scores: tuple[str, ...] | str = SCORE_NAMES
@@ -50,6 +55,7 @@ class Settings:
     pairs: str | float = "all"
     probes: int | str = 16
     seed: int = 0
+    sublayers: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "scores", _checked_scores(self.scores))
@@ -64,6 +70,7 @@ class Settings:
         if self.probes != "exact":
             self._set_whole("probes", 1, 'random probes, or "exact"')
         self._set_whole("seed", 0, "a seed", LARGEST_SEED)
+        self._check_sublayers()
         require_number("threshold", self.threshold, "a loss ratio above 0, such as the paper's 1.1", above=0)
         require_number("ridge", self.ridge, "a number from 0 up to 1, such as 0 or 1e-6", least=0, below=1)
         if self.pairs not in ("all", "adjacent") and not (isinstance(self.pairs, float) and 0 < self.pairs < 1):
@@ -74,6 +81,20 @@ class Settings:
     def _set_whole(self, name: str, least: int, meaning: str, most: int = MOST) -> None:
         """Check a whole number, and store it as a Python int."""
         object.__setattr__(self, name, require_whole(name, getattr(self, name), least, meaning, most))
+
+    def _check_sublayers(self) -> None:
+        if not isinstance(self.sublayers, bool):
+            raise SettingsError(f"sublayers is {self.sublayers!r}; give True or False.")
+        if self.sublayers and not set(OF_SUBLAYERS).intersection(self.scores):
+            raise SettingsError(
+                f"sublayers was asked for without any of the scores that it is for: {', '.join(OF_SUBLAYERS)}. Choose "
+                "some of them, or leave it out."
+            )
+        if self.sublayers and self.paper_code and "usefulness" in self.scores:
+            raise SettingsError(
+                "sublayers and paper_code were both asked for; the paper's released code linearises whole layers only. "
+                "Leave out one of the two, or the usefulness score."
+            )
 
     @property
     def fits_in_sample(self) -> bool:

@@ -15,6 +15,7 @@ from depthscope.report.report import SCHEMA_VERSION, DataFacts, LayerReport, Mod
 from depthscope.scores.base import Array, Score, Values, values_with_errors
 from depthscope.scores.jacobian import Jacobian
 from depthscope.scores.permutation import Permutation
+from depthscope.scores.sublayers import sublayer_notes
 from depthscope.scores.usefulness import Usefulness
 from depthscope.settings import Settings
 from depthscope.text.blocks import Blocks
@@ -109,6 +110,8 @@ def _notes(lanes: Lanes, scores: Mapping[str, Score], blocks: Blocks, settings: 
             "one may be far off what it was trained on."
         )
     notes += [note for score in scores.values() for note in score.notes()]
+    if settings.sublayers:
+        notes += sublayer_notes(stack)
     if runs_experiments(scores):
         notes += [
             f"Layer {layer} cannot be skipped or replaced in this model ({reason}); its scores are empty."

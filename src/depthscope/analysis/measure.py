@@ -39,9 +39,11 @@ LARGEST_BATCH = 16
 
 def total_work(stack: LayerStack, scores: Mapping[str, Score], settings: Settings) -> float:
     """What the whole analysis takes, in forward passes of one layer over one block."""
-    extent = extent_of(stack, experiments=runs_experiments(scores))
+    extent = extent_of(stack, experiments=runs_experiments(scores), sublayers=settings.sublayers)
     each = sum(score.work() for score in scores.values())
-    return (each + shared_skip_work(extent, scores)) * settings.eval_blocks + shared_work(extent, scores, settings)
+    return (each + shared_skip_work(extent, scores, settings)) * settings.eval_blocks + shared_work(
+        extent, scores, settings
+    )
 
 
 def runs_experiments(scores: Mapping[str, Score]) -> bool:

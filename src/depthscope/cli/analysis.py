@@ -82,6 +82,14 @@ def analyze(
         bool,
         typer.Option("--paper-code", help="Compute what the paper's released code computes.", rich_help_panel=DEPTH),
     ] = False,
+    sublayers: Annotated[
+        bool,
+        typer.Option(
+            "--sublayers",
+            help="Measure skip, causal and usefulness for the attention and the MLP of each layer too.",
+            rich_help_panel=DEPTH,
+        ),
+    ] = False,
     seed: Annotated[int, typer.Option(help="Seed of probes and sampled pairs.", rich_help_panel=DEPTH)] = 0,
     batch_size: Annotated[
         int | None, typer.Option(help="Blocks in a forward pass; scores do not depend on it.", rich_help_panel=HOW)
@@ -133,6 +141,7 @@ def analyze(
             pairs=_share_or_word(pairs),
             probes=_count_or_word(probes),
             seed=seed,
+            sublayers=sublayers,
         )
         report = measure(
             model,

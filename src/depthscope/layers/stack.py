@@ -29,6 +29,7 @@ from depthscope.layers.stand_ins import (
     hidden_of,
     with_hidden,
 )
+from depthscope.layers.sublayers import Sublayers, try_sublayers
 from depthscope.layers.tracing import MODEL_FAILURES, Trace, input_device, run, text_config, trace_layers
 from depthscope.wording.messages import counted
 
@@ -142,6 +143,12 @@ class LayerStack:
                 except MODEL_FAILURES as error:
                     found[index] = f"{type(error).__name__}: {error}"
         return found
+
+    @cached_property
+    def sublayers(self) -> Sublayers:
+        """Which layers' attention and MLP can be left out or replaced, as tried on a small example."""
+        with evaluating(self.model):
+            return try_sublayers(self)
 
     @property
     def example_ids(self) -> Tensor:

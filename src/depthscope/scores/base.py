@@ -98,7 +98,7 @@ class Score(ABC):
         self.stack = stack
         self.settings = settings
         self.num_blocks = num_blocks
-        self.extent = extent_of(stack, experiments=self.experiments)
+        self.extent = extent_of(stack, experiments=self.experiments, sublayers=settings.sublayers)
         self.head = self.extent.head
         self.sums: dict[str, Array] = {}
 
@@ -223,10 +223,14 @@ def head_work(stack: LayerStack) -> float:
     return of_head / max(of_layer, 1)
 
 
-def extent_of(stack: LayerStack, *, experiments: bool) -> Extent:
+def extent_of(stack: LayerStack, *, experiments: bool, sublayers: bool = False) -> Extent:
     """What the work of an analysis of this stack depends on; whether it can resume is tried for experiments only."""
     resumable = stack.resumable if experiments else True
-    return Extent(stack.num_layers, stack.width, head_work(stack), stack.layer_types, resumable)
+    parts = None
+    if experiments and sublayers:
+        of_layers = [part.layer for part in stack.sublayers.usable]
+        parts = tuple(map(of_layers.count, range(stack.num_layers)))
+    return Extent(stack.num_layers, stack.width, head_work(stack), stack.layer_types, resumable, parts=parts)
 
 
 def ratio(above: Array, below: Array) -> Array:

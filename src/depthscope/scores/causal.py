@@ -7,6 +7,9 @@ Skip layer s (its output is its input). For each later layer l, with u_l its upd
 The global value is the mean over all pairs s < l; a layer's own is its mean over the later layers (none for the last).
 No unit. arXiv 2603.15389, causal score. An untrained model already has a high causal score: alone it is no proof of
 useful work.
+
+With `Settings.sublayers`, attention and MLP have a score of their own: what the one returns is zero in layer s, the
+rest of the layer runs, and C is averaged over the later layers.
 """
 
 from collections.abc import Iterable
@@ -15,8 +18,10 @@ import numpy as np
 from torch import Tensor
 
 from depthscope.layers.lanes.lane import Lane, Step
+from depthscope.layers.sublayers import PARTS
 from depthscope.scores.base import Array, Batch, Score, Sums, Values, mean, ratio
 from depthscope.scores.skip import skipping_lanes
+from depthscope.scores.sublayers import by_part, part_of, without_lanes
 
 
 class Causal(Score):
@@ -26,8 +31,8 @@ class Causal(Score):
     experiments = True
 
     def lanes(self, rows: Array) -> Iterable[Lane]:
-        """Each layer skipped, and the later layers watched."""
-        return skipping_lanes(self.stack, watched=True)
+        """Each layer skipped, and each part left out, and the later layers watched."""
+        return [*skipping_lanes(self.stack, watched=True), *without_lanes(self.stack, self.settings, watched=True)]
 
     def observe(self, batch: Batch, layer: int, before: Tensor, after: Tensor) -> None:
         """Add the length of the baseline's update."""
@@ -41,8 +46,8 @@ class Causal(Score):
         count = self.stack.num_layers
         changed = self._update(step.resid_pre, step.resid_post).unflatten(0, (len(step.lanes), -1))
         change = (changed - self._update(step.model_pre, step.model_post)).norm(dim=-1)  # [K, B, T]
-        skipped = [lane.start for lane in step.lanes]
-        self.table("change", count, count)[batch.rows[:, None], skipped, step.layer] = batch.masked_sum(change).T
+        for lane, sums in zip(step.lanes, batch.masked_sum(change), strict=True):
+            self.table(f"{part_of(lane)}change", count, count)[batch.rows, lane.start, step.layer] = sums
 
     def _update(self, before: Tensor, after: Tensor) -> Tensor:
         """What a layer adds to the stream, [B, T, S * d], in at least float32."""
@@ -50,11 +55,22 @@ class Causal(Score):
 
     def finish(self, sums: Sums) -> Values:
         """Divide, and average over the pairs that are defined."""
-        effects = ratio(sums["change"], np.broadcast_to(sums["length"], sums["change"].shape))
-        effects[~np.triu(np.ones_like(effects, dtype=bool), 1)] = np.nan
+        effects = self._effects(sums, "change")
+        parts = {part: _rows(self._effects(sums, name)) for part in PARTS if (name := f"{part}_change") in sums}
         effects[list(self.stack.unskippable)] = np.nan
         return Values(
             scores={"causal": mean(effects)},
-            layers={"causal": np.array([mean(row) for row in effects])},
+            layers={"causal": _rows(effects), **by_part(self.stack, self.settings, "causal", parts)},
             pairs={"causal": effects},
         )
+
+    def _effects(self, sums: Sums, name: str) -> Array:
+        """The changes of later updates over their lengths, [L, L], NaN but for later ones."""
+        effects = ratio(sums[name], np.broadcast_to(sums["length"], sums[name].shape))
+        effects[~np.triu(np.ones_like(effects, dtype=bool), 1)] = np.nan
+        return effects
+
+
+def _rows(effects: Array) -> Array:
+    """The mean of each row, [L]."""
+    return np.array([mean(row) for row in effects])

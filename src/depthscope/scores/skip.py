@@ -3,6 +3,9 @@
 `s_l = loss(model without layer l) / loss(model)`, next-token cross-entropy in nats over the evaluation blocks; layer
 l's output is its input. It comes for the price of the causal score's pass plus one head. Its participation ratio is the
 effective depth (by skipping).
+
+With `Settings.sublayers`, attention and MLP have ratios of their own: what the one returns is zero, and the rest of the
+layer runs.
 """
 
 from collections.abc import Iterable
@@ -10,7 +13,9 @@ from collections.abc import Iterable
 from depthscope.layers.lanes.lane import Lane
 from depthscope.layers.stack import LayerStack
 from depthscope.layers.stand_ins import PassThrough
+from depthscope.layers.sublayers import PARTS
 from depthscope.scores.base import Array, Batch, Score, Sums, Values, effective_depth, mean, ratio
+from depthscope.scores.sublayers import by_part, part_of, without_lanes
 
 
 class Skip(Score):
@@ -20,22 +25,23 @@ class Skip(Score):
     experiments = True
 
     def lanes(self, rows: Array) -> Iterable[Lane]:
-        """Each layer skipped."""
-        return skipping_lanes(self.stack, logits=True)
+        """Each layer skipped, and each part left out."""
+        return [*skipping_lanes(self.stack, logits=True), *without_lanes(self.stack, self.settings, logits=True)]
 
     def measure_loss(self, batch: Batch, lane: Lane, loss: Array) -> None:
-        """Add the loss of one skipped layer."""
+        """Add the loss of one skipped layer, or of one without a part."""
         self.table("loss")[batch.rows] = batch.loss
-        self.table("skip_loss", self.stack.num_layers)[batch.rows, lane.start] = loss
+        self.table(f"{part_of(lane)}skip_loss", self.stack.num_layers)[batch.rows, lane.start] = loss
 
     def finish(self, sums: Sums) -> Values:
         """Divide by the baseline's loss."""
+        parts = {part: ratio(sums[name], sums["loss"]) for part in PARTS if (name := f"{part}_skip_loss") in sums}
         ratios = ratio(sums["skip_loss"], sums["loss"])
         for layer in self.stack.unskippable:
             ratios[layer] = float("nan")
         return Values(
             scores={"skip_ratio": mean(ratios), "effective_depth_skip": effective_depth(ratios)},
-            layers={"skip_ratio": ratios},
+            layers={"skip_ratio": ratios, **by_part(self.stack, self.settings, "skip_ratio", parts)},
         )
 
 

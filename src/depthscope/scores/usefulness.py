@@ -8,27 +8,36 @@ affine map in layer l's place,
 and usefulness is the share of layers with `r_l` above a threshold (1.1 in the paper). Losses in nats over the
 evaluation blocks. arXiv 2603.15389, usefulness score.
 
+With `Settings.sublayers`, attention and MLP are linearised too, each alone: what it returns is fitted from what it is
+given, which for most models is the normalised stream.
+
 The sums that the fits of all layers need are gathered in one pass over the fitting blocks (`least_squares.py`).
 """
 
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from depthscope.errors import AnalysisError
 from depthscope.layers.lanes.lane import Lane
 from depthscope.layers.least_squares import Fit, LeastSquares
 from depthscope.layers.stack import LayerStack
-from depthscope.layers.stand_ins import AffineMap
+from depthscope.layers.stand_ins import AffineMap, LayerResult, hidden_of
+from depthscope.layers.sublayers import PARTS, Change, Part, WithPart, given_to
 from depthscope.scores.base import Array, Batch, Score, Sums, Values, effective_depth, mean, ratio
+from depthscope.scores.sublayers import by_part, named, part_of, parts_of
 from depthscope.text.blocks import Blocks
 
-# The sums of a fit take 16 d^2 bytes per layer; more layers than fit in here take another pass.
+# The sums of a fit take 16 d^2 bytes; those that do not fit in here together take another pass.
 ACCUMULATOR_BYTES = 2 << 30
 
 
@@ -61,6 +70,64 @@ class StoredMap(nn.Module):
         return mapped
 
 
+@dataclass(frozen=True)
+class _LayerFit:
+    """The fit of a layer."""
+
+    layer: int
+    width: int
+
+    @property
+    def size(self) -> int:
+        """The bytes of its sums."""
+        return 16 * self.width**2
+
+    def begin(self) -> LeastSquares:
+        """Empty sums."""
+        return LeastSquares(self.width)
+
+
+@dataclass(frozen=True)
+class _PartFit:
+    """The fit of a part of a layer."""
+
+    part: Part
+    features: tuple[int, int]
+
+    @property
+    def size(self) -> int:
+        """The bytes of its sums."""
+        return 8 * self.features[0] * sum(self.features)
+
+    def begin(self) -> LeastSquares:
+        """Empty sums."""
+        return LeastSquares(*self.features)
+
+
+def _adding(part: Part, sums: LeastSquares, mask: list[Tensor]) -> Callable[..., None]:
+    """A hook that adds what a part is given and returns to its sums, where the mask [B, T] in the list says so."""
+
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], result: LayerResult) -> None:
+        given, returned = given_to(args, kwargs), hidden_of(result)
+        if given is not None:
+            there = part.tokens(mask[0]).to(given.device)
+            sums.add(given.flatten(0, -2)[there], returned.flatten(0, -2)[there])
+
+    return hook
+
+
+def _made(affine: nn.Module) -> Change:
+    """What a part returns, made by an affine map of what it is given."""
+
+    def change(given: Tensor | None, returned: Tensor) -> Tensor:
+        if given is None:
+            raise AnalysisError("A sublayer was not given what it was fitted on; run the analysis again.")
+        mapped: Tensor = affine(given.flatten(0, -2))
+        return mapped.reshape(returned.shape).to(returned)
+
+    return change
+
+
 class Usefulness(Score):
     """The loss ratio of linearising each layer, and the share of layers where it exceeds the threshold."""
 
@@ -68,73 +135,139 @@ class Usefulness(Score):
     experiments = True
 
     def fit(self, batches: Callable[[], Iterable[Blocks]], add_up: Callable[..., None]) -> None:
-        """Fit the affine maps of all layers: one pass over the fitting blocks for as many layers as memory holds.
+        """Fit all affine maps: one pass over the fitting blocks for as many as memory holds.
 
         Args:
             batches: gives this process's fitting blocks, a batch at a time, each time it is called.
             add_up: adds tensors up over all processes, in place.
         """
-        layers = [layer for layer in range(self.stack.num_layers) if layer not in self.stack.unskippable]
-        at_once = max(1, ACCUMULATOR_BYTES // (16 * self.stack.width**2))
         self.maps: dict[int, nn.Module] = {}
+        self.part_maps: dict[Part, nn.Module] = {}
         self.undetermined: list[int] = []
+        self.undetermined_parts: list[Part] = []
         if self.stack.is_offloaded:
-            self._fit_in_one_pass(layers, batches(), add_up)
+            self._fit_in_one_pass([fit for fits in self._groups() for fit in fits], batches(), add_up)
             return
-        for start in range(0, len(layers), at_once):
-            self._fit_some(layers[start : start + at_once], batches(), add_up)
+        for fits in self._groups():
+            self._fit_some(fits, batches(), add_up)
 
     def lanes(self, rows: Array) -> Iterable[Lane]:
-        """Each layer linearised."""
-        return [
+        """Each layer linearised, and each part."""
+        layers = [
             Lane(("linear", layer), {layer: OnFlat(self.stack, affine)}, logits=True)
             for layer, affine in self.maps.items()
         ]
+        parts = [
+            Lane(("linear", part.layer, part.name), {part.layer: WithPart(part.module, _made(affine))}, logits=True)
+            for part, affine in self.part_maps.items()
+        ]
+        return [*layers, *parts]
 
     def measure_loss(self, batch: Batch, lane: Lane, loss: Array) -> None:
-        """Add the loss of one linearised layer."""
+        """Add the loss with one layer linearised, or one part."""
         self.table("loss")[batch.rows] = batch.loss
-        self.table("linear_loss", self.stack.num_layers)[batch.rows, lane.start] = loss
+        self.table(f"{part_of(lane)}linear_loss", self.stack.num_layers)[batch.rows, lane.start] = loss
 
-    def _fit_some(self, layers: list[int], batches: Iterable[Blocks], add_up: Callable[..., None]) -> None:
-        sums = {layer: LeastSquares(self.stack.width) for layer in layers}
-        with self.stack.capture(first=layers[0], last=layers[-1]) as capture:
+    def notes(self) -> list[str]:
+        """Which parts have no map, or none that the text determines."""
+        notes = []
+        if unmapped := [part for part in parts_of(self.stack, self.settings) if part.features is None]:
+            notes.append(
+                f"sublayers: {named(unmapped)}: what it is given is not one vector a token, or is written into, so no "
+                "affine map can be fitted; those usefulness ratios are empty."
+            )
+        if self.undetermined_parts:
+            notes.append(
+                f"The fitting text does not determine the linear map of the {named(self.undetermined_parts)} (too few "
+                "distinct inputs); the one of least norm was taken. Raise fit_blocks."
+            )
+        return notes
+
+    def _groups(self) -> Iterator[list["_LayerFit | _PartFit"]]:
+        """All fits in the order of the layers, as many at a time as memory holds."""
+        group: list[_LayerFit | _PartFit] = []
+        room = ACCUMULATOR_BYTES
+        for layer in range(self.stack.num_layers):
+            fits: list[_LayerFit | _PartFit] = []
+            if layer not in self.stack.unskippable:
+                fits.append(_LayerFit(layer, self.stack.width))
+            for part in parts_of(self.stack, self.settings):
+                if part.layer == layer and part.features is not None:
+                    fits.append(_PartFit(part, part.features))
+            for fit in fits:
+                if group and room < fit.size:
+                    yield group
+                    group, room = [], ACCUMULATOR_BYTES
+                group.append(fit)
+                room -= fit.size
+        if group:
+            yield group
+
+    def _fit_some(
+        self, fits: list["_LayerFit | _PartFit"], batches: Iterable[Blocks], add_up: Callable[..., None]
+    ) -> None:
+        whole = {fit.layer: fit.begin() for fit in fits if isinstance(fit, _LayerFit)}
+        parts = {fit.part: fit.begin() for fit in fits if isinstance(fit, _PartFit)}
+        last = max([*whole, *(part.layer for part in parts)])
+        with ExitStack() as watching:
+            mask: list[Tensor] = [torch.empty(0)]  # of the running batch
+            for part, sums in parts.items():
+                hook = part.module.register_forward_hook(_adding(part, sums, mask), with_kwargs=True)
+                watching.callback(hook.remove)
+            first = min(whole, default=last)
+            capture = watching.enter_context(self.stack.capture(first=first, last=max(whole, default=last)))
             for blocks in batches:
-                self.stack.run_through(layers[-1], blocks.input_ids, blocks.attention_mask)
-                for layer in layers:
+                mask[0] = blocks.token_mask
+                self.stack.run_through(last, blocks.input_ids, blocks.attention_mask)
+                for layer, sums in whole.items():
                     before, after = (
-                        self.stack.flat(capture.resid_pre[layer]),
-                        self.stack.flat(capture.resid_post[layer]),
+                        self.stack.flat(stream[layer]) for stream in (capture.resid_pre, capture.resid_post)
                     )
-                    mask = blocks.token_mask.to(before.device)
-                    sums[layer].add(before[mask], after[mask])
-        for layer in layers:
-            self._solve(layer, sums.pop(layer), add_up)
+                    there = blocks.token_mask.to(before.device)
+                    sums.add(before[there], after[there])
+        for layer in list(whole):
+            self._solve(layer, whole.pop(layer), add_up)
+        for part in list(parts):
+            self._solve_part(part, parts.pop(part), add_up)
 
-    def _fit_in_one_pass(self, layers: list[int], batches: Iterable[Blocks], add_up: Callable[..., None]) -> None:
+    def _fit_in_one_pass(
+        self, fits: list["_LayerFit | _PartFit"], batches: Iterable[Blocks], add_up: Callable[..., None]
+    ) -> None:
         """Fit each layer as it runs, on all fitting blocks at once: its weights are read once, and no sums are kept."""
         folder = TemporaryDirectory(prefix="depthscope-maps-")
         weakref.finalize(self, folder.cleanup)
+        blocks = next(iter(batches), None)  # None: this process has none, but the others wait for its sums
+        mask = [torch.empty(0) if blocks is None else blocks.token_mask]
+        parts = {fit.part: fit.begin() for fit in fits if isinstance(fit, _PartFit)}
+        layers = {fit.layer for fit in fits if isinstance(fit, _LayerFit)}
+
+        def stored(affine: nn.Module, name: str) -> nn.Module:
+            assert isinstance(affine, AffineMap)
+            return StoredMap(affine, Path(folder.name) / f"{name}.safetensors")
 
         def solve(layer: int, sums: LeastSquares) -> None:
-            self._solve(layer, sums, add_up)
-            affine = self.maps[layer]
-            assert isinstance(affine, AffineMap)
-            self.maps[layer] = StoredMap(affine, Path(folder.name) / f"{layer}.safetensors")
-
-        blocks = next(iter(batches), None)
-        if blocks is None:  # this process has none, but the others wait for its sums
-            for layer in layers:
-                solve(layer, LeastSquares(self.stack.width))
-            return
+            if layer in layers:
+                self._solve(layer, sums, add_up)
+                self.maps[layer] = stored(self.maps[layer], str(layer))
+            for part in [part for part in parts if part.layer == layer]:
+                self._solve_part(part, parts.pop(part), add_up)
+                self.part_maps[part] = stored(self.part_maps[part], f"{layer}-{part.name}")
 
         def on_layer(layer: int, before: Tensor, after: Tensor) -> None:
+            there, sums = mask[0].to(before.device), LeastSquares(self.stack.width)
             if layer in layers:
-                mask, sums = blocks.token_mask.to(before.device), LeastSquares(self.stack.width)
-                sums.add(self.stack.flat(before)[mask], self.stack.flat(after)[mask])
-                solve(layer, sums)
+                sums.add(self.stack.flat(before)[there], self.stack.flat(after)[there])
+            solve(layer, sums)
 
-        with self.stack.observing(on_layer):
+        if blocks is None:
+            for layer in range(self.stack.num_layers):
+                solve(layer, LeastSquares(self.stack.width))
+            return
+        with ExitStack() as watching:
+            for part, sums in parts.items():
+                hook = part.module.register_forward_hook(_adding(part, sums, mask), with_kwargs=True)
+                watching.callback(hook.remove)
+            watching.enter_context(self.stack.observing(on_layer))
             self.stack.run_through(self.stack.num_layers - 1, blocks.input_ids, blocks.attention_mask)
 
     def _solve(self, layer: int, sums: LeastSquares, add_up: Callable[..., None]) -> None:
@@ -143,6 +276,13 @@ class Usefulness(Score):
         self.maps[layer] = self._affine(fit)
         if not fit.determined:
             self.undetermined.append(layer)
+
+    def _solve_part(self, part: Part, sums: LeastSquares, add_up: Callable[..., None]) -> None:
+        add_up(*sums.tensors())
+        fit = sums.solve(self.settings.ridge)
+        self.part_maps[part] = AffineMap(fit.weight, fit.bias)
+        # A LayerNorm before the part takes one direction away, on any text.
+        self.undetermined_parts += [part] * (fit.missing > 1)
 
     def _affine(self, fit: Fit) -> AffineMap:
         if not self.settings.paper_code:
@@ -157,6 +297,10 @@ class Usefulness(Score):
         for layer in self.stack.unskippable:
             ratios[layer] = np.nan
         defined = ratios[~np.isnan(ratios)]
+        parts = {part: ratio(sums[name], sums["loss"]) for part in PARTS if (name := f"{part}_linear_loss") in sums}
+        for part in parts_of(self.stack, self.settings):
+            if part.features is None and part.name in parts:
+                parts[part.name][part.layer] = np.nan
         return Values(
             scores={
                 "usefulness": mean((defined > self.settings.threshold).astype(float)),
@@ -164,5 +308,5 @@ class Usefulness(Score):
                 "usefulness_excess": float((defined - 1).sum()) if defined.size else float("nan"),
                 "effective_depth_linear": effective_depth(ratios),
             },
-            layers={"usefulness_ratio": ratios},
+            layers={"usefulness_ratio": ratios, **by_part(self.stack, self.settings, "usefulness_ratio", parts)},
         )

@@ -39,6 +39,8 @@ class Extent:
         layer_types: of each layer, as `LayerStack.layer_types`; only layers of equal type change places.
         resumable: whether an experiment may begin at any layer, as `LayerStack.resumable`.
         has_experts: whether there are routers and experts.
+        parts: of each layer, how many of attention and MLP are measured where `Settings.sublayers` asks for them; None
+            for both of every layer.
     """
 
     num_layers: int
@@ -47,18 +49,23 @@ class Extent:
     layer_types: tuple[Hashable, ...]
     resumable: bool = True
     has_experts: bool = False
+    parts: tuple[int, ...] | None = None
 
 
 def estimated_work(extent: Extent, scores: Collection[str], settings: Settings) -> float:
     """What an analysis of all blocks takes, by the names of its scores."""
     each = sum(own_work(name, extent, settings) for name in scores)
-    return (each + shared_skip_work(extent, scores)) * settings.eval_blocks + shared_work(extent, scores, settings)
+    return (each + shared_skip_work(extent, scores, settings)) * settings.eval_blocks + shared_work(
+        extent, scores, settings
+    )
 
 
-def shared_skip_work(extent: Extent, scores: Collection[str]) -> float:
-    """What skipping every layer takes for one block, where a score wants it."""
-    losses, updates = OF_SKIPPED_LOSSES.intersection(scores), OF_SKIPPED_UPDATES.intersection(scores)
-    return sum(skip_work(extent, losses=bool(losses))) if losses or updates else 0.0
+def shared_skip_work(extent: Extent, scores: Collection[str], settings: Settings) -> float:
+    """What skipping every layer takes for one block, and every sublayer, where a score wants it."""
+    losses, updates = bool(OF_SKIPPED_LOSSES.intersection(scores)), bool(OF_SKIPPED_UPDATES.intersection(scores))
+    if not (losses or updates):
+        return 0.0
+    return sum(skip_work(extent, losses=losses)) + _part_work(extent, settings, losses=losses)
 
 
 def shared_work(extent: Extent, scores: Collection[str], settings: Settings) -> float:
@@ -73,7 +80,7 @@ def own_work(name: str, extent: Extent, settings: Settings) -> float:
     layers = range(extent.num_layers)
     match name:
         case "usefulness":  # each layer: the layers after it, and the head
-            return sum(skip_work(extent, losses=True))
+            return sum(skip_work(extent, losses=True)) + _part_work(extent, settings, losses=True)
         case "permutation":  # each pair: the layers from the first of the two on, and the head
             share = settings.pairs if isinstance(settings.pairs, float) else 1.0
             pairs = swappable_pairs(extent, adjacent=settings.pairs == "adjacent")
@@ -91,6 +98,15 @@ def skip_work(extent: Extent, *, losses: bool) -> list[float]:
     """What a block without each layer takes: the layers after it, and the head where the loss is wanted."""
     head = extent.head if losses else 0.0
     return [forwards_from(extent, layer + 1) + head for layer in range(extent.num_layers)]
+
+
+def _part_work(extent: Extent, settings: Settings, *, losses: bool) -> float:
+    """What a block takes with each sublayer changed: the layer itself, those after it, and the head for the loss."""
+    if not settings.sublayers:
+        return 0.0
+    parts = extent.parts or (2,) * extent.num_layers
+    without = skip_work(extent, losses=losses)
+    return sum(count * (1 + work) for count, work in zip(parts, without, strict=True))
 
 
 def jacobian_work(extent: Extent, settings: Settings, layer: int) -> float:

@@ -1,0 +1,106 @@
+"""What the scores of attention and MLP share: the experiments, what counts as a value, and what a report says of them.
+
+A part of a layer is left out by setting what it returns to zero; the rest of the layer runs, on what is then given to
+it. `depthscope.layers.sublayers` tries for which parts that means what it says.
+"""
+
+from collections.abc import Iterable
+
+import numpy as np
+import torch
+
+from depthscope.layers.lanes.lane import Lane
+from depthscope.layers.stack import LayerStack
+from depthscope.layers.sublayers import PARTS, Part, WithPart
+from depthscope.scores.base import Array
+from depthscope.settings import Settings
+
+__all__ = ["by_part", "named", "part_of", "parts_of", "sublayer_notes", "without_lanes"]
+
+NAMES = {"attention": "attention", "mlp": "MLP"}
+
+
+def parts_of(stack: LayerStack, settings: Settings) -> list[Part]:
+    """The parts that have scores of their own: none unless they are asked for."""
+    return stack.sublayers.usable if settings.sublayers else []
+
+
+def without_lanes(
+    stack: LayerStack, settings: Settings, *, logits: bool = False, watched: bool = False
+) -> Iterable[Lane]:
+    """A lane for each part, which is left out in it, with what is wanted of it."""
+    return [
+        Lane(
+            ("skip", part.layer, part.name),
+            {part.layer: WithPart(part.module, lambda given, returned: torch.zeros_like(returned))},
+            logits=logits,
+            watched=watched,
+        )
+        for part in parts_of(stack, settings)
+    ]
+
+
+def part_of(lane: Lane) -> str:
+    """Of an experiment with a part, the part's name and an underscore; else nothing."""
+    return f"{lane.key[2]}_" if isinstance(lane.key, tuple) and len(lane.key) > 2 else ""
+
+
+def by_part(stack: LayerStack, settings: Settings, name: str, values: dict[str, Array]) -> dict[str, Array]:
+    """The numbers of attention and MLP per layer, [L] each: what `values` has of those that are measured, else NaN."""
+    found = {}
+    for part in PARTS if settings.sublayers else ():
+        measured = [each.layer for each in parts_of(stack, settings) if each.name == part]
+        column = np.full(stack.num_layers, np.nan)
+        if part in values:
+            column[measured] = values[part][measured]
+        found[f"{part}_{name}"] = column
+    return found
+
+
+def named(parts: Iterable[Part]) -> str:
+    """Write parts by layer: "attention of layers 0 and 1, MLP of layer 3"."""
+    listed = list(parts)
+    found = [(name, [part.layer for part in listed if part.name == name]) for name in PARTS]
+    return ", ".join(f"{NAMES[name]} of {_layers(layers)}" for name, layers in found if layers)
+
+
+def sublayer_notes(stack: LayerStack) -> list[str]:
+    """What a reader must know of the parts of this model."""
+    parts, notes = stack.sublayers, []
+
+    def places(by_name: dict[str, list[int]]) -> str:
+        return ", ".join(f"the {NAMES[name]} of {_layers(by_name[name])}" for name in PARTS if name in by_name)
+
+    if parts.missing:
+        notes.append(
+            f"sublayers: {places(parts.missing)}: there is no such module, or it could not be told apart from the rest "
+            "of the layer; those scores are empty."
+        )
+    if parts.cutting:
+        notes.append(
+            f"sublayers: {places(parts.cutting)}: the residual stream passes through what it returns, so that leaving "
+            "it out would cut the stream; those scores are empty."
+        )
+    if parts.failing:
+        notes.append(
+            f"sublayers: {places(parts.failing)}: the layer does not run without what it returns, or does not use it; "
+            "those scores are empty."
+        )
+    if parts.parallel:
+        notes.append(
+            f"sublayers: attention and MLP are parallel in {_layers(parts.parallel)}: both read the layer's input, and "
+            "neither sees what the other returns."
+        )
+    return notes
+
+
+def _layers(layers: list[int]) -> str:
+    """Write layers with ranges: "layer 3", "layers 0-3, 5"."""
+    runs: list[list[int]] = []
+    for layer in layers:
+        if runs and layer == runs[-1][-1] + 1:
+            runs[-1].append(layer)
+        else:
+            runs.append([layer])
+    words = [str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs]
+    return f"layer{'s' if len(layers) > 1 else ''} {', '.join(words)}"

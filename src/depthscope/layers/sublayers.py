@@ -33,7 +33,7 @@ PARTS = ("attention", "mlp")
 # How much larger than the example's own stream the random one is.
 LOUD = 100.0
 # The mean cosine of the random stream with the layer's output, above which the layer carries it on.
-CARRIED = 0.5
+CARRIED = 0.2
 
 
 @dataclass(frozen=True)
@@ -169,7 +169,7 @@ class _Trial(StandIn):
         if not self.modules_by_name:
             return
         hidden = hidden_among(args, kwargs)
-        noise = _noise(hidden)
+        noise = self._noise(hidden)
         own = self._run(args, kwargs, hidden)
         for name in self.modules_by_name:
             try:
@@ -232,6 +232,16 @@ class _Trial(StandIn):
                 handle.remove()
         return seen
 
+    def _noise(self, hidden: Tensor) -> Tensor:
+        """A random stream in the layout of another, much larger, the same at every call."""
+        size = float(hidden.double().square().mean().sqrt()) or 1.0
+        size = min(LOUD * size, torch.finfo(hidden.dtype).max / 10)
+        sequences, tokens, streams, width = self.stack.features(hidden).shape
+        drawn = torch.randn((sequences, tokens, 1, width), generator=torch.Generator().manual_seed(0))
+        # The same in all parallel streams, so that no mixture of them is another.
+        everywhere = drawn.expand(-1, -1, streams, -1).flatten(2)
+        return (size * self.stack.unflat(everywhere)).to(hidden)
+
     def _carried(self, noise: Tensor, output: Tensor) -> float:
         """The mean cosine over tokens of a stream with what the layer made of it."""
         one, other = (self.stack.flat(stream).double() for stream in (noise, output))
@@ -255,14 +265,6 @@ def _order(tensor: Tensor | None, length: int, flat: tuple[int, int]) -> tuple[i
         return None
     first = tuple(size for size in tensor.shape[:-1] if size != 1)
     return first if first in {(TRACE_BATCH, length), (length, TRACE_BATCH)} else flat
-
-
-def _noise(hidden: Tensor) -> Tensor:
-    """A random stream in the layout of another, much larger, the same at every call."""
-    size = float(hidden.double().square().mean().sqrt()) or 1.0
-    size = min(LOUD * size, torch.finfo(hidden.dtype).max / 10)
-    drawn = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(0))
-    return (size * drawn).to(hidden)
 
 
 def _zeros(given: Tensor | None, returned: Tensor) -> Tensor:

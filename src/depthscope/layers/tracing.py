@@ -465,14 +465,24 @@ def _sublayers(layer: nn.Module, calls: Mapping[int, list[_Call]], length: int) 
         if len(made) != 1 or not _is_token_wise(_shape(made[0].out), length):
             continue
         name = path.rpartition(".")[2].lower()
-        words = f"{name} {class_name(child)}".lower()
         if any(word in name for word in NOT_A_SUBLAYER_WORDS):
             continue
-        if any(word in words for word in MLP_WORDS):
-            found.setdefault("mlp", path)
-        elif any(word in words for word in ATTENTION_WORDS):
-            found.setdefault("attention", path)
+        if kind := _part_of_layer(name, class_name(child).lower()):
+            found.setdefault(kind, path)
     return found
+
+
+def _part_of_layer(name: str, class_name: str) -> str | None:
+    """Whether a submodule is an attention or an MLP, by its name, or else by its class."""
+    # The class of each has the model's name in it, such as OlmoeAttention; and a mixer may be either.
+    for words in (name, class_name) if "mixer" not in name else (class_name,):
+        if "attention" in words or "attn" in words:
+            return "attention"
+        if any(word in words for word in MLP_WORDS):
+            return "mlp"
+        if any(word in words for word in ATTENTION_WORDS):
+            return "attention"
+    return "attention" if "mixer" in name else None
 
 
 def _token_first(result: Any, axes: StreamAxes, length: int) -> bool:

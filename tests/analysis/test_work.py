@@ -9,6 +9,7 @@ from transformers import MixtralConfig, MixtralForCausalLM, PreTrainedModel
 from depthscope import Blocks, LayerStack, Settings
 from depthscope.analysis.measure import measure, total_work
 from depthscope.console.progress import Progress
+from depthscope.layers.lanes.lanes import Lanes
 from depthscope.processes import Processes
 from depthscope.scores import SCORES
 from depthscope.scores.base import head_work
@@ -32,6 +33,7 @@ def tiny_mixtral() -> PreTrainedModel:
         {"pairs": "adjacent", "probes": "exact"},
         {"pairs": 0.5, "in_sample": True, "fit_blocks": 0},
         {"scores": "causal"},
+        {"scores": "causal,skip,usefulness", "sublayers": True},
         {"scores": "variance,skip,jacobian"},
     ],
 )
@@ -42,7 +44,7 @@ def test_the_work_is_known_before_a_model_is_loaded(make: Any, options: dict[str
     total = total_work(stack, scores, settings)
     progress = Progress(total, None)
     with torch.no_grad():
-        measure(stack, scores, BLOCKS, settings, Processes.here(), progress)
+        measure(Lanes(stack), scores, BLOCKS, settings, Processes.here(), progress)
     assert progress.done == pytest.approx(total) or stack.unskippable  # what cannot be left out takes nothing
     experts = isinstance(stack.model, MixtralForCausalLM)
     extent = Extent(stack.num_layers, stack.width, head_work(stack), stack.layer_types, stack.resumable, experts)

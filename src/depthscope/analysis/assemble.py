@@ -10,12 +10,12 @@ import numpy as np
 
 from depthscope.analysis.measure import runs_experiments
 from depthscope.layers.lanes.lanes import Lanes
+from depthscope.layers.lanes.parts import sublayer_notes
 from depthscope.layers.stack import LayerStack
 from depthscope.report.report import SCHEMA_VERSION, DataFacts, LayerReport, ModelFacts
 from depthscope.scores.base import Array, Score, Values, values_with_errors
 from depthscope.scores.jacobian import Jacobian
 from depthscope.scores.permutation import Permutation
-from depthscope.scores.sublayers import sublayer_notes
 from depthscope.scores.usefulness import Usefulness
 from depthscope.settings import Settings
 from depthscope.text.blocks import Blocks

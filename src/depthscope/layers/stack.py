@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from depthscope.errors import AnalysisError, NoLayerStackError
 from depthscope.layers.compiled import as_written, class_name, is_compiled
+from depthscope.layers.lanes.sublayers import Sublayers, try_sublayers
 from depthscope.layers.modes import evaluating
 from depthscope.layers.offloaded import is_offloaded
 from depthscope.layers.stand_ins import (
@@ -29,7 +30,6 @@ from depthscope.layers.stand_ins import (
     hidden_of,
     with_hidden,
 )
-from depthscope.layers.sublayers import Sublayers, try_sublayers
 from depthscope.layers.tracing import MODEL_FAILURES, Trace, input_device, run, text_config, trace_layers
 from depthscope.wording.messages import counted
 

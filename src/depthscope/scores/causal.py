@@ -18,10 +18,10 @@ import numpy as np
 from torch import Tensor
 
 from depthscope.layers.lanes.lane import Lane, Step
-from depthscope.layers.sublayers import PARTS
+from depthscope.layers.lanes.parts import by_part, part_of, without_lanes
+from depthscope.layers.lanes.sublayers import PARTS
 from depthscope.scores.base import Array, Batch, Score, Sums, Values, mean, ratio
 from depthscope.scores.skip import skipping_lanes
-from depthscope.scores.sublayers import by_part, part_of, without_lanes
 
 
 class Causal(Score):
@@ -32,7 +32,10 @@ class Causal(Score):
 
     def lanes(self, rows: Array) -> Iterable[Lane]:
         """Each layer skipped, and each part left out, and the later layers watched."""
-        return [*skipping_lanes(self.stack, watched=True), *without_lanes(self.stack, self.settings, watched=True)]
+        return [
+            *skipping_lanes(self.stack, watched=True),
+            *without_lanes(self.stack, self.settings.sublayers, watched=True),
+        ]
 
     def observe(self, batch: Batch, layer: int, before: Tensor, after: Tensor) -> None:
         """Add the length of the baseline's update."""
@@ -60,7 +63,7 @@ class Causal(Score):
         effects[list(self.stack.unskippable)] = np.nan
         return Values(
             scores={"causal": mean(effects)},
-            layers={"causal": _rows(effects), **by_part(self.stack, self.settings, "causal", parts)},
+            layers={"causal": _rows(effects), **by_part(self.stack, self.settings.sublayers, "causal", parts)},
             pairs={"causal": effects},
         )
 

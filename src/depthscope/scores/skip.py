@@ -11,11 +11,11 @@ layer runs.
 from collections.abc import Iterable
 
 from depthscope.layers.lanes.lane import Lane
+from depthscope.layers.lanes.parts import by_part, part_of, without_lanes
+from depthscope.layers.lanes.sublayers import PARTS
 from depthscope.layers.stack import LayerStack
 from depthscope.layers.stand_ins import PassThrough
-from depthscope.layers.sublayers import PARTS
 from depthscope.scores.base import Array, Batch, Score, Sums, Values, effective_depth, mean, ratio
-from depthscope.scores.sublayers import by_part, part_of, without_lanes
 
 
 class Skip(Score):
@@ -26,7 +26,10 @@ class Skip(Score):
 
     def lanes(self, rows: Array) -> Iterable[Lane]:
         """Each layer skipped, and each part left out."""
-        return [*skipping_lanes(self.stack, logits=True), *without_lanes(self.stack, self.settings, logits=True)]
+        return [
+            *skipping_lanes(self.stack, logits=True),
+            *without_lanes(self.stack, self.settings.sublayers, logits=True),
+        ]
 
     def measure_loss(self, batch: Batch, lane: Lane, loss: Array) -> None:
         """Add the loss of one skipped layer, or of one without a part."""
@@ -41,7 +44,7 @@ class Skip(Score):
             ratios[layer] = float("nan")
         return Values(
             scores={"skip_ratio": mean(ratios), "effective_depth_skip": effective_depth(ratios)},
-            layers={"skip_ratio": ratios, **by_part(self.stack, self.settings, "skip_ratio", parts)},
+            layers={"skip_ratio": ratios, **by_part(self.stack, self.settings.sublayers, "skip_ratio", parts)},
         )
 
 

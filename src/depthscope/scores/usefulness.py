@@ -15,7 +15,7 @@ The sums that the fits of all layers need are gathered in one pass over the fitt
 """
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,12 +29,12 @@ from torch import Tensor, nn
 
 from depthscope.errors import AnalysisError
 from depthscope.layers.lanes.lane import Lane
+from depthscope.layers.lanes.parts import by_part, named, part_of, parts_of
+from depthscope.layers.lanes.sublayers import PARTS, Change, Part, WithPart, given_to
 from depthscope.layers.least_squares import Fit, LeastSquares
 from depthscope.layers.stack import LayerStack
 from depthscope.layers.stand_ins import AffineMap, LayerResult, hidden_of
-from depthscope.layers.sublayers import PARTS, Change, Part, WithPart, given_to
 from depthscope.scores.base import Array, Batch, Score, Sums, Values, effective_depth, mean, ratio
-from depthscope.scores.sublayers import by_part, named, part_of, parts_of
 from depthscope.text.blocks import Blocks
 
 # The sums of a fit take 16 d^2 bytes; those that do not fit in here together take another pass.
@@ -104,14 +104,14 @@ class _PartFit:
         return LeastSquares(*self.features)
 
 
-def _adding(part: Part, sums: LeastSquares, mask: list[Tensor]) -> Callable[..., None]:
-    """A hook that adds what a part is given and returns to its sums, where the mask [B, T] in the list says so."""
+def _adding(part: Part, sums: Mapping[Part, LeastSquares], mask: list[Tensor]) -> Callable[..., None]:
+    """A hook that adds what a part is given and returns to its sums, by the mask [B, T] in the list."""
 
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], result: LayerResult) -> None:
         given, returned = given_to(args, kwargs), hidden_of(result)
         if given is not None:
             there = part.tokens(mask[0]).to(given.device)
-            sums.add(given.flatten(0, -2)[there], returned.flatten(0, -2)[there])
+            sums[part].add(given.flatten(0, -2)[there], returned.flatten(0, -2)[there])
 
     return hook
 
@@ -171,7 +171,7 @@ class Usefulness(Score):
     def notes(self) -> list[str]:
         """Which parts have no map, or none that the text determines."""
         notes = []
-        if unmapped := [part for part in parts_of(self.stack, self.settings) if part.features is None]:
+        if unmapped := [part for part in parts_of(self.stack, self.settings.sublayers) if part.features is None]:
             notes.append(
                 f"sublayers: {named(unmapped)}: what it is given is not one vector a token, or is written into, so no "
                 "affine map can be fitted; those usefulness ratios are empty."
@@ -191,7 +191,7 @@ class Usefulness(Score):
             fits: list[_LayerFit | _PartFit] = []
             if layer not in self.stack.unskippable:
                 fits.append(_LayerFit(layer, self.stack.width))
-            for part in parts_of(self.stack, self.settings):
+            for part in parts_of(self.stack, self.settings.sublayers):
                 if part.layer == layer and part.features is not None:
                     fits.append(_PartFit(part, part.features))
             for fit in fits:
@@ -211,8 +211,8 @@ class Usefulness(Score):
         last = max([*whole, *(part.layer for part in parts)])
         with ExitStack() as watching:
             mask: list[Tensor] = [torch.empty(0)]  # of the running batch
-            for part, sums in parts.items():
-                hook = part.module.register_forward_hook(_adding(part, sums, mask), with_kwargs=True)
+            for part in parts:
+                hook = part.module.register_forward_hook(_adding(part, parts, mask), with_kwargs=True)
                 watching.callback(hook.remove)
             first = min(whole, default=last)
             capture = watching.enter_context(self.stack.capture(first=first, last=max(whole, default=last)))
@@ -264,8 +264,8 @@ class Usefulness(Score):
                 solve(layer, LeastSquares(self.stack.width))
             return
         with ExitStack() as watching:
-            for part, sums in parts.items():
-                hook = part.module.register_forward_hook(_adding(part, sums, mask), with_kwargs=True)
+            for part in parts:
+                hook = part.module.register_forward_hook(_adding(part, parts, mask), with_kwargs=True)
                 watching.callback(hook.remove)
             watching.enter_context(self.stack.observing(on_layer))
             self.stack.run_through(self.stack.num_layers - 1, blocks.input_ids, blocks.attention_mask)
@@ -298,7 +298,7 @@ class Usefulness(Score):
             ratios[layer] = np.nan
         defined = ratios[~np.isnan(ratios)]
         parts = {part: ratio(sums[name], sums["loss"]) for part in PARTS if (name := f"{part}_linear_loss") in sums}
-        for part in parts_of(self.stack, self.settings):
+        for part in parts_of(self.stack, self.settings.sublayers):
             if part.features is None and part.name in parts:
                 parts[part.name][part.layer] = np.nan
         return Values(
@@ -308,5 +308,8 @@ class Usefulness(Score):
                 "usefulness_excess": float((defined - 1).sum()) if defined.size else float("nan"),
                 "effective_depth_linear": effective_depth(ratios),
             },
-            layers={"usefulness_ratio": ratios, **by_part(self.stack, self.settings, "usefulness_ratio", parts)},
+            layers={
+                "usefulness_ratio": ratios,
+                **by_part(self.stack, self.settings.sublayers, "usefulness_ratio", parts),
+            },
         )

@@ -1,7 +1,7 @@
 """What the scores of attention and MLP share: the experiments, what counts as a value, and what a report says of them.
 
 A part of a layer is left out by setting what it returns to zero; the rest of the layer runs, on what is then given to
-it. `depthscope.layers.sublayers` tries for which parts that means what it says.
+it. `depthscope.layers.lanes.sublayers` tries for which parts that means what it says.
 """
 
 from collections.abc import Iterable
@@ -10,24 +10,20 @@ import numpy as np
 import torch
 
 from depthscope.layers.lanes.lane import Lane
+from depthscope.layers.lanes.sublayers import PARTS, Part, WithPart
 from depthscope.layers.stack import LayerStack
-from depthscope.layers.sublayers import PARTS, Part, WithPart
-from depthscope.scores.base import Array
-from depthscope.settings import Settings
 
 __all__ = ["by_part", "named", "part_of", "parts_of", "sublayer_notes", "without_lanes"]
 
 NAMES = {"attention": "attention", "mlp": "MLP"}
 
 
-def parts_of(stack: LayerStack, settings: Settings) -> list[Part]:
+def parts_of(stack: LayerStack, wanted: bool) -> list[Part]:
     """The parts that have scores of their own: none unless they are asked for."""
-    return stack.sublayers.usable if settings.sublayers else []
+    return stack.sublayers.usable if wanted else []
 
 
-def without_lanes(
-    stack: LayerStack, settings: Settings, *, logits: bool = False, watched: bool = False
-) -> Iterable[Lane]:
+def without_lanes(stack: LayerStack, wanted: bool, *, logits: bool = False, watched: bool = False) -> Iterable[Lane]:
     """A lane for each part, which is left out in it, with what is wanted of it."""
     return [
         Lane(
@@ -36,7 +32,7 @@ def without_lanes(
             logits=logits,
             watched=watched,
         )
-        for part in parts_of(stack, settings)
+        for part in parts_of(stack, wanted)
     ]
 
 
@@ -45,11 +41,11 @@ def part_of(lane: Lane) -> str:
     return f"{lane.key[2]}_" if isinstance(lane.key, tuple) and len(lane.key) > 2 else ""
 
 
-def by_part(stack: LayerStack, settings: Settings, name: str, values: dict[str, Array]) -> dict[str, Array]:
+def by_part(stack: LayerStack, wanted: bool, name: str, values: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """The numbers of attention and MLP per layer, [L] each: what `values` has of those that are measured, else NaN."""
     found = {}
-    for part in PARTS if settings.sublayers else ():
-        measured = [each.layer for each in parts_of(stack, settings) if each.name == part]
+    for part in PARTS if wanted else ():
+        measured = [each.layer for each in parts_of(stack, wanted) if each.name == part]
         column = np.full(stack.num_layers, np.nan)
         if part in values:
             column[measured] = values[part][measured]

@@ -79,7 +79,7 @@ def test_an_attention_that_the_user_has_registered_can_be_asked_for(folder: Path
 
 def test_what_is_no_attention_is_refused_with_what_there_is(folder: Path) -> None:
     with pytest.raises(
-        SettingsError, match=r"'nonsense' is not an implementation of attention; choose from eager, .*sdpa"
+        SettingsError, match=r"'nonsense' is not an attention implementation; choose from eager, .*sdpa"
     ):
         load_model(str(folder), attn_implementation="nonsense")
     with pytest.raises(ModelLoadError, match=r"'flash_attention_2' does not run on a CPU. Choose from eager, sdpa"):

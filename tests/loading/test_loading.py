@@ -290,7 +290,7 @@ def test_a_pickle_is_never_opened(how: str, folder: Path, tmp_path: Path) -> Non
         (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     message = refusal(folder)
     assert "only as pickles (pytorch_model.bin)" in message
-    assert "can run code" in message
+    assert "can run hidden code" in message
     assert "save_pretrained('converted')" in message
     assert not (tmp_path / "sprung").exists()
 

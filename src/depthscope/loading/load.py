@@ -72,7 +72,7 @@ class _Options:
     trust_remote_code: bool
     token: str | None
     attn_implementation: str | None
-    offload: bool | None  # None: where the weights do not fit
+    offload: bool | None = False  # None: where the weights do not fit
 
 
 def load_model(

@@ -17,6 +17,7 @@ from depthscope import LayerReport, LayerStack, Settings, analyze, compare
 from depthscope.cli import app
 from depthscope.console.progress import Progress
 from depthscope.errors import SettingsError
+from depthscope.layers.lanes.sublayers import sublayers_of
 from depthscope.views.report_page import render_page
 from depthscope.views.terminal import layer_table
 from models import random_blocks, tiny_llama
@@ -124,7 +125,7 @@ def test_the_attention_of_a_model_with_experts_in_its_name_is_not_taken_for_its_
 
 @pytest.mark.parametrize("model_type", ["openai-gpt", "deepseek_v4", "gemma3n_text"])
 def test_norms_after_a_part_and_parallel_streams_are_no_cut(model_type: str) -> None:
-    parts = LayerStack(tiny_model(model_type, num_layers=2)).sublayers
+    parts = sublayers_of(LayerStack(tiny_model(model_type, num_layers=2)))
     assert not parts.cutting
     assert [(part.layer, part.name) for part in parts.usable] == [(i, part) for i in (0, 1) for part in USUAL]
 

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from depthscope.errors import AnalysisError, NoLayerStackError
 from depthscope.layers.compiled import as_written, class_name, is_compiled
-from depthscope.layers.lanes.sublayers import Sublayers, try_sublayers
 from depthscope.layers.modes import evaluating
 from depthscope.layers.offloaded import is_offloaded
 from depthscope.layers.stand_ins import (
@@ -143,12 +142,6 @@ class LayerStack:
                 except MODEL_FAILURES as error:
                     found[index] = f"{type(error).__name__}: {error}"
         return found
-
-    @cached_property
-    def sublayers(self) -> Sublayers:
-        """Which layers' attention and MLP can be left out or replaced, as tried on a small example."""
-        with evaluating(self.model):
-            return try_sublayers(self)
 
     @property
     def example_ids(self) -> Tensor:

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from depthscope.layers.lanes.lane import Lane, Step
+from depthscope.layers.lanes.sublayers import sublayers_of
 from depthscope.layers.precision import precise, wide
 from depthscope.layers.stack import LayerStack
 from depthscope.layers.tracing import output_embeddings
@@ -228,7 +229,7 @@ def extent_of(stack: LayerStack, *, experiments: bool, sublayers: bool = False) 
     resumable = stack.resumable if experiments else True
     parts = None
     if experiments and sublayers:
-        of_layers = [part.layer for part in stack.sublayers.usable]
+        of_layers = [part.layer for part in sublayers_of(stack).usable]
         parts = tuple(map(of_layers.count, range(stack.num_layers)))
     return Extent(stack.num_layers, stack.width, head_work(stack), stack.layer_types, resumable, parts=parts)
 

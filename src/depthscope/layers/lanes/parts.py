@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from depthscope.layers.lanes.lane import Lane
-from depthscope.layers.lanes.sublayers import PARTS, Part, WithPart
+from depthscope.layers.lanes.sublayers import PARTS, Part, WithPart, sublayers_of
 from depthscope.layers.stack import LayerStack
 
 __all__ = ["by_part", "named", "part_of", "parts_of", "sublayer_notes", "without_lanes"]
@@ -20,7 +20,7 @@ NAMES = {"attention": "attention", "mlp": "MLP"}
 
 def parts_of(stack: LayerStack, wanted: bool) -> list[Part]:
     """The parts that have scores of their own: none unless they are asked for."""
-    return stack.sublayers.usable if wanted else []
+    return sublayers_of(stack).usable if wanted else []
 
 
 def without_lanes(stack: LayerStack, wanted: bool, *, logits: bool = False, watched: bool = False) -> Iterable[Lane]:
@@ -62,7 +62,7 @@ def named(parts: Iterable[Part]) -> str:
 
 def sublayer_notes(stack: LayerStack) -> list[str]:
     """What a reader must know of the parts of this model."""
-    parts, notes = stack.sublayers, []
+    parts, notes = sublayers_of(stack), []
 
     def places(by_name: dict[str, list[int]]) -> str:
         return ", ".join(f"the {NAMES[name]} of {_layers(by_name[name])}" for name in PARTS if name in by_name)

@@ -15,18 +15,18 @@ built otherwise. Each is tried, at its place in one pass over the small example:
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
+from depthscope.layers.modes import evaluating
+from depthscope.layers.stack import LayerStack
 from depthscope.layers.stand_ins import LayerResult, StandIn, hidden_among, hidden_of, with_hidden
 from depthscope.layers.tracing import MODEL_FAILURES, TRACE_BATCH
 
-if TYPE_CHECKING:
-    from depthscope.layers.stack import LayerStack
-
-__all__ = ["PARTS", "Change", "Part", "Sublayers", "WithPart", "given_to", "try_sublayers"]
+__all__ = ["PARTS", "Change", "Part", "Sublayers", "WithPart", "given_to", "sublayers_of"]
 
 PARTS = ("attention", "mlp")
 
@@ -34,6 +34,8 @@ PARTS = ("attention", "mlp")
 LOUD = 100.0
 # The mean cosine of the random stream with the layer's output, above which the layer carries it on.
 CARRIED = 0.2
+
+_TRIED: WeakKeyDictionary[LayerStack, "Sublayers"] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -126,13 +128,15 @@ def _changed(module: nn.Module, change: Change) -> Iterator[None]:
         handle.remove()
 
 
-def try_sublayers(stack: "LayerStack") -> Sublayers:
-    """Try the parts of all layers in one pass over the small example; the model must be in evaluation mode."""
-    found = Sublayers()
-    trials = {index: _Trial(stack, index, found) for index in range(stack.num_layers)}
-    with torch.no_grad(), stack.replacing(dict(trials)):
-        stack.run_through(stack.num_layers - 1, stack.example_ids)
-    return found
+def sublayers_of(stack: LayerStack) -> Sublayers:
+    """The parts of all layers, as tried in one pass over the small example when they are first asked for."""
+    if stack not in _TRIED:
+        found = Sublayers()
+        trials = {index: _Trial(stack, index, found) for index in range(stack.num_layers)}
+        with evaluating(stack.model), torch.no_grad(), stack.replacing(dict(trials)):
+            stack.run_through(stack.num_layers - 1, stack.example_ids)
+        _TRIED[stack] = found
+    return _TRIED[stack]
 
 
 @dataclass
@@ -148,7 +152,7 @@ class _Seen:
 class _Trial(StandIn):
     """Tries the parts of a layer, and then lets it do its work."""
 
-    def __init__(self, stack: "LayerStack", index: int, found: Sublayers) -> None:
+    def __init__(self, stack: LayerStack, index: int, found: Sublayers) -> None:
         super().__init__(nn.Identity())
         self.stack, self.index, self.found = stack, index, found
         modules = {name: stack.sublayer(index, name) for name in PARTS}

@@ -18,8 +18,8 @@ from depthscope.errors import ReportError
 from depthscope.files.atomic import write_atomically
 from depthscope.report.measures import GLOBAL_SCORES, LAYER_SCORES
 from depthscope.report.report import LayerReport
-from depthscope.report.summary import ranges
 from depthscope.views.report_page import render_page
+from depthscope.wording.messages import ranges
 from depthscope.wording.numbers import format_number, format_with_error
 from reports import ALL_SCORES, sample_content, sample_report
 

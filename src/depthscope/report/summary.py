@@ -1,15 +1,15 @@
 """The summary of a report in a few sentences, from the scores that it has."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from depthscope.wording.messages import counted
+from depthscope.wording.messages import counted, ranges
 from depthscope.wording.numbers import format_number, format_with_error
 
 if TYPE_CHECKING:
     from depthscope.report.report import LayerReport
 
-__all__ = ["beginning", "effective_depth", "of_layers", "ranges", "summarize"]
+__all__ = ["beginning", "effective_depth", "of_layers", "summarize"]
 
 
 def summarize(report: "LayerReport") -> str:
@@ -56,17 +56,6 @@ def beginning(data: Mapping[str, Any]) -> str:
     ids = data.get("bos") or []
     tokens = ", ".join(map(str, ids[:3])) + (", ..." if len(ids) > 3 else "")
     return f"each beginning with BOS (token {tokens}), which no score includes" if ids else ""
-
-
-def ranges(numbers: Sequence[int]) -> str:
-    """Write ascending numbers with runs shortened, as in `3, 5-8, 12`."""
-    runs: list[list[int]] = []
-    for number in numbers:
-        if runs and number == runs[-1][-1] + 1:
-            runs[-1].append(number)
-        else:
-            runs.append([number])
-    return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 2 else ", ".join(map(str, run)) for run in runs)
 
 
 def _subject(report: "LayerReport") -> str:

@@ -21,9 +21,9 @@ from torch import Tensor, nn
 
 from depthscope.layers.acting_weights import NoWeightsError, acting_weights, adapters_in
 from depthscope.layers.stack import LayerStack
-from depthscope.report.summary import ranges
 from depthscope.scores.base import Batch, Score, Sums, Values, mean
 from depthscope.settings import Settings
+from depthscope.wording.messages import ranges
 
 __all__ = ["WEIGHT_METRICS", "WeightSparsity", "weight_sparsity"]
 

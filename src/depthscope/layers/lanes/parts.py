@@ -12,6 +12,7 @@ import torch
 from depthscope.layers.lanes.lane import Lane
 from depthscope.layers.lanes.sublayers import PARTS, Part, WithPart, sublayers_of
 from depthscope.layers.stack import LayerStack
+from depthscope.wording.messages import ranges
 
 __all__ = ["by_part", "named", "part_of", "parts_of", "sublayer_notes", "without_lanes"]
 
@@ -92,11 +93,4 @@ def sublayer_notes(stack: LayerStack) -> list[str]:
 
 def _layers(layers: list[int]) -> str:
     """Write layers with ranges: "layer 3", "layers 0-3, 5"."""
-    runs: list[list[int]] = []
-    for layer in layers:
-        if runs and layer == runs[-1][-1] + 1:
-            runs[-1].append(layer)
-        else:
-            runs.append([layer])
-    words = [str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs]
-    return f"layer{'s' if len(layers) > 1 else ''} {', '.join(words)}"
+    return f"layer{'s' if len(layers) > 1 else ''} {ranges(layers)}"

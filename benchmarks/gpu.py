@@ -23,6 +23,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, Trai
 import released
 from depthscope import LayerReport, LayerStack, analyze
 from depthscope.callbacks import VarianceCallback
+from lanes import SMOLLM2
 
 # Small models of several families, random weights large enough that layers matter.
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -48,14 +49,7 @@ SMALL = {
 # name -> shape, blocks, tokens per block, blocks per batch
 TIMED: dict[str, tuple[dict[str, int], int, int, int]] = {
     "134M (SmolLM2's shape)": (
-        {
-            "vocab_size": 49152,
-            "hidden_size": 576,
-            "intermediate_size": 1536,
-            "num_hidden_layers": 30,
-            "num_attention_heads": 9,
-            "num_key_value_heads": 3,
-        },
+        SMOLLM2,
         16,
         512,
         8,

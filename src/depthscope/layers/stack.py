@@ -29,7 +29,7 @@ from depthscope.layers.stand_ins import (
     hidden_of,
     with_hidden,
 )
-from depthscope.layers.tracing import MODEL_FAILURES, Trace, input_device, run, text_config, trace_layers
+from depthscope.layers.tracing import MODEL_FAILURES, PARTS, Trace, input_device, run, text_config, trace_layers
 from depthscope.wording.messages import counted
 
 __all__ = ["Capture", "LayerStack"]
@@ -400,7 +400,7 @@ class LayerStack:
                 stack.callback(layer.register_forward_pre_hook(into, with_kwargs=True).remove)
                 out = self._unless_aside(_tell_output(partial(returned, index)))
                 stack.callback(layer.register_forward_hook(out).remove)
-                for part in ("attention", "mlp") if on_part is not None else ():
+                for part in PARTS if on_part is not None else ():
                     if on_part is not None and (module := self.sublayer(index, part)) is not None:
                         tell = self._unless_aside(_tell_output(partial(on_part, index, part)))
                         stack.callback(module.register_forward_hook(tell).remove)

@@ -29,6 +29,8 @@ PLACEHOLDER = -1
 # What a model may raise when it is called with too little, or when a layer that it counts on does not do its work.
 MODEL_FAILURES = (TypeError, ValueError, RuntimeError, AttributeError, LookupError, NotImplementedError, AssertionError)
 
+# What a layer is made of, by the names that its submodules are known by here.
+PARTS = ("attention", "mlp")
 ATTENTION_WORDS = ("attn", "attention", "mixer", "mamba", "ssm", "rglru", "recurrent", "temporal", "linear_attention")
 MLP_WORDS = ("mlp", "ffn", "feed_forward", "feedforward", "moe", "experts", "glu")
 NOT_A_SUBLAYER_WORDS = ("norm", "ln_", "dropout", "drop", "residual", "router", "gate_proj", "rotary")

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from depthscope.layers.lanes.lane import Lane, Step
 from depthscope.layers.lanes.parts import by_part, part_of, without_lanes
-from depthscope.layers.lanes.sublayers import PARTS
+from depthscope.layers.tracing import PARTS
 from depthscope.scores.base import Array, Batch, Score, Sums, Values, mean, ratio
 from depthscope.scores.skip import skipping_lanes
 

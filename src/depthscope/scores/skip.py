@@ -12,9 +12,9 @@ from collections.abc import Iterable
 
 from depthscope.layers.lanes.lane import Lane
 from depthscope.layers.lanes.parts import by_part, part_of, without_lanes
-from depthscope.layers.lanes.sublayers import PARTS
 from depthscope.layers.stack import LayerStack
 from depthscope.layers.stand_ins import PassThrough
+from depthscope.layers.tracing import PARTS
 from depthscope.scores.base import Array, Batch, Score, Sums, Values, effective_depth, mean, ratio
 
 

@@ -30,10 +30,11 @@ from torch import Tensor, nn
 from depthscope.errors import AnalysisError
 from depthscope.layers.lanes.lane import Lane
 from depthscope.layers.lanes.parts import by_part, named, part_of, parts_of
-from depthscope.layers.lanes.sublayers import PARTS, Change, Part, WithPart, given_to
+from depthscope.layers.lanes.sublayers import Change, Part, WithPart, given_to
 from depthscope.layers.least_squares import Fit, LeastSquares
 from depthscope.layers.stack import LayerStack
 from depthscope.layers.stand_ins import AffineMap, LayerResult, hidden_of
+from depthscope.layers.tracing import PARTS
 from depthscope.scores.base import Array, Batch, Score, Sums, Values, effective_depth, mean, ratio
 from depthscope.text.blocks import Blocks
 

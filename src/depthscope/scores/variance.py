@@ -12,9 +12,8 @@ propagation; the split is the variance of a sum.
 import torch
 from torch import Tensor
 
+from depthscope.layers.tracing import PARTS
 from depthscope.scores.base import Array, Batch, PerToken, Sums, Values, by_chunk, ratio
-
-PARTS = ("attention", "mlp")
 
 
 class Variance(PerToken):

@@ -7,11 +7,11 @@ it. `depthscope.layers.lanes.sublayers` tries for which parts that means what it
 from collections.abc import Iterable
 
 import numpy as np
-import torch
 
 from depthscope.layers.lanes.lane import Lane
-from depthscope.layers.lanes.sublayers import PARTS, Part, WithPart, sublayers_of
+from depthscope.layers.lanes.sublayers import Part, WithPart, sublayers_of, zeros
 from depthscope.layers.stack import LayerStack
+from depthscope.layers.tracing import PARTS
 from depthscope.wording.messages import ranges
 
 __all__ = ["by_part", "named", "part_of", "parts_of", "sublayer_notes", "without_lanes"]
@@ -29,7 +29,7 @@ def without_lanes(stack: LayerStack, wanted: bool, *, logits: bool = False, watc
     return [
         Lane(
             ("skip", part.layer, part.name),
-            {part.layer: WithPart(part.module, lambda given, returned: torch.zeros_like(returned))},
+            {part.layer: WithPart(part.module, zeros)},
             logits=logits,
             watched=watched,
         )

@@ -24,11 +24,9 @@ from torch import Tensor, nn
 from depthscope.layers.modes import evaluating
 from depthscope.layers.stack import LayerStack
 from depthscope.layers.stand_ins import LayerResult, StandIn, hidden_among, hidden_of, with_hidden
-from depthscope.layers.tracing import MODEL_FAILURES, TRACE_BATCH
+from depthscope.layers.tracing import MODEL_FAILURES, PARTS, TRACE_BATCH
 
-__all__ = ["PARTS", "Change", "Part", "Sublayers", "WithPart", "given_to", "sublayers_of"]
-
-PARTS = ("attention", "mlp")
+__all__ = ["Change", "Part", "Sublayers", "WithPart", "given_to", "sublayers_of", "zeros"]
 
 # How much larger than the example's own stream the random one is.
 LOUD = 100.0
@@ -178,7 +176,7 @@ class _Trial(StandIn):
         for name in self.modules_by_name:
             try:
                 other = self._run(args, kwargs, hidden, name, _disturbed)
-                without = self._run(args, kwargs, noise, name, _zeros)
+                without = self._run(args, kwargs, noise, name, zeros)
             except MODEL_FAILURES:
                 self.found.failing.setdefault(name, []).append(self.index)
                 continue
@@ -271,7 +269,8 @@ def _order(tensor: Tensor | None, length: int, flat: tuple[int, int]) -> tuple[i
     return first if first in {(TRACE_BATCH, length), (length, TRACE_BATCH)} else flat
 
 
-def _zeros(given: Tensor | None, returned: Tensor) -> Tensor:
+def zeros(given: Tensor | None, returned: Tensor) -> Tensor:
+    """Nothing, in place of what a part returns: the part is left out."""
     return torch.zeros_like(returned)
 
 

@@ -7,6 +7,7 @@ until it times out. So before each exchange all processes report whether they fa
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -17,14 +18,20 @@ from torch import Tensor
 import depthscope.errors
 from depthscope.errors import DepthscopeError
 
+T = TypeVar("T")
+
 
 @dataclass(frozen=True)
 class Processes:
-    """Which process this is, of how many."""
+    """Which process this is, of how many that share the work.
+
+    `in_step` is for work that each process does in whole, as with a sharded model, but that must go on or end in all.
+    """
 
     rank: int
     count: int
     device: torch.device
+    in_step: bool = False
 
     @classmethod
     def here(cls) -> "Processes":
@@ -75,6 +82,16 @@ class Processes:
         dist.all_gather_object(shapes, {name: table.shape for name, table in tables.items()})
         for name, shape in sorted({name: shape for each in shapes for name, shape in each.items()}.items()):
             self._reduce(torch.from_numpy(tables.setdefault(name, np.zeros(shape))))
+
+    def agreed(self, decision: T) -> T:
+        """What the main process has decided, in all processes; see `together`."""
+        if self.count > 1:
+            self._raise_failures()
+        if (self.count > 1 or self.in_step) and dist.is_available() and dist.is_initialized():
+            decided = [decision]
+            dist.broadcast_object_list(decided, 0, device=self.device)
+            return decided[0]
+        return decision
 
     def _reduce(self, tensor: Tensor) -> None:
         moved = tensor.to(self.device)

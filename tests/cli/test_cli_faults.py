@@ -220,7 +220,7 @@ def test_absurd_numbers_are_refused_before_the_model_is_looked_for(value: str) -
 
 @pytest.mark.parametrize("value", ["nan", "inf", "-inf", "-1", "1e400", "x"])
 def test_numbers_that_are_not_finite_are_refused_before_the_model_is_looked_for(value: str) -> None:
-    for option in ("--threshold", "--ridge", "--pairs"):
+    for option in ("--threshold", "--ridge", "--pairs", "--budget", "--precision"):
         said = refused(["analyze", "no/such-model", option, value], option.strip("-"))
         assert "no/such-model" not in said
 

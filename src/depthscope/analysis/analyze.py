@@ -4,6 +4,8 @@ Under `torchrun` each process takes its share of the blocks; the sums that the s
 end, so that a report does not depend on the number of processes.
 """
 
+import time
+from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from depthscope.analysis.assemble import assemble
+from depthscope.analysis.growing import Measured, measure_growing
 from depthscope.analysis.measure import measure, require_finite, runs_experiments, total_work
 from depthscope.console.progress import Listener, showing_progress, showing_status
 from depthscope.errors import CorpusError, SettingsError
@@ -31,7 +34,10 @@ from depthscope.settings import Settings
 from depthscope.text.blocks import Blocks, load_blocks
 from depthscope.wording.messages import counted
 
-__all__ = ["analyze", "analyze_blocks", "memory_errors"]
+__all__ = ["OnPartial", "analyze", "analyze_blocks", "memory_errors"]
+
+OnPartial = Callable[[LayerReport], None]
+SO_FAR = "These are the first blocks of an analysis that goes on."
 
 
 def analyze(
@@ -52,6 +58,7 @@ def analyze(
     base_model: str | None = None,
     offload: bool | None = None,
     progress: bool | Listener = True,
+    on_partial: OnPartial | None = None,
     **options: Any,
 ) -> LayerReport:
     """Measure how much every layer of a causal language model contributes.
@@ -65,7 +72,8 @@ def analyze(
         column: the column of the dataset that holds the text; found by itself where that is clear.
         split: the split of the dataset.
         blocks: `Blocks`, or token ids [N, T], instead of text: the first `fit_blocks` fit linear maps, the next
-            `eval_blocks` measure. Ids are taken as they are; special tokens at the start of a block do not count.
+            `eval_blocks` (with a budget or a precision: as many of them as are there) measure. Ids are taken as they
+            are; special tokens at the start of a block do not count.
         settings: what to measure and how exactly; single `options` (see `Settings`) override it.
         revision: branch, tag or commit of a Hub id.
         dtype: "auto" (float32 on a CPU, else the checkpoint's), "float32", "bfloat16" or "float16".
@@ -79,6 +87,9 @@ def analyze(
             the weights do not fit. What needs other layers' weights, the permutation score, is left out.
         progress: show a progress bar on a terminal, or a function that is told instead: what is being done, and the
             share of the work that is done.
+        on_partial: a function that gets a report of the blocks so far after each round of blocks, and so before the
+            whole one is returned; without what must know the number of blocks first (Jacobians, sampled pairs, maps
+            that are fitted in sample). The blocks then come in rounds that grow, as with a budget.
         **options: fields of `Settings`.
 
     Returns:
@@ -111,11 +122,11 @@ def analyze(
                 offload=offload,
             )
     if blocks is None:
-        needed = chosen.fit_blocks + chosen.eval_blocks
         blocks = load_blocks(
             text,
             tokenizer or loaded.require_tokenizer(),
-            num_blocks=needed,
+            num_blocks=chosen.fit_blocks + chosen.eval_blocks,
+            fewest=chosen.fit_blocks + chosen.least_blocks,
             block_size=chosen.block_size,
             dataset=dataset,
             column=column,
@@ -125,7 +136,15 @@ def analyze(
     else:
         blocks = Blocks.given(blocks, tokenizer or loaded.tokenizer)
     chosen = chosen.with_(block_size=blocks.input_ids.shape[1])
-    report = analyze_blocks(loaded.model, blocks, chosen, facts=loaded.facts, processes=processes, progress=progress)
+    report = analyze_blocks(
+        loaded.model,
+        blocks,
+        chosen,
+        facts=loaded.facts,
+        processes=processes,
+        progress=progress,
+        on_partial=on_partial,
+    )
     # Through JSON and back: what is returned is, to the order of its keys, what a saved report gives when it is loaded.
     return LayerReport.from_json(report.model_copy(update={"notes": [*loaded.notes, *report.notes]}).to_json())
 
@@ -138,9 +157,14 @@ def analyze_blocks(
     facts: dict[str, Any],
     processes: Processes | None = None,
     progress: bool | Listener = True,
+    on_partial: OnPartial | None = None,
+    expected: float | None = None,
 ) -> LayerReport:
-    """Measure a loaded model on blocks of tokens; see `analyze`."""
-    processes = processes or Processes.here()
+    """Measure a loaded model on blocks of tokens; see `analyze`.
+
+    `expected` is how many seconds all blocks should take, if an analysis like this one has been made.
+    """
+    begun, processes = time.monotonic(), processes or Processes.here()
     with processes.together(), evaluating(model), torch.no_grad(), memory_errors(settings), ExitStack() as compiled:
         _require_blocks(model, blocks, settings)
         settings, left_out = _without_distant_weights(model, settings)
@@ -159,9 +183,30 @@ def analyze_blocks(
         total = total_work(stack, scores, settings) / processes.count
         listener = progress if callable(progress) else None
         with showing_progress(total, visible=bool(progress) and processes.is_main, listener=listener) as shown:
-            baseline = measure(lanes, scores, blocks, settings, processes, shown)
-        report = assemble(lanes, scores, baseline, blocks, settings, facts)
-    return report.model_copy(update={"notes": [*left_out, *report.notes]})
+            if not settings.is_bounded and on_partial is None:
+                baseline = measure(lanes, scores, blocks, settings, processes, shown)
+                report = assemble(lanes, scores, baseline, blocks, settings, facts)
+                return report.model_copy(update={"notes": [*left_out, *report.notes]})
+
+            def reported(measured: Measured, *notes: str) -> LayerReport:
+                sums = measured.scores, measured.baseline
+                report = assemble(lanes, *sums, blocks, measured.settings, facts)
+                budget = measured.budget.facts() if settings.is_bounded and measured.budget.stopped else None
+                notes = (*left_out, *notes, *measured.notes, *report.notes)
+                return report.model_copy(update={"notes": list(notes), "budget": budget})
+
+            measured = measure_growing(
+                lanes,
+                scores,
+                blocks,
+                settings,
+                processes,
+                shown,
+                begun=begun,
+                expected=expected,
+                on_partial=None if on_partial is None else lambda some: on_partial(reported(some, SO_FAR)),
+            )
+            return reported(measured, *(measured.budget.notes() if settings.is_bounded else ()))
 
 
 def _settings(settings: Settings | None, options: dict[str, Any]) -> Settings:
@@ -191,12 +236,15 @@ def _without_distant_weights(model: nn.Module, settings: Settings) -> tuple[Sett
 def _require_blocks(model: nn.Module, blocks: Blocks, settings: Settings) -> None:
     """Refuse blocks that are too few, too long for the model's positions, or hold ids that it does not know."""
     blocks.check_bos(str(settings.bos))
-    needed = settings.fit_blocks + settings.eval_blocks
+    needed = settings.fit_blocks + settings.least_blocks
     if len(blocks) < needed:
         were = "was" if len(blocks) == 1 else "were"
+        measured, lower = f"eval_blocks={settings.eval_blocks}", "one of the two"
+        if settings.is_bounded:
+            measured, lower = "at least 2 to measure on", "fit_blocks"
         raise CorpusError(
             f"{counted(len(blocks), 'block')} {were} given, but fit_blocks={settings.fit_blocks} and "
-            f"eval_blocks={settings.eval_blocks} need {needed}. Give more blocks, or lower one of the two."
+            f"{measured} need {needed}. Give more blocks, or lower {lower}."
         )
     _require_positions(model, settings.block_size)
     if isinstance(size := getattr(input_embeddings(model), "num_embeddings", None), int):

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from depthscope.analysis.budget import Budget
 from depthscope.console.progress import Progress
 from depthscope.errors import AnalysisInterrupted, NonFiniteError
 from depthscope.layers.lanes.lane import Lane, Step
@@ -58,8 +59,12 @@ def measure(
     settings: Settings,
     processes: Processes,
     shown: Progress,
+    budget: Budget | None = None,
 ) -> dict[str, Array]:
-    """Fill every score's sums; returns the sums of the unchanged model's loss and number of predictions by block."""
+    """Fill every score's sums; returns the sums of the unchanged model's loss and number of predictions by block.
+
+    With a budget only the first `budget.blocks` of them are measured; an interrupt then leaves those, if it may.
+    """
     stack = lanes.stack
     parts = blocks[: settings.fit_blocks or 1], blocks[settings.fit_blocks :][: settings.eval_blocks]
     fitting, measured = (part.behind(PLACEHOLDER, stack.virtual_tokens) for part in parts)
@@ -72,14 +77,17 @@ def measure(
             at_once = len(fitted) if stack.is_offloaded else _batch_size(lanes, {}, settings)
             useful.fit(lambda: _fit_batches(fitted, at_once, stack, processes, shown), processes.add_up)
         size = _batch_size(lanes, scores, settings)
-        for rows in _chunks(processes.share(range(settings.eval_blocks)), size):
-            batch = _measure_batch(lanes, scores, measured, rows, shown)
-            baseline["loss"][rows], baseline["targets"][rows] = batch.loss, batch.target_mask.sum(1).cpu().numpy()
-            done += len(rows)
+        whole = [range(settings.eval_blocks)]
+        for part in budget.rounds(size, scores, baseline, shown) if budget else whole:
+            for rows in _chunks(processes.share(part), size):
+                batch = _measure_batch(lanes, scores, measured, rows, shown)
+                baseline["loss"][rows], baseline["targets"][rows] = batch.loss, batch.target_mask.sum(1).cpu().numpy()
+                done += len(rows)
     except KeyboardInterrupt as interrupt:
-        raise AnalysisInterrupted(
-            f"Interrupted while at {shown.stage}: {done} of {settings.eval_blocks} blocks had been measured."
-        ) from interrupt
+        if budget is None or not budget.is_kept():
+            raise AnalysisInterrupted(
+                f"Interrupted while at {shown.stage}: {done} of {settings.eval_blocks} blocks had been measured."
+            ) from interrupt
     for tables in (baseline, *(scores[name].sums for name in sorted(scores))):
         processes.add_up_tables(tables)
     return baseline

@@ -49,8 +49,14 @@ def analyze(
         int, typer.Option(help="Blocks at the start of the text that fit the linear maps.", rich_help_panel=TEXT)
     ] = 16,
     eval_blocks: Annotated[
-        int, typer.Option(help="Blocks after those, to measure all scores on.", rich_help_panel=TEXT)
-    ] = 8,
+        int | None,
+        typer.Option(
+            help="Blocks after those, to measure all scores on: 8, or with --budget or --precision the most of them, "
+            "256 or what the text holds.",
+            show_default=False,
+            rich_help_panel=TEXT,
+        ),
+    ] = None,
     block_size: BlockSize = 256,
     bos: Bos = "auto",
     scores: Annotated[
@@ -90,6 +96,24 @@ def analyze(
             rich_help_panel=DEPTH,
         ),
     ] = False,
+    budget: Annotated[
+        str | None,
+        typer.Option(
+            help="Add blocks until this time is spent: seconds, or 60s, 5m, 1h. Loading the model and reading the text "
+            "come on top. At least two blocks are measured. Ctrl-C ends it early, with what has been measured.",
+            metavar="TIME",
+            rich_help_panel=DEPTH,
+        ),
+    ] = None,
+    precision: Annotated[
+        str | None,
+        typer.Option(
+            help="Add blocks until no layer's loss ratio (skip, usefulness) has a larger standard error than this "
+            "share of it: 2%, or 0.02.",
+            metavar="SHARE",
+            rich_help_panel=DEPTH,
+        ),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of probes and sampled pairs.", rich_help_panel=DEPTH)] = 0,
     batch_size: Annotated[
         int | None, typer.Option(help="Blocks in a forward pass; scores do not depend on it.", rich_help_panel=HOW)
@@ -125,12 +149,12 @@ def analyze(
         require_places(out, html)
         from depthscope.analysis.analyze import analyze as measure
         from depthscope.processes import Processes
-        from depthscope.settings import Settings
+        from depthscope.settings import USUAL_BLOCKS, Settings
 
         settings = Settings(
             scores=scores,
             fit_blocks=fit_blocks,
-            eval_blocks=eval_blocks,
+            eval_blocks=USUAL_BLOCKS if eval_blocks is None else eval_blocks,
             block_size=block_size,
             bos=bos,
             batch_size=batch_size,
@@ -142,6 +166,8 @@ def analyze(
             probes=_count_or_word(probes),
             seed=seed,
             sublayers=sublayers,
+            budget=budget,
+            precision=precision,
         )
         report = measure(
             model,

@@ -1,8 +1,9 @@
 """A progress bar with the remaining time, weighted by the actual work."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
+from rich.console import RenderableType
 from rich.progress import (
     BarColumn,
     TaskProgressColumn,
@@ -24,10 +25,22 @@ Listener = Callable[[str, float], None]
 ESTIMATE_SECONDS = 120.0
 
 
+class BarWithResults(Bar):
+    """A bar with a line below it for the results so far."""
+
+    results = ""
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        """The bar and the line."""
+        yield from super().get_renderables()
+        if self.results:
+            yield Text(self.results, style="dim", overflow="ellipsis", no_wrap=True)
+
+
 class Progress:
     """Counts the work that is done, and shows it on a bar or passes it to a `listener`, if there is one."""
 
-    def __init__(self, total: float, bar: Bar | None, listener: Listener | None = None) -> None:
+    def __init__(self, total: float, bar: BarWithResults | None, listener: Listener | None = None) -> None:
         self.total = total
         self.done = 0.0
         self.stage = "starting"
@@ -48,6 +61,22 @@ class Progress:
         if self._bar is not None and self._task is not None:
             self._bar.advance(self._task, work)
         self._notify()
+
+    @property
+    def is_seen(self) -> bool:
+        """Whether there is a bar."""
+        return self._bar is not None
+
+    def expect(self, total: float) -> None:
+        """Correct the whole of the work."""
+        self.total = total
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, total=total)
+
+    def so_far(self, results: str) -> None:
+        """Show the results so far below the bar."""
+        if self._bar is not None:
+            self._bar.results = results
 
     def _notify(self) -> None:
         if self._listener is not None:
@@ -87,5 +116,5 @@ def showing_progress(total: float, *, visible: bool, listener: Listener | None =
         TimeRemainingColumn(),
         TextColumn("left"),
     )
-    with Bar(*columns, console=console, transient=True, speed_estimate_period=ESTIMATE_SECONDS) as bar:
+    with BarWithResults(*columns, console=console, transient=True, speed_estimate_period=ESTIMATE_SECONDS) as bar:
         yield Progress(total, bar)

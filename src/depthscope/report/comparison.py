@@ -21,7 +21,9 @@ __all__ = ["Comparison", "LayerMatch", "ScoreRow", "compare"]
 
 # Settings that do not change what is measured.
 # "bos" is the option; `data` states whether blocks begin with the token.
-HARMLESS_SETTINGS = frozenset({"batch_size", "bos", "device", "scores", "sublayers", "out", "html"})
+HARMLESS_SETTINGS = frozenset(
+    {"batch_size", "bos", "budget", "device", "html", "out", "precision", "scores", "sublayers"}
+)
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@
     scores                      global values by name; `<name>_se` is the standard error of `<name>`
     layers                      one row per layer, layers counted from 0
     pairs                       L x L matrices by name, null where undefined; `causal[s][l]`: layer s skipped, seen at l
+    budget                      what a budget of time or a precision came to, where one was given
     downstream                  accuracies on downstream tasks, where they were measured
 
 Standard errors are over blocks of tokens; losses are in nats. Reports also come from strangers, so reading one checks
@@ -18,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, field_validator, model_validator
 from typing_extensions import NotRequired, TypedDict
@@ -37,7 +38,16 @@ if TYPE_CHECKING:
     import datasets
     import pandas as pd
 
-__all__ = ["SCHEMA_VERSION", "DataFacts", "LayerReport", "Matrix", "ModelFacts", "NearIdentity"]
+__all__ = [
+    "SCHEMA_VERSION",
+    "BudgetFacts",
+    "DataFacts",
+    "LayerReport",
+    "Matrix",
+    "ModelFacts",
+    "NearIdentity",
+    "Stopped",
+]
 
 SCHEMA_VERSION: Final = 1
 MAX_BYTES = 256 * 2**20
@@ -89,6 +99,22 @@ class DataFacts(TypedDict):
     bos: NotRequired[list[int]]  # the special tokens at the start of every block, which no score includes; [] for none
 
 
+# Why no more blocks were measured: the time was spent, the precision reached, the blocks of `eval_blocks` or of the
+# text used up, or Ctrl-C.
+Stopped: TypeAlias = Literal["time", "precision", "blocks", "text", "interrupt"]
+
+
+class BudgetFacts(TypedDict):
+    """What was reached where a budget decided how many blocks were measured; that number is `data.eval_blocks`."""
+
+    __pydantic_config__ = ConfigDict(extra="allow", strict=True, allow_inf_nan=False)  # type: ignore[misc]
+
+    seconds: Annotated[float, Field(ge=0)]  # of the analysis, without loading
+    stopped: Stopped
+    most_blocks: int  # that were allowed, and that the text held
+    precision: Annotated[float, Field(ge=0)] | None  # the largest relative standard error of a layer's loss ratio
+
+
 @dataclass(frozen=True)
 class NearIdentity:
     """The layers near the identity, the criterion in words ("skipping the layer raises ...") and its score."""
@@ -120,6 +146,7 @@ class LayerReport(BaseModel):
     scores: dict[str, float | None]
     layers: list[dict[str, JsonValue]]
     pairs: dict[str, Matrix] = Field(default_factory=dict)
+    budget: BudgetFacts | None = None
     downstream: list[Accuracy] = Field(default_factory=list)
 
     # ------------------------------------------------------------------------------------------------- validation
@@ -179,7 +206,10 @@ class LayerReport(BaseModel):
             "layers": [canonical(row, ["layer", "kind", *_with_errors(LAYER_SCORES)]) for row in self.layers],
             "pairs": canonical(self.pairs, _with_errors(["causal", "permutation"])),
         }
-        if self.downstream:  # else the bytes equal those of a report without the field
+        # Without them the bytes equal those of a report without the fields.
+        if self.budget is not None:
+            content["budget"] = canonical(self.budget, list(BudgetFacts.__annotations__))
+        if self.downstream:
             content["downstream"] = [row.model_dump() for row in self.downstream]
         return encode(content) + "\n"
 

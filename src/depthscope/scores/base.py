@@ -15,11 +15,13 @@ groups of consecutive blocks, which are left out together.
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
+from copy import copy
 from dataclasses import dataclass, field, fields
 
 import numpy as np
 import torch
 from torch import Tensor
+from typing_extensions import Self
 
 from depthscope.layers.lanes.lane import Lane, Step
 from depthscope.layers.lanes.sublayers import sublayers_of
@@ -137,6 +139,18 @@ class Score(ABC):
     def measure_loss(self, batch: Batch, lane: Lane, loss: Array) -> None:
         """Add the losses of a lane of which it wanted the logits: by block, of the lane's rows, nats."""
         return
+
+    @property
+    def waits(self) -> bool:
+        """Whether how it measures a block depends on the number of blocks, so that this must be known before."""
+        return False
+
+    def of_first(self, count: int) -> Self:
+        """The score of the first `count` blocks, with sums of its own."""
+        first = copy(self)
+        first.num_blocks = count
+        first.sums = {name: table[:count].copy() for name, table in self.sums.items()}
+        return first
 
     @abstractmethod
     def finish(self, sums: Sums) -> Values:

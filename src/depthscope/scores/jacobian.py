@@ -62,6 +62,11 @@ class Jacobian(Score):
         self._probe_error = float("nan")
         self.chosen = _shared_out(self.groups, each, wanted, generator)  # [groups, P] which of them each group measures
 
+    @property
+    def waits(self) -> bool:
+        """The vectors are shared out among all blocks."""
+        return True
+
     def measure(self, batch: Batch, tick: Callable[[float], None]) -> None:
         """Add the batch's products of every layer's transposed Jacobian with the vectors of each block."""
         shape = (self.stack.num_layers, self.chosen.shape[1], self.stack.width)

@@ -36,6 +36,11 @@ class Permutation(Score):
         share = settings.pairs if isinstance(settings.pairs, float) else 1.0
         self.cells = sample_cells(len(self.pairs), num_blocks, share, settings.seed)  # [pairs, blocks] bool
 
+    @property
+    def waits(self) -> bool:
+        """A sample is drawn of the pairs on all blocks."""
+        return isinstance(self.settings.pairs, float)
+
     def work(self) -> float:
         """Each pair on the blocks that it was given: the layers from the first of the two on, and the head."""
         share = self.cells.mean(1) if len(self.pairs) else np.zeros(0)

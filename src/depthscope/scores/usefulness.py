@@ -135,6 +135,11 @@ class Usefulness(Score):
     name = "usefulness"
     experiments = True
 
+    @property
+    def waits(self) -> bool:
+        """Maps that are fitted on the evaluation blocks need all of them."""
+        return self.settings.fits_in_sample
+
     def fit(self, batches: Callable[[], Iterable[Blocks]], add_up: Callable[..., None]) -> None:
         """Fit all affine maps: one pass over the fitting blocks for as many as memory holds.
 

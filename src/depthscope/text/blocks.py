@@ -197,6 +197,7 @@ def load_blocks(
     bos: str | bool = "auto",
     name: str | None = None,
     vocab_size: int | None = None,
+    fewest: int | None = None,
 ) -> Blocks:
     """Read text, tokenize it without special tokens and cut it into consecutive blocks from its start.
 
@@ -210,7 +211,7 @@ def load_blocks(
             a table of pyarrow; or an iterable of documents, each a string, a chat (a list of messages with role and
             content) or a list of token ids.
         tokenizer: a tokenizer of transformers.
-        num_blocks: N, the exact number of blocks.
+        num_blocks: N, the exact number of blocks; with `fewest`, the most.
         block_size: T, tokens in a block, special tokens at its start included.
         dataset: a dataset of the Hugging Face Hub instead of `source`, as "name" or "name:config"; it is streamed.
         column: the column of text, chats or token ids; None finds it if there is only one candidate.
@@ -219,6 +220,7 @@ def load_blocks(
             does by default. No score includes this token; see `Blocks.token_mask`.
         name: the name of the text in the report.
         vocab_size: the model's number of tokens; larger token ids are refused.
+        fewest: with a text that is too short for `num_blocks`, the number of blocks that will do.
 
     Raises:
         CorpusError: the text is missing, unreadable or too short, or does not fit the model's vocabulary.
@@ -244,8 +246,11 @@ def load_blocks(
                 f"the text; at least 2 are needed. Raise block_size to {len(start) + 2} or more."
             )
         ids = _first_ids(name, chain([first] if first else [], documents), tokenizer, special, num_blocks * text_tokens)
-    if len(ids) < num_blocks * text_tokens:
-        raise CorpusError(_too_short(name, len(ids), num_blocks, block_size, text_tokens))
+    fewest = num_blocks if fewest is None else min(fewest, num_blocks)
+    if len(ids) < fewest * text_tokens:
+        raise CorpusError(_too_short(name, len(ids), fewest, block_size, text_tokens))
+    num_blocks = min(num_blocks, len(ids) // text_tokens)
+    ids = ids[: num_blocks * text_tokens]
     _refuse_blanks(name, ids, tokenizer)
     text = torch.tensor(ids, dtype=torch.int64).view(num_blocks, text_tokens)
     before = torch.tensor(start, dtype=torch.int64).expand(num_blocks, -1)

@@ -24,6 +24,8 @@ __all__ = ["render_page", "reproduce", "tiles", "write_page"]
 NARROW_FIGURES = frozenset({"causal_map", "permutation_map"})
 EMBEDDED_TEXT = "python-stdlib"
 BLOCK_SETTINGS = ("fit_blocks", "eval_blocks", "block_size")
+# Neither is needed for the same numbers: scores do not depend on batches, and the blocks that were measured are known.
+NOT_NEEDED = frozenset({"batch_size", "budget", "precision"})
 VALUED_OPTIONS = (*BLOCK_SETTINGS, "pairs", "probes", "threshold", "ridge", "seed")
 
 
@@ -99,7 +101,7 @@ def reproduce(report: LayerReport) -> str:
     """
     report_settings, data, model = report.settings, report.data, report.model
     if model.get("source") == "object":
-        arguments = [f"    {name}={value!r}," for name, value in report_settings.items() if name != "batch_size"]
+        arguments = [f"    {name}={value!r}," for name, value in report_settings.items() if name not in NOT_NEEDED]
         return "\n".join(["depthscope.analyze(", "    model,", "    tokenizer,", *arguments, ")"])
     options: list[tuple[str, ...]] = []
     if model.get("source") == "hub" and model.get("revision"):
@@ -113,7 +115,7 @@ def reproduce(report: LayerReport) -> str:
     # Before the option existed, no block began with BOS.
     if (bos := report_settings.get("bos", "no")) != "auto":
         options.append(("--bos", str(bos)))
-    options += [(_flag(key),) for key in ("in_sample", "paper_code") if report_settings.get(key) is True]
+    options += [(_flag(key),) for key in ("in_sample", "paper_code", "sublayers") if report_settings.get(key) is True]
     if model.get("dtype"):
         options.append(("--dtype", model["dtype"]))
     lines = [shlex.join(option) for option in options]

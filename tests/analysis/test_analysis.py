@@ -193,7 +193,7 @@ def test_layers_that_share_keys_and_values_are_analysed_with_gaps() -> None:
 
 
 SHARED_RUN = """
-import json, sys, torch
+import json, sys, time, torch
 from models import random_blocks, tiny_llama
 from depthscope import analyze
 from depthscope.processes import Processes
@@ -203,6 +203,18 @@ for name, fit, measured in json.loads(sys.argv[1]):
     report = analyze(tiny_llama(), blocks=random_blocks(12, 16), **sizes, progress=False)
     if Processes.here().is_main:
         report.save(name)
+# Each process has a clock of its own, on which a pass through a layer takes one second a block or a thousand.
+now, pace = [0.0], 1 if Processes.here().is_main else 1000
+time.monotonic = lambda: now[0]
+for name, options in json.loads(sys.argv[2]):
+    model, partial = tiny_llama(), []
+    model.model.layers[3].register_forward_hook(lambda *ran: now.__setitem__(0, now[0] + pace * len(ran[1][0])))
+    sizes = {"fit_blocks": 2, "on_partial": partial.append}
+    report = analyze(model, blocks=random_blocks(12, 16).repeat(3, 1), progress=False, **sizes, **options)
+    if Processes.here().is_main:
+        report.model_copy(update={"notes": [str(part.data["eval_blocks"]) for part in partial]}).save(name)
+    else:
+        assert not partial
 """
 
 
@@ -214,14 +226,28 @@ def test_processes_share_the_work_and_agree_with_one(
     script.write_text(SHARED_RUN)
     files = [tmp_path / f"{fit}-{measured}.json" for fit, measured in sizes]
     runs = json.dumps([(str(out), *both) for out, both in zip(files, sizes, strict=True)])
-    for done in side_by_side(processes, script, runs):
+    bounded = {
+        "time": {"budget": 800},
+        "precision": {"precision": 0.07},
+        "blocks": {"precision": 0.0001, "eval_blocks": 5},
+    }
+    ended = {end: tmp_path / f"{end}.json" for end in bounded}
+    for done in side_by_side(processes, script, runs, json.dumps([(str(ended[end]), bounded[end]) for end in bounded])):
         assert done.returncode == 0, done.stderr[-3000:]
     for out, (fit, measured) in zip(files, sizes, strict=True):
         is_that_of_one_process(json.loads(out.read_text()), fit, measured)
+    for end, out in ended.items():
+        shared = json.loads(out.read_text())
+        assert shared["budget"]["stopped"] == end
+        measured = shared["data"]["eval_blocks"]
+        assert processes < measured < 34
+        assert int(shared["notes"][-1]) == measured
+        is_that_of_one_process(shared, 2, measured)
 
 
 def is_that_of_one_process(shared: dict[str, Any], fit: int, measured: int) -> None:
-    alone = analyze(tiny_llama(), blocks=random_blocks(12, 16), fit_blocks=fit, eval_blocks=measured)
+    blocks = random_blocks(12, 16).repeat(3, 1)
+    alone = analyze(tiny_llama(), blocks=blocks, fit_blocks=fit, eval_blocks=measured)
     for name, value in alone.scores.items():
         assert shared["scores"][name] == pytest.approx(value, rel=1e-5, abs=1e-9), name
     for row, other in zip(alone.layers, shared["layers"], strict=True):

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import TrainerCallback
 
 from depthlm import tiny_depthlm
 from depthscope import Blocks, LayerReport, analyze
@@ -89,6 +90,38 @@ def test_the_first_analysis_is_not_begun_where_its_estimate_is_over_the_budget(t
     callback = EffectivenessCallback(BLOCKS, scores="all", every=1, max_overhead=1e-6, probes=2)
     trainer(tiny_llama(), tmp_path, [callback]).train()
     assert not (tmp_path / "layer_reports").exists()
+
+
+def test_an_analysis_that_takes_longer_than_estimated_ends_with_the_blocks_so_far(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The clock is ours: a step takes 10 seconds, and each block takes one in the last layer of an analysis."""
+    now = 0.0
+    monkeypatch.setattr("time.perf_counter", lambda: now)
+    monkeypatch.setattr("time.monotonic", lambda: now)
+    monkeypatch.setattr(module, "_estimate", lambda *_: 1.0)
+    callback = EffectivenessCallback(random_blocks(40, 12), scores="skip", every=1, max_overhead=2.5)
+
+    def later(seconds: float) -> None:
+        nonlocal now
+        now += seconds
+
+    class Steps(TrainerCallback):
+        def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+            later(10.0)
+
+    model = tiny_llama()
+    model.model.layers[-1].register_forward_hook(lambda layer, args, _: None if layer.training else later(len(args[0])))
+    trainer(model, tmp_path, [callback, Steps()], max_steps=40, logging_steps=40).train()
+    reports = [LayerReport.load(path) for path in (tmp_path / "layer_reports").glob("step-*.json")]
+    first, *later_ones = sorted(reports, key=lambda report: report.data["eval_blocks"])
+    assert first.budget is not None
+    assert first.budget["stopped"] == "time"
+    assert 2 <= first.data["eval_blocks"] < 40
+    assert later_ones, "the others waited until there was time for all blocks"
+    for report in later_ones:
+        assert (report.data["eval_blocks"], report.budget, report.settings["budget"]) == (40, None, None)
+        assert not any("budget" in note for note in report.notes)
 
 
 def test_both_callbacks_share_one_history_without_sharing_names(tmp_path: Path) -> None:

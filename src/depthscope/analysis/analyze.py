@@ -158,11 +158,11 @@ def analyze_blocks(
     processes: Processes | None = None,
     progress: bool | Listener = True,
     on_partial: OnPartial | None = None,
-    expected: float | None = None,
+    begin_small: bool = True,
 ) -> LayerReport:
     """Measure a loaded model on blocks of tokens; see `analyze`.
 
-    `expected` is how many seconds all blocks should take, if an analysis like this one has been made.
+    `begin_small`: whether an analysis with a budget begins with single blocks, to learn how long they take.
     """
     begun, processes = time.monotonic(), processes or Processes.here()
     with processes.together(), evaluating(model), torch.no_grad(), memory_errors(settings), ExitStack() as compiled:
@@ -203,7 +203,7 @@ def analyze_blocks(
                 processes,
                 shown,
                 begun=begun,
-                expected=expected,
+                begin_small=begin_small,
                 on_partial=None if on_partial is None else lambda some: on_partial(reported(some, SO_FAR)),
             )
             return reported(measured, *(measured.budget.notes() if settings.is_bounded else ()))

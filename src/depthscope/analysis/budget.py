@@ -37,7 +37,8 @@ class Budget:
         work: what blocks take.
         begun: when the analysis began, by `time.monotonic`.
         has_scores: whether there are any that are measured round by round.
-        expected: seconds that all blocks are expected to take, if an analysis like this one has been made.
+        begin_small: whether rounds begin with one block, to learn how long it takes; else with a batch, where an
+            analysis like this one is known to end in time.
         on_round: gets the scores and the baseline of the blocks so far, after each round.
     """
 
@@ -50,7 +51,7 @@ class Budget:
         *,
         begun: float,
         has_scores: bool = True,
-        expected: float | None = None,
+        begin_small: bool = True,
         on_round: OnRound | None = None,
     ) -> None:
         self.seconds = None if settings.budget is None else float(settings.budget)
@@ -67,7 +68,8 @@ class Budget:
         self._on_round = on_round
         self._begun = begun
         self._before_blocks = 0.0  # seconds
-        self._each = expected / self.most if expected is not None else None  # seconds a block
+        self._each: float | None = None  # seconds a block, once one has been measured
+        self._begin_small = begin_small
 
     def rounds(
         self, size: int, scores: Mapping[str, Score], baseline: dict[str, Array], shown: Progress
@@ -151,7 +153,7 @@ class Budget:
         if left == 0:
             return 0, self.at_most
         count = min(size * share, left)
-        if self.wanted is not None or self.blocks or self._each is None:
+        if self._begin_small or self.wanted is not None:
             count = min(count, max(self.blocks, share))
         count = min(count, self._in_time() // share * share)
         if count > 0:

@@ -45,7 +45,7 @@ def measure_growing(
     shown: Progress,
     *,
     begun: float,
-    expected: float | None = None,
+    begin_small: bool = True,
     on_partial: OnMeasured | None = None,
 ) -> Measured:
     """Measure as many blocks as the budget and the precision in `settings` take; see `Budget`."""
@@ -68,7 +68,7 @@ def measure_growing(
         work,
         begun=begun,
         has_scores=bool(growing),
-        expected=expected,
+        begin_small=begin_small,
         on_round=on_round if on_partial is not None else None,
     )
     baseline = measure(lanes, growing, blocks, settings, processes, shown, budget)

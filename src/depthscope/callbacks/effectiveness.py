@@ -19,7 +19,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_callback import ExportableState
@@ -47,6 +46,7 @@ logger = logging.getLogger(__name__)
 REPORTS = "layer_reports"
 # `VarianceCallback` logs the same measures on the training text under these names.
 ON_BLOCKS = ("variance", "variance_growth", "attention_variance", "mlp_variance", "update_norm")
+LEAST_SECONDS = 1e-3  # of a budget
 DEFAULT_SCORES = ("skip", "causal", "block_influence")
 
 
@@ -62,7 +62,9 @@ class EffectivenessCallback(TrainerCallback, ExportableState):
         scores: as for `depthscope.analyze`.
         every: optimiser steps between analyses, if the time budget allows them.
         max_overhead: the share of the training time (0.05 is 5%) that all analyses together may take; an analysis that
-            would exceed it, estimated from a forward pass and from the last analysis, is postponed. None: no limit.
+            would exceed it, estimated from a forward pass and from the last analysis, is postponed. One that takes
+            longer than it was estimated has the time that is left as its budget: it ends with the blocks that it has
+            measured by then, at least two, and its report says so. None: no limit.
         fit_blocks: the number of blocks that fit the linear maps of the usefulness score; by default half of them with
             that score, and none without it. The other blocks are used for the measurement.
         log: "layers" logs every layer; "summary" logs the first, the last and the quartiles over layers; "none" logs
@@ -105,6 +107,7 @@ class EffectivenessCallback(TrainerCallback, ExportableState):
         self.trained = 0.0  # seconds in everything else
         self.waiting: dict[str, float] = {}  # the values for the next log
         self.cost: float | None = None  # seconds per analysis
+        self._is_timed = False  # whether the cost is that of an analysis, and no estimate
         self._since = time.perf_counter()
         self._file: History | None = None
         self._over = False
@@ -222,21 +225,29 @@ class EffectivenessCallback(TrainerCallback, ExportableState):
                 cost = _estimate(model, self.blocks, self.settings)
             self.cost = cost  # set in all processes or in none
         fits = self.spent + self.cost <= self.max_overhead * self.trained
-        return _agreed(fits, next(model.parameters()).device)
+        return _processes(model).agreed(fits)
 
     def _analyse(self, model: nn.Module, folder: Path, state: Any) -> None:
-        begun = time.perf_counter()
+        begun, measured_share = time.perf_counter(), 1.0
         try:
             report = analyze_blocks(
                 model,
                 self.blocks,
-                self.settings,
+                self._within_time_left(),
                 facts=model_facts(model),
                 processes=_processes(model),
                 progress=False,
+                begin_small=not self._is_timed,
             )
+            measured_share = report.data["eval_blocks"] / self.settings.eval_blocks
+            self._is_timed = True
+            if measured_share == 1 and not self.settings.is_bounded:  # the time that was left made no difference
+                notes = [note for note in report.notes if not note.startswith("budget: ")]
+                unbounded = {"settings": self.settings.to_dict(), "budget": None, "notes": notes}
+                report = report.model_copy(update=unbounded)
         finally:
-            self.cost = time.perf_counter() - begun
+            # Of all blocks, also where the time was up before.
+            self.cost = (time.perf_counter() - begun) / measured_share
         measured = numbered(_measured(report), self._before)
         self.waiting = flat_names(measured, self.log)
         if state.is_world_process_zero:
@@ -244,6 +255,14 @@ class EffectivenessCallback(TrainerCallback, ExportableState):
         if self._file is not None:
             row = {"step": state.global_step, "epoch": state.epoch, "kind": "effectiveness"}
             self._file.append({**row, "values": measured.values, "layers": measured.layers})
+
+    def _within_time_left(self) -> Settings:
+        """The settings with what is left of the training time's share as the budget, where it can be one."""
+        if self.max_overhead is None or self.settings.eval_blocks < 2:
+            return self.settings
+        left = max(self.max_overhead * self.trained - self.spent, self.cost or 0.0, LEAST_SECONDS)
+        given = self.settings.budget
+        return self.settings.with_(budget=left if given is None else min(left, float(given)))
 
     def _save(self, report: LayerReport, folder: Path, step: int) -> None:
         """Write a report; if that fails, the training goes on, with one warning now and one at its end."""
@@ -315,17 +334,9 @@ def _estimate(model: nn.Module, blocks: Blocks, settings: Settings) -> float:
     return times[-1] * work / (stack.num_layers + head_work(stack))
 
 
-def _agreed(fits: bool, device: torch.device) -> bool:
-    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
-        return fits
-    answer = torch.tensor(float(fits), device=device)
-    dist.broadcast(answer, 0)
-    return bool(answer.item())
-
-
 def _processes(model: nn.Module) -> Processes:
     """The processes that share the blocks; with a sharded model, each process measures all blocks."""
-    return Processes(0, 1, next(model.parameters()).device) if _is_sharded(model) else Processes.here()
+    return Processes(0, 1, next(model.parameters()).device, in_step=True) if _is_sharded(model) else Processes.here()
 
 
 def _is_sharded(model: nn.Module) -> bool:

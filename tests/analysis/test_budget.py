@@ -11,8 +11,10 @@ from rich.console import Console
 from torch import nn
 from transformers import AutoTokenizer
 
-from depthscope import LayerReport, Settings, analyze, compare
+from depthscope import Blocks, LayerReport, Settings, analyze, compare
+from depthscope.analysis.analyze import analyze_blocks
 from depthscope.errors import AnalysisInterrupted, CorpusError, ReportError, SettingsError
+from depthscope.layers.facts import model_facts
 from depthscope.views.report_page import reproduce
 from models import random_blocks, tiny_llama
 from tiny_tokenizer import save_tokenizer
@@ -295,3 +297,29 @@ def test_a_report_whose_budget_is_broken_is_refused() -> None:
     for broken in ({"seconds": -1.0}, {"stopped": "boredom"}, {"precision": "2%"}, {"most_blocks": 0.5}):
         with pytest.raises(ReportError, match="budget"):
             LayerReport.from_json(report.model_copy(update={"budget": {**facts, **broken}}).to_json())
+
+
+def limited(seconds: float, clock: Clock, interrupt: bool = False) -> LayerReport:
+    model = tiny_llama()
+    clock.on(model.model.layers[3])
+    if interrupt:
+        model.model.layers[3].register_forward_pre_hook(
+            lambda *_: signal.raise_signal(signal.SIGINT) if clock.now > 100 else None
+        )
+    settings = Settings(scores="skip,jacobian", fit_blocks=0, eval_blocks=40, block_size=16)
+    return analyze_blocks(model, Blocks.from_ids(BLOCKS), settings, facts=model_facts(model), time_limit=seconds)
+
+
+def test_a_limit_from_outside_shows_only_where_it_ends_the_analysis(clock: Clock) -> None:
+    free, cut = limited(10**6, clock), limited(200, clock)
+    assert (free.data["eval_blocks"], free.budget, free.settings["budget"]) == (40, None, None)
+    assert not any("budget" in note for note in free.notes)
+    assert cut.budget is not None
+    assert (cut.budget["stopped"], cut.settings["budget"]) == ("time", None)
+    assert 2 <= cut.data["eval_blocks"] < 40
+    assert any("then the time was spent" in note for note in cut.notes)
+
+
+def test_an_interrupt_of_what_has_a_limit_from_outside_is_not_swallowed(clock: Clock) -> None:
+    with pytest.raises(AnalysisInterrupted, match="Interrupted while at"):
+        limited(10**6, clock, interrupt=True)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from depthscope.analysis.assemble import assemble
+from depthscope.analysis.budget import LEAST
 from depthscope.analysis.growing import Measured, measure_growing
 from depthscope.analysis.measure import measure, require_finite, runs_experiments, total_work
 from depthscope.console.progress import Listener, showing_progress, showing_status
@@ -37,6 +38,7 @@ from depthscope.wording.messages import counted
 __all__ = ["OnPartial", "analyze", "analyze_blocks", "memory_errors"]
 
 OnPartial = Callable[[LayerReport], None]
+SHORTEST = 1e-3  # seconds of a limit
 SO_FAR = "These are the first blocks of an analysis that goes on."
 
 
@@ -144,6 +146,7 @@ def analyze(
         processes=processes,
         progress=progress,
         on_partial=on_partial,
+        keep_interrupted=True,
     )
     # Through JSON and back: what is returned is, to the order of its keys, what a saved report gives when it is loaded.
     return LayerReport.from_json(report.model_copy(update={"notes": [*loaded.notes, *report.notes]}).to_json())
@@ -158,11 +161,16 @@ def analyze_blocks(
     processes: Processes | None = None,
     progress: bool | Listener = True,
     on_partial: OnPartial | None = None,
+    time_limit: float | None = None,
     begin_small: bool = True,
+    keep_interrupted: bool = False,
 ) -> LayerReport:
     """Measure a loaded model on blocks of tokens; see `analyze`.
 
-    `begin_small`: whether an analysis with a budget begins with single blocks, to learn how long they take.
+    After `time_limit` seconds it is to end, with fewer blocks where not all fit (at least two); then the report has
+    `budget` and says so, while a report of all blocks is as without a limit. `begin_small`: whether an analysis with a
+    budget or a limit begins with single blocks, to learn how long they take. `keep_interrupted`: whether Ctrl-C ends
+    one with a budget or a precision with what has been measured.
     """
     begun, processes = time.monotonic(), processes or Processes.here()
     with processes.together(), evaluating(model), torch.no_grad(), memory_errors(settings), ExitStack() as compiled:
@@ -183,30 +191,35 @@ def analyze_blocks(
         total = total_work(stack, scores, settings) / processes.count
         listener = progress if callable(progress) else None
         with showing_progress(total, visible=bool(progress) and processes.is_main, listener=listener) as shown:
-            if not settings.is_bounded and on_partial is None:
+            limited = _limited(settings, time_limit)
+            if not limited.is_bounded and on_partial is None:
                 baseline = measure(lanes, scores, blocks, settings, processes, shown)
                 report = assemble(lanes, scores, baseline, blocks, settings, facts)
                 return report.model_copy(update={"notes": [*left_out, *report.notes]})
 
-            def reported(measured: Measured, *notes: str) -> LayerReport:
+            def reported(measured: Measured, *said: str) -> LayerReport:
                 sums = measured.scores, measured.baseline
-                report = assemble(lanes, *sums, blocks, measured.settings, facts)
-                budget = measured.budget.facts() if settings.is_bounded and measured.budget.stopped else None
-                notes = (*left_out, *notes, *measured.notes, *report.notes)
-                return report.model_copy(update={"notes": list(notes), "budget": budget})
+                as_asked = measured.settings.with_(budget=settings.budget)
+                report = assemble(lanes, *sums, blocks, as_asked, facts)
+                decided = settings.is_bounded or measured.budget.stopped == "time"
+                budget = measured.budget.facts() if decided and measured.budget.stopped else None
+                reached = measured.budget.notes() if budget is not None else []
+                notes = [*left_out, *said, *reached, *measured.notes, *report.notes]
+                return report.model_copy(update={"notes": notes, "budget": budget})
 
             measured = measure_growing(
                 lanes,
                 scores,
                 blocks,
-                settings,
+                limited,
                 processes,
                 shown,
                 begun=begun,
+                keep_interrupted=keep_interrupted and settings.is_bounded,
                 begin_small=begin_small,
                 on_partial=None if on_partial is None else lambda some: on_partial(reported(some, SO_FAR)),
             )
-            return reported(measured, *(measured.budget.notes() if settings.is_bounded else ()))
+            return reported(measured)
 
 
 def _settings(settings: Settings | None, options: dict[str, Any]) -> Settings:
@@ -217,6 +230,15 @@ def _settings(settings: Settings | None, options: dict[str, Any]) -> Settings:
         raise SettingsError(
             f"{', '.join(options)}: not all of these are options of an analysis; they are {known}."
         ) from error
+
+
+def _limited(settings: Settings, seconds: float | None) -> Settings:
+    """The settings with a limit as their budget, if they have no smaller one; a single block is measured anyway."""
+    if seconds is None or settings.eval_blocks < LEAST:
+        return settings
+    seconds = max(seconds, SHORTEST)
+    shorter = seconds if settings.budget is None else min(seconds, float(settings.budget))
+    return settings.with_(eval_blocks=settings.eval_blocks, budget=shorter)
 
 
 def _without_distant_weights(model: nn.Module, settings: Settings) -> tuple[Settings, list[str]]:

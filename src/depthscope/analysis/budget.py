@@ -18,7 +18,7 @@ from depthscope.settings import Settings
 from depthscope.wording.messages import counted
 from depthscope.wording.units import format_seconds, format_share
 
-__all__ = ["Budget", "Work"]
+__all__ = ["LEAST", "Budget", "Work"]
 
 LEAST = 2  # blocks, for standard errors
 # The work on so many blocks, in forward passes of one layer over one block: of the scores that are measured round by
@@ -36,7 +36,7 @@ class Budget:
         processes: those that share the blocks; the main one decides for all.
         work: what blocks take.
         begun: when the analysis began, by `time.monotonic`.
-        has_scores: whether there are any that are measured round by round.
+        keep_interrupted: whether Ctrl-C may leave what has been measured as the result.
         begin_small: whether rounds begin with one block, to learn how long it takes; else with a batch, where an
             analysis like this one is known to end in time.
         on_round: gets the scores and the baseline of the blocks so far, after each round.
@@ -50,7 +50,7 @@ class Budget:
         work: Work,
         *,
         begun: float,
-        has_scores: bool = True,
+        keep_interrupted: bool = False,
         begin_small: bool = True,
         on_round: OnRound | None = None,
     ) -> None:
@@ -62,14 +62,13 @@ class Budget:
         self.blocks = 0  # that have been measured
         self.stopped: Stopped | None = None
         self.precision: float | None = None
-        self.has_scores = has_scores
         self.took = 0.0  # seconds, once it has ended
         self._work = work
         self._on_round = on_round
         self._begun = begun
         self._before_blocks = 0.0  # seconds
         self._each: float | None = None  # seconds a block, once one has been measured
-        self._begin_small = begin_small
+        self._begin_small, self._keep_interrupted = begin_small, keep_interrupted
 
     def rounds(
         self, size: int, scores: Mapping[str, Score], baseline: dict[str, Array], shown: Progress
@@ -89,7 +88,7 @@ class Budget:
     def is_kept(self) -> bool:
         """Whether an interrupt leaves the blocks so far as the result, as it does where one process works alone."""
         alone = self.processes.count == 1 and not self.processes.in_step
-        if self.has_scores and alone and self.blocks >= LEAST:
+        if self._keep_interrupted and alone and self.blocks >= LEAST:
             self.stopped = "interrupt"
         return self.stopped == "interrupt"
 

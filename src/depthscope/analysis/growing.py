@@ -46,6 +46,7 @@ def measure_growing(
     *,
     begun: float,
     begin_small: bool = True,
+    keep_interrupted: bool = False,
     on_partial: OnMeasured | None = None,
 ) -> Measured:
     """Measure as many blocks as the budget and the precision in `settings` take; see `Budget`."""
@@ -67,7 +68,7 @@ def measure_growing(
         processes,
         work,
         begun=begun,
-        has_scores=bool(growing),
+        keep_interrupted=keep_interrupted and bool(growing),
         begin_small=begin_small,
         on_round=on_round if on_partial is not None else None,
     )

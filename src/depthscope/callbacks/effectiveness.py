@@ -46,7 +46,6 @@ logger = logging.getLogger(__name__)
 REPORTS = "layer_reports"
 # `VarianceCallback` logs the same measures on the training text under these names.
 ON_BLOCKS = ("variance", "variance_growth", "attention_variance", "mlp_variance", "update_norm")
-LEAST_SECONDS = 1e-3  # of a budget
 DEFAULT_SCORES = ("skip", "causal", "block_influence")
 
 
@@ -233,18 +232,16 @@ class EffectivenessCallback(TrainerCallback, ExportableState):
             report = analyze_blocks(
                 model,
                 self.blocks,
-                self._within_time_left(),
+                self.settings,
                 facts=model_facts(model),
                 processes=_processes(model),
                 progress=False,
+                time_limit=self._time_left(),
                 begin_small=not self._is_timed,
             )
-            measured_share = report.data["eval_blocks"] / self.settings.eval_blocks
+            if report.budget is not None and report.budget["stopped"] == "time":
+                measured_share = report.data["eval_blocks"] / self.settings.eval_blocks
             self._is_timed = True
-            if measured_share == 1 and not self.settings.is_bounded:  # the time that was left made no difference
-                notes = [note for note in report.notes if not note.startswith("budget: ")]
-                unbounded = {"settings": self.settings.to_dict(), "budget": None, "notes": notes}
-                report = report.model_copy(update=unbounded)
         finally:
             # Of all blocks, also where the time was up before.
             self.cost = (time.perf_counter() - begun) / measured_share
@@ -256,13 +253,11 @@ class EffectivenessCallback(TrainerCallback, ExportableState):
             row = {"step": state.global_step, "epoch": state.epoch, "kind": "effectiveness"}
             self._file.append({**row, "values": measured.values, "layers": measured.layers})
 
-    def _within_time_left(self) -> Settings:
-        """The settings with what is left of the training time's share as the budget, where it can be one."""
-        if self.max_overhead is None or self.settings.eval_blocks < 2:
-            return self.settings
-        left = max(self.max_overhead * self.trained - self.spent, self.cost or 0.0, LEAST_SECONDS)
-        given = self.settings.budget
-        return self.settings.with_(budget=left if given is None else min(left, float(given)))
+    def _time_left(self) -> float | None:
+        """What is left of the training time's share, in seconds, and at least what was expected; None: no limit."""
+        if self.max_overhead is None:
+            return None
+        return max(self.max_overhead * self.trained - self.spent, self.cost or 0.0)
 
     def _save(self, report: LayerReport, folder: Path, step: int) -> None:
         """Write a report; if that fails, the training goes on, with one warning now and one at its end."""

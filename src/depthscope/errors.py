@@ -51,6 +51,10 @@ class ConversionError(DepthscopeError, ValueError):
     """A model cannot be converted exactly to the requested architecture or shape; the message says why."""
 
 
+class SurgeryError(DepthscopeError, ValueError):
+    """Layers cannot be cut out of a model so that a native model computes the same; the message says why."""
+
+
 class ReportError(DepthscopeError):
     """A report could not be read or written."""
 

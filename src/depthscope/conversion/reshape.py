@@ -121,6 +121,7 @@ def deepen(model: DepthLMForCausalLM, num_layers: int, *, preserve_function: boo
         layer_types=[config.layer_types[layer % old] for layer in range(num_layers)],
         moe_layers=_repeated_moe_layers(config, num_layers),
         mix_post_layers=config.mix_post_layers,
+        kept_layers=_numbered_on(config.kept_layers, num_layers),
     )
     state = {name: weight for name, weight in model.state_dict().items() if not name.startswith("model.layers.")}
     for layer in range(num_layers):
@@ -162,6 +163,11 @@ def _repeated_moe_layers(config: DepthLMConfig, num_layers: int) -> str | int | 
     if config.num_experts is None or config.moe_layers == "all":
         return "all"
     return [layer for layer in range(num_layers) if layer % config.num_hidden_layers in config.moe_layer_indices]
+
+
+def _numbered_on(kept: list[int] | None, num_layers: int) -> list[int] | None:
+    """The numbers of a cut model's layers, and those that follow them for the added ones."""
+    return None if kept is None else [*kept, *range(kept[-1] + 1, kept[-1] + 1 + num_layers - len(kept))]
 
 
 def _layer_state(model: DepthLMForCausalLM, layer: int) -> State:

@@ -249,8 +249,8 @@ def _trace(model: nn.Module, entry: nn.Module, head: bool) -> Trace:
     )
 
 
-def example_ids(model: nn.Module, draw: int = 0) -> Tensor:
-    """Token ids [TRACE_BATCH, TRACE_TOKENS] that no special meaning is given to, the same at every call of a draw."""
+def example_ids(model: nn.Module, draw: int = 0, shape: tuple[int, int] = (TRACE_BATCH, TRACE_TOKENS)) -> Tensor:
+    """Token ids [B, T] that no special meaning is given to, the same at every call of a draw."""
     size = getattr(text_config(model), "vocab_size", None)
     if not isinstance(size, int):
         size = getattr(input_embeddings(model), "num_embeddings", None)
@@ -258,8 +258,8 @@ def example_ids(model: nn.Module, draw: int = 0) -> Tensor:
         raise NoLayerStackError(f"{class_name(model)} has no vocabulary of token ids; a causal language model has one.")
     special = _special_ids(getattr(model, "config", None))
     plain = [token for token in range(min(size, 4096)) if token not in special] or [0]
-    steps = torch.arange(TRACE_BATCH * TRACE_TOKENS) * 7919 + draw  # a prime stride visits the vocabulary unevenly
-    return torch.tensor(plain)[steps % len(plain)].view(TRACE_BATCH, TRACE_TOKENS)
+    steps = torch.arange(shape[0] * shape[1]) * 7919 + draw  # a prime stride visits the vocabulary unevenly
+    return torch.tensor(plain)[steps % len(plain)].view(shape)
 
 
 def _special_ids(config: Any) -> set[int]:

@@ -66,6 +66,8 @@ class DepthLMConfig(LlamaConfig):
         depth_scaled_init (`bool`, defaults to `False`): initialise the output projections of the sublayers with a
             standard deviation of `initializer_range / sqrt(2 * num_hidden_layers)` (GPT-2) instead of
             `initializer_range`.
+        kept_layers (`list[int]`, *optional*): of a model that layers were cut out of, the number that each layer had
+            before; LayerNorm Scaling goes on with those.
 
     Raises `huggingface_hub.errors.StrictDataclassError`, with the allowed values, for a value of the wrong type or an
     impossible combination.
@@ -103,6 +105,7 @@ class DepthLMConfig(LlamaConfig):
     mix_post_layers: int | None = None
     norm_scaling: str = "none"
     depth_scaled_init: bool = False
+    kept_layers: list[int] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         _refuse_misspelt(kwargs, self.__dataclass_fields__)
@@ -156,11 +159,13 @@ class DepthLMConfig(LlamaConfig):
 
     def norm_factor_of(self, layer: int) -> float:
         """The factor on the output of the norms before the sublayers: 1, or LayerNorm Scaling's factor."""
-        return (layer + 1) ** -0.5 if self.norm_scaling == "depth" else 1.0
+        number = layer if self.kept_layers is None else self.kept_layers[layer]
+        return (number + 1) ** -0.5 if self.norm_scaling == "depth" else 1.0
 
     def validate_architecture(self) -> None:
         """Refuse impossible combinations, with the allowed values (called by `@strict` after construction)."""
         _validate_names(self)
+        _validate_kept_layers(self.kept_layers, self.num_hidden_layers)
         _validate_attention(self)
         _validate_norms(self)
         if self.num_experts is None:
@@ -222,6 +227,13 @@ def _validate_names(config: DepthLMConfig) -> None:
     _require_one_of(config, "qk_norm", QK_NORMS)
     if config.hidden_act not in ACT2FN:
         raise ValueError(f"hidden_act must be one of {', '.join(sorted(ACT2FN))}, got {config.hidden_act!r}.")
+
+
+def _validate_kept_layers(kept: list[int] | None, layers: int) -> None:
+    if kept is not None and (len(kept) != layers or sorted(set(kept)) != kept or kept[0] < 0):
+        raise ValueError(
+            f"kept_layers must hold a number from 0 for each of the {layers} layers, in rising order; got {kept}."
+        )
 
 
 def _validate_attention(config: DepthLMConfig) -> None:

@@ -1,0 +1,119 @@
+"""A cut model on the disk: proved in a fresh process before its folder appears, and nothing half-written otherwise."""
+
+import json
+import os
+import resource
+import signal
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from depthscope.errors import NonFiniteError, SettingsError, SurgeryError
+from depthscope.loading.load import load_model
+from depthscope.surgery import Proof, cut, original_layers, save_cut
+from models import random_blocks, tiny_llama
+from tiny_tokenizer import save_tokenizer
+from zoo import tiny_model
+
+
+@pytest.fixture(scope="module")
+def model() -> PreTrainedModel:
+    return tiny_llama(5)
+
+
+@pytest.fixture(scope="module")
+def saved(model: PreTrainedModel, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Proof]:
+    parent = tmp_path_factory.mktemp("cut")
+    save_tokenizer(parent)
+    folder = parent / "new" / "small"
+    return folder, save_cut(model, [0, 2, 3], folder, AutoTokenizer.from_pretrained(parent))
+
+
+def test_a_saved_cut_is_proved_in_memory_in_decoding_and_in_a_fresh_process(saved: tuple[Path, Proof]) -> None:
+    _, proof = saved
+    assert (proof.tolerance, proof.new_tokens, proof.notes) == (1e-5, 64, ())
+    assert proof.difference <= 1e-5
+    assert proof.reloaded is not None
+    assert proof.reloaded <= 1e-5
+
+
+def test_any_tool_loads_a_saved_cut_with_its_tokenizer_and_the_numbers_of_its_layers(
+    model: PreTrainedModel, saved: tuple[Path, Proof]
+) -> None:
+    folder, _ = saved
+    assert json.loads((folder / "config.json").read_text())["kept_layers"] == [0, 2, 3]
+    loaded = AutoModelForCausalLM.from_pretrained(folder)
+    assert original_layers(loaded.config) == (0, 2, 3)
+    ids = random_blocks(2, 30)
+    with torch.no_grad():
+        assert torch.equal(loaded(ids).logits, cut(model, [0, 2, 3])(ids).logits)
+    again = load_model(folder, device="cpu")
+    assert again.tokenizer is not None
+    assert again.notes == []
+    assert sorted(path.name for path in folder.parent.iterdir()) == ["small"]
+
+
+def test_a_model_that_does_not_load_as_it_was_saved_is_not_written(tmp_path: Path) -> None:
+    with pytest.raises(SurgeryError, match=r"other logits in a fresh process.*balancing_biases.*Nothing was written"):
+        save_cut(tiny_model("zaya"), [0, 1, 3], tmp_path / "small", new_tokens=2)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_leaves_nothing_behind(model: PreTrainedModel, tmp_path: Path) -> None:
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (3000, before[1]))  # config.json fits, the weights do not
+    try:
+        with pytest.raises(SurgeryError, match=r"cannot write .*the file would be larger than the system allows"):
+            save_cut(model, [0, 3], tmp_path / "small", new_tokens=2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_ctrl_c_while_the_fresh_process_loads_leaves_nothing_behind(model: PreTrainedModel, tmp_path: Path) -> None:
+    watching = threading.Event()
+
+    def press_when_weights_are_there() -> None:
+        while not watching.wait(0.01):
+            if list(tmp_path.glob(".small-*/model.safetensors")):
+                os.kill(os.getpid(), signal.SIGINT)
+                return
+
+    presser = threading.Thread(target=press_when_weights_are_there)
+    presser.start()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            save_cut(model, [0, 3], tmp_path / "small", new_tokens=2)
+    finally:
+        watching.set()
+        presser.join()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_refused_is_refused_before_anything_is_written(model: PreTrainedModel, tmp_path: Path) -> None:
+    full = tmp_path / "full"
+    full.mkdir()
+    (full / "file").touch()
+    with pytest.raises(SurgeryError, match="exists already; give the name of a new folder"):
+        save_cut(model, [0, 3], full)
+    with pytest.raises(SettingsError, match="names all layers"):
+        save_cut(model, range(5), tmp_path / "small")
+    with pytest.raises(SurgeryError, match="attn_residual_add_idx"):
+        save_cut(tiny_model("beam"), [0, 3], tmp_path / "small")
+    broken = tiny_llama()
+    torch.nn.init.constant_(broken.lm_head.weight, float("inf"))
+    with pytest.raises(NonFiniteError):
+        save_cut(broken, [0, 3], tmp_path / "small")
+    assert [path.name for path in tmp_path.iterdir()] == ["full"]
+
+
+def test_code_of_a_repository_is_not_run_to_prove_what_was_saved(model: PreTrainedModel, tmp_path: Path) -> None:
+    class_of_a_repository = type("Foreign", (type(model),), {"__module__": "transformers_modules.someone.modeling"})
+    foreign = class_of_a_repository(model.config).eval()
+    assert type(cut(foreign, [0, 3])) is class_of_a_repository
+    with pytest.raises(SurgeryError, match="code from the model's repository"):
+        save_cut(foreign, [0, 3], tmp_path / "small")
+    assert list(tmp_path.iterdir()) == []

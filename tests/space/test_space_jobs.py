@@ -88,6 +88,17 @@ def test_every_visitor_gets_the_result_of_their_own_job(jobs, gate):
     assert [heard(jobs, job)[-1]["report"] for job in started] == [f"report of model {index}" for index in range(4)]
 
 
+def test_a_result_that_ended_early_is_not_kept_for_the_next_visitor():
+    def runner(task, limits, stop):
+        yield {"event": "done", "report": task.name, "is_whole": task.name == "whole"}
+
+    jobs = Jobs(LIMITS, runner=runner)
+    for name in ("whole", "cut"):
+        assert heard(jobs, jobs.submit(task(name), "visitor"))[-1]["report"] == name
+    assert [jobs.results.get(task(name)) for name in ("whole", "cut")] == ["whole", None]
+    jobs.close()
+
+
 def test_a_slow_listener_hears_only_what_is_new_and_then_the_end():
     def runner(task, limits, stop):
         for share in range(100):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,8 +22,8 @@ from jobs.drops import measure_drop, run_to_drop
 from jobs.estimate import Estimator, Shape, in_words, shape_of, work
 from jobs.measuring import measure
 from jobs.service import Service
-from jobs.tasks import STAGES, Text, choose_settings, make_text, read_text_file
-from jobs.visitor import Choices, from_upload, read_report
+from jobs.tasks import STAGES, Task, Text, choose_settings, make_text, read_text_file
+from jobs.visitor import Choices, Planned, from_upload, read_report
 from models import make_identity, random_blocks, tiny_llama
 from page.choices_panel import _read_uploaded_text
 from page.compare_tab import _one_per_depth
@@ -58,7 +59,8 @@ def test_measuring_in_stages_gives_the_report_of_one_analysis():
     model, ids = tiny_llama(6), random_blocks(6, 16)
     settings = Settings(scores=EVERY, fit_blocks=4, eval_blocks=2, block_size=16, probes=2)
     blocks = Blocks.from_ids(ids)
-    parts = list(measure(loaded(model), blocks, settings, lambda stage, share: None))
+    parts = []
+    assert measure(loaded(model), blocks, settings, lambda stage, share: None, parts.append) == parts[-1]
     whole = depthscope.analyze(model, blocks=blocks, settings=settings)
     assert len(parts) >= len(STAGES)
     assert set(parts[0].pairs) == set()
@@ -70,14 +72,58 @@ def test_measuring_in_stages_gives_the_report_of_one_analysis():
 def test_progress_goes_up_to_the_whole_and_names_every_stage():
     told = []
     settings = Settings(scores=EVERY, fit_blocks=4, eval_blocks=2, block_size=16, probes=2)
-    list(
-        measure(loaded(tiny_llama(6)), Blocks.from_ids(random_blocks(6, 16)), settings, lambda *line: told.append(line))
-    )
+    blocks = Blocks.from_ids(random_blocks(6, 16))
+    measure(loaded(tiny_llama(6)), blocks, settings, lambda *line: told.append(line), lambda report: None)
     shares = [share for _, share in told]
     assert shares == sorted(shares)
     assert 0 <= shares[0] < 0.2
     assert shares[-1] == pytest.approx(1, abs=1e-6)
     assert {stage.split(":")[0] for stage, _ in told} == set(STAGES)
+
+
+def test_an_analysis_whose_time_is_up_ends_with_fewer_blocks_and_says_of_which_scores(monkeypatch):
+    """The clock is ours: each block takes a second in the last layer."""
+    now = 0.0
+    monkeypatch.setattr("time.monotonic", lambda: now)
+    blocks = Blocks.from_ids(random_blocks(20, 16))
+    settings = Settings(scores="variance,skip,usefulness", fit_blocks=4, eval_blocks=16, block_size=16)
+
+    def measured(seconds):
+        model = tiny_llama(6)
+
+        def later(layer, args, output):
+            nonlocal now
+            now += len(args[0])
+
+        model.model.layers[5].register_forward_hook(later)
+        shown, begun = [], now
+        report = measure(loaded(model), blocks, settings, lambda *line: None, shown.append, seconds)
+        assert shown[-1] == report
+        return report, now - begun, shown
+
+    whole, took, _ = measured(10**6)
+    assert whole.budget is None
+    assert not any("blocks, because the time" in note for note in whole.notes)
+    cut, spent, shown = measured(took / 2)
+    assert spent <= took / 2
+    assert cut.budget["stopped"] == "time"
+    assert cut.has("variance")
+    assert cut.has("skip_ratio")
+    assert cut.has("usefulness_ratio")
+    (note,) = [note for note in cut.notes if note.startswith("usefulness: ")]
+    count = int(re.search(r"measured on the first (\d+) of 16 blocks", note)[1])
+    assert 2 <= count < 16
+    alone = depthscope.analyze(tiny_llama(6), blocks=blocks, fit_blocks=4, eval_blocks=count, scores="usefulness")
+    assert cut.column("usefulness_ratio") == pytest.approx(alone.column("usefulness_ratio"), rel=1e-5)
+    assert sum(part.has("skip_ratio") and not part.has("usefulness_ratio") for part in shown) > 1  # within a stage
+
+
+def test_an_estimate_over_the_limit_says_that_fewer_blocks_will_be_measured():
+    settings = Settings(scores="skip", eval_blocks=4)
+    task = Task("model", ("model.gguf",), "x", Text(), settings)
+    said = [Planned(task, Shape(2, 8, 9.0, 9), 1200.0, most_seconds=most).in_words() for most in (900, 1200)]
+    assert said[0].endswith("about 20 minutes. This Space gives 15 minutes, so that fewer blocks will be measured.")
+    assert said[1].endswith("should take about 20 minutes.")
 
 
 def test_layers_that_do_nothing_are_the_ones_to_drop_and_cost_nothing():

@@ -1,9 +1,12 @@
 """Loading a checked model and measuring it in stages, so that the first plots appear early.
 
-Each stage is one `depthscope.analyze` on the same blocks of tokens; the merged report equals that of a single analysis.
+Each stage is an analysis of its own on the same blocks of tokens; the merged report equals that of a single one. Where
+the time would be up before, a stage ends with fewer blocks.
 Imported only in the process of a job, because torch and transformers take seconds.
 """
 
+import math
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -20,7 +23,8 @@ from transformers import (
     AutoModelForCausalLM,
 )
 
-from depthscope import Blocks, LayerReport, Settings, analyze, load_blocks, load_model
+from depthscope import Blocks, LayerReport, Settings, load_blocks, load_model
+from depthscope.analysis.analyze import analyze_blocks
 from depthscope.loading.failures import LOAD_FAILURES
 from depthscope.loading.loaded import LoadedModel
 from jobs.drops import measure_drop
@@ -35,6 +39,8 @@ from safety.uploads import Model
 __all__ = ["load", "measure", "merge", "read_text"]
 
 Told = Callable[[str, float], None]
+Shown = Callable[[LayerReport], None]
+LEAST_PART = 0.5  # of the time left, for any stage: what is done before the first block is no part of the work
 SLACK = 1.3  # a config may describe more weights than the files hold, because tied weights are stored once
 TRIAL = "The layers of a model pass on a stream. " * 5
 MOST_TOKENS_A_CHARACTER = 16
@@ -81,11 +87,17 @@ def read_text(text: Text, loaded: LoadedModel, settings: Settings) -> Blocks:
     )
 
 
-def measure(loaded: LoadedModel, blocks: Blocks, settings: Settings, tell: Told) -> Iterator[LayerReport]:
-    """Measure in stages and yield the report after each. `tell` is called with the stage and the share that is done."""
+def measure(
+    loaded: LoadedModel, blocks: Blocks, settings: Settings, tell: Told, show: Shown, seconds: float = math.inf
+) -> LayerReport:
+    """Measure in stages, each on as many of the blocks as fit into its part of `seconds`, and return the report.
+
+    `tell` is called with the stage and the share that is done, `show` with the report so far after each round of
+    blocks. A report with `budget` has scores of fewer blocks than were asked for, and notes that name them.
+    """
     plan = stages(settings)
     weights = work(_shape(loaded), settings)
-    total = sum(weights.values())
+    total, end = sum(weights.values()), time.monotonic() + seconds
     done, report = 0.0, None
     for stage, scores in plan.items():
         share, base = weights[stage] / total, done
@@ -93,12 +105,44 @@ def measure(loaded: LoadedModel, blocks: Blocks, settings: Settings, tell: Told)
         def listen(what: str, inner: float, stage: str = stage, share: float = share, base: float = base) -> None:
             tell(f"{stage}: {what}", base + share * inner)
 
-        measured = analyze(loaded.model, blocks=blocks, settings=settings, scores=scores, progress=listen)
+        def so_far(part: LayerReport, before: LayerReport | None = report) -> None:
+            show(_merged(before, _named(part, loaded)))
+
+        left = end - time.monotonic()
+        measured = analyze_blocks(
+            loaded.model,
+            blocks,
+            settings.with_(scores=scores),
+            facts=loaded.facts,
+            progress=listen,
+            on_partial=so_far,
+            time_limit=None if math.isinf(left) else left * max(share / (1 - base), LEAST_PART),
+        )
         done += share
-        report = _named(measured, loaded) if report is None else merge(report, _named(measured, loaded))
-        yield report
-    if report is not None and (drop := measure_drop(loaded, blocks, report)) is not None:
-        yield report.model_copy(update={"notes": [*report.notes, drop.in_words()]})
+        report = _merged(report, _cut(_named(measured, loaded), settings))
+        show(report)
+    assert report is not None, "settings have a score"
+    if report.budget is None and (drop := measure_drop(loaded, blocks, report)) is not None:
+        report = report.model_copy(update={"notes": [*report.notes, drop.in_words()]})
+        show(report)
+    return report
+
+
+def _cut(report: LayerReport, settings: Settings) -> LayerReport:
+    """The report of a stage, with a note of its own if the time was up before all blocks were measured."""
+    if report.budget is None:
+        return report
+    notes = [note for note in report.notes if not note.startswith("budget: ")]
+    names = ", ".join(str(name) for name in _names(report))
+    note = (
+        f"{names}: measured on the first {report.data['eval_blocks']} of {settings.eval_blocks} blocks, because the "
+        "time of an analysis on this Space was up. Choose fewer scores or tokens, or run it on your own machine."
+    )
+    return report.model_copy(update={"notes": [note, *notes]})
+
+
+def _merged(first: LayerReport | None, second: LayerReport) -> LayerReport:
+    return second if first is None else merge(first, second)
 
 
 def merge(first: LayerReport, second: LayerReport) -> LayerReport:
@@ -111,6 +155,7 @@ def merge(first: LayerReport, second: LayerReport) -> LayerReport:
         "scores": {**second.scores, **first.scores},
         "layers": rows,
         "pairs": {**second.pairs, **first.pairs},
+        "budget": first.budget or second.budget,
     }
     return LayerReport.from_json(first.model_copy(update=content).to_json())
 

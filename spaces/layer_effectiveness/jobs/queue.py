@@ -220,7 +220,7 @@ class Jobs:
             return
         for message in self._runner(job.task, self.limits, job.stop):
             job.messages.append(message)
-            if message["event"] == "done":
+            if message["event"] == "done" and message.get("is_whole", True):
                 self.results.put(job.task, message["report"])
 
     def _end(self, job: Job) -> None:

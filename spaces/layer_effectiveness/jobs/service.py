@@ -164,9 +164,8 @@ class Service:
                     yield report
                 case "done" if report is None:
                     yield LayerReport.from_json(message["report"])
-        if report is not None and isinstance(
-            planned.task.model, HubModel
-        ):  # the stated shape of an upload may be wrong
+        # The stated shape of an upload may be wrong, and a report that ended early tells nothing of the whole.
+        if report is not None and report.budget is None and isinstance(planned.task.model, HubModel):
             self.estimator.learn(planned.shape, planned.task.settings, time.monotonic() - job.began)
 
     def _watch(self, visit: Visit) -> None:

@@ -1,5 +1,6 @@
 """A visitor's input as a task or a report; and messages of jobs as words."""
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -53,16 +54,20 @@ class Planned:
     shape: Shape
     seconds: float
     is_known: bool = True
+    most_seconds: float = math.inf  # of an analysis
 
     def in_words(self) -> str:
         """The estimate in words: the model, the work and the time."""
         model = self.task.model
         size = f", {model.weight_bytes / 2**20:,.0f} MiB of weights" if isinstance(model, HubModel) else ""
         known = f": {self.shape.layers} layers{size}" if self.is_known else ""
-        return (
+        estimate = (
             f"{self.task.name}{known}. Analysing it on {self.task.settings.eval_blocks} "
             f"blocks of {self.task.settings.block_size} tokens should take about {in_words(self.seconds)}."
         )
+        if self.seconds <= self.most_seconds:
+            return estimate
+        return f"{estimate} This Space gives {in_words(self.most_seconds)}, so that fewer blocks will be measured."
 
 
 def from_hub(
@@ -80,7 +85,7 @@ def from_hub(
     settings = _settings(choices, shape, limits)
     task = Task(model.name, model, model.sha, _pinned(choices.text), settings, choices.dtype, token)
     seconds = estimator.seconds(shape, settings, download_bytes=model.total_bytes, weight_bytes=model.weight_bytes)
-    return Planned(replace(task, seconds=seconds), shape, seconds)
+    return Planned(replace(task, seconds=seconds), shape, seconds, most_seconds=limits.max_job_seconds)
 
 
 def from_upload(paths: Sequence[str], choices: Choices, limits: Limits, estimator: Estimator) -> Planned:
@@ -101,7 +106,7 @@ def from_upload(paths: Sequence[str], choices: Choices, limits: Limits, estimato
     seconds = estimator.seconds(shape, settings, weight_bytes=size)
     model = tuple(map(str, files))
     task = Task(name[:80], model, identity, _pinned(choices.text), settings, choices.dtype, seconds=seconds)
-    return Planned(task, shape, seconds, is_known=bool(config))
+    return Planned(task, shape, seconds, is_known=bool(config), most_seconds=limits.max_job_seconds)
 
 
 @contextmanager

@@ -5,11 +5,12 @@ JSON-like messages:
 
     {"event": "stage", "stage": ..., "share": 0.3}     the present stage, and the share of the whole that is done
     {"event": "partial", "report": "{...}"}            the report so far
-    {"event": "done", "report": "{...}"}               the whole report
+    {"event": "done", "report": "{...}", "is_whole": true}   the last report; not whole if the time was up before
     {"event": "failed", "kind": ..., "message": ...}   see `safety.problems`
 """
 
 import os
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -34,6 +35,7 @@ from safety.uploads import Model, check_model, receive
 __all__ = ["Emit", "work"]
 
 Emit = Callable[[dict[str, Any]], None]
+SHARE_OF_TIME = 0.9  # of a job's, after which it ends with what has been measured; then it is ended from outside
 LOADING, READING = 0.04, 0.08  # shares of the bar, before anything is measured
 KINDS: dict[type[DepthscopeError], Kind] = {
     NonFiniteError: "not_finite",
@@ -58,14 +60,15 @@ def work(task: Task, folder: Path, limits: Limits, emit: Emit) -> None:
     for name in ("model", "empty"):
         (folder / name).mkdir(exist_ok=True)
     os.chdir(folder / "empty")  # the name of a dataset must not find a folder here
+    end = time.monotonic() + SHARE_OF_TIME * limits.max_job_seconds
     try:
         with _problems(folder, task):
-            _measure(task, folder, limits, emit)
+            _measure(task, folder, limits, emit, end)
     except Problem as problem:
         emit({"event": "failed", "kind": problem.kind, "message": str(problem)})
 
 
-def _measure(task: Task, folder: Path, limits: Limits, emit: Emit) -> None:
+def _measure(task: Task, folder: Path, limits: Limits, emit: Emit, end: float) -> None:
     def tell(stage: str, share: float) -> None:
         emit({"event": "stage", "stage": stage, "share": share})
 
@@ -85,11 +88,15 @@ def _measure(task: Task, folder: Path, limits: Limits, emit: Emit) -> None:
         )
         raise Problem("broken_tokenizer", _without_places(missing, folder, task.name))
     blocks = read_text(task.text, loaded, settings)
-    report = ""
-    for so_far in measure(loaded, blocks, settings, lambda stage, share: tell(stage, READING + (1 - READING) * share)):
-        report = so_far.to_json()
-        emit({"event": "partial", "report": report})
-    emit({"event": "done", "report": report})
+    report = measure(
+        loaded,
+        blocks,
+        settings,
+        lambda stage, share: tell(stage, READING + (1 - READING) * share),
+        lambda so_far: emit({"event": "partial", "report": so_far.to_json()}),
+        end - time.monotonic(),
+    )
+    emit({"event": "done", "report": report.to_json(), "is_whole": report.budget is None})
 
 
 def _files(task: Task, folder: Path, limits: Limits) -> Model:

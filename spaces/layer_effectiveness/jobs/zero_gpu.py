@@ -6,6 +6,7 @@ Elsewhere this module is not used: jobs run in our own processes (see `processes
 import shutil
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from queue import Empty, SimpleQueue
@@ -83,7 +84,7 @@ def on_gpu(task: Task, folder: str, limits: Limits) -> Iterator[dict[str, Any]]:
 
     def all_of_it() -> None:
         try:
-            work(task, Path(folder), limits, messages.put)
+            work(task, Path(folder), replace(limits, max_job_seconds=duration(task, folder, limits)), messages.put)
         finally:
             messages.put(None)
 

@@ -72,6 +72,7 @@ def measure_growing(
         begin_small=begin_small,
         on_round=on_round if on_partial is not None else None,
     )
+    shown.expect(sum(work(budget.most)) / processes.count)
     baseline = measure(lanes, growing, blocks, settings, processes, shown, budget)
     settings = settings.with_(eval_blocks=budget.blocks)
     baseline = {name: table[: budget.blocks] for name, table in baseline.items()}

@@ -44,6 +44,7 @@ class Progress:
         self.total = total
         self.done = 0.0
         self.stage = "starting"
+        self._share = 0.0  # the largest that was told: another estimate of the whole does not take any back
         self._bar = bar
         self._listener = listener
         self._task = bar.add_task(self.stage, total=total) if bar else None
@@ -80,7 +81,8 @@ class Progress:
 
     def _notify(self) -> None:
         if self._listener is not None:
-            self._listener(self.stage, min(1.0, self.done / self.total) if self.total else 1.0)
+            self._share = max(self._share, min(1.0, self.done / self.total) if self.total else 1.0)
+            self._listener(self.stage, self._share)
 
 
 @contextmanager

@@ -83,6 +83,8 @@ class ResultsPanel:
         figures = parts.drawn(report)
         name = escape(report.model["name"])
         part = "" if is_whole else "<p class='ds-caption'>Partial results; the measurement continues.</p>"
+        if is_whole and report.budget is not None and report.budget["stopped"] == "time":
+            part = "<p class='ds-caption'>The time was up before all blocks were measured; the notes say where.</p>"
         changes: dict[Any, Any] = {
             self.area: gr.update(visible=True),
             self.title: f"<p class='ds-eyebrow'>{name}</p><h2>{escape(headline(report))}</h2>{part}",

@@ -48,7 +48,7 @@ class Settings:
             sample, in (0, 1); a sampled score carries its sampling error.
         probes: backward passes per layer that estimate the Jacobian distance, each with a random vector for every
             block, or "exact" for one per feature; as many as there are features, or more, are exact too.
-        seed: seeds the probes and the sampled pairs.
+        seed: seeds the probes, the sampled pairs and the sampled positions.
         sublayers: measure skip, causal and usefulness, those of them that are chosen, for the attention and the MLP of
             each layer too.
         budget: the seconds that the analysis may take, or a text such as "60s", "5m" or "1h": blocks are added, batch
@@ -57,6 +57,8 @@ class Settings:
         precision: how precise the ranking of the layers is to be, as a share or a text such as "2%": blocks are added
             until no layer's loss ratio (of skip and usefulness, whichever are measured) has a larger relative standard
             error, which is its standard error divided by its value.
+        exact_losses: compute the losses of changed models from all logits, also where the head is most of the work. By
+            default they are estimated there, from 8 blocks on, to about the same standard errors; the report says so.
     """
 
     scores: tuple[str, ...] | str = SCORE_NAMES
@@ -75,6 +77,7 @@ class Settings:
     sublayers: bool = False
     budget: float | str | None = None
     precision: float | str | None = None
+    exact_losses: bool = False
     _blocks_by_default: ClassVar[bool] = True  # of each object, but not one of its settings
 
     def __post_init__(self) -> None:
@@ -112,8 +115,9 @@ class Settings:
         object.__setattr__(self, name, require_whole(name, getattr(self, name), least, meaning, most))
 
     def _check_sublayers(self) -> None:
-        if not isinstance(self.sublayers, bool):
-            raise SettingsError(f"sublayers is {self.sublayers!r}; give True or False.")
+        for name in ("sublayers", "exact_losses"):
+            if not isinstance(getattr(self, name), bool):
+                raise SettingsError(f"{name} is {getattr(self, name)!r}; give True or False.")
         if self.sublayers and not set(OF_SUBLAYERS).intersection(self.scores):
             raise SettingsError(
                 f"sublayers was asked for without any of the scores that it is for: {', '.join(OF_SUBLAYERS)}. Choose "

@@ -12,7 +12,7 @@ from torch import nn
 from commands import side_by_side
 from depthscope import LayerStack, analyze
 from depthscope.errors import AnalysisInterrupted, CorpusError, NonFiniteError, OutOfMemoryError, SettingsError
-from models import gemma_with_shared_keys_and_values, random_blocks, tiny_llama
+from models import VOCABULARY, gemma_with_shared_keys_and_values, random_blocks, tiny_llama
 
 BLOCKS = random_blocks(8, 16)
 SIZES = {"blocks": BLOCKS, "fit_blocks": 4, "eval_blocks": 4}
@@ -198,9 +198,9 @@ from models import random_blocks, tiny_llama
 from depthscope import analyze
 from depthscope.processes import Processes
 torch.set_num_threads(1)
-for name, fit, measured in json.loads(sys.argv[1]):
+for name, fit, measured, vocabulary in json.loads(sys.argv[1]):
     sizes = {"fit_blocks": fit, "eval_blocks": measured}
-    report = analyze(tiny_llama(), blocks=random_blocks(12, 16), **sizes, progress=False)
+    report = analyze(tiny_llama(vocab_size=vocabulary), blocks=random_blocks(12, 16), **sizes, progress=False)
     if Processes.here().is_main:
         report.save(name)
 # Each process has a clock of its own, on which a pass through a layer takes one second a block or a thousand.
@@ -218,13 +218,19 @@ for name, options in json.loads(sys.argv[2]):
 """
 
 
-@pytest.mark.parametrize(("processes", "sizes"), [(2, [(5, 7)]), (3, [(5, 7), (2, 2)])])
+LARGE = 8192  # a vocabulary over which losses are estimated
+
+
+@pytest.mark.parametrize(
+    ("processes", "sizes"),
+    [(2, [(5, 7, VOCABULARY)]), (3, [(5, 7, VOCABULARY), (2, 2, VOCABULARY), (4, 8, LARGE)])],
+)
 def test_processes_share_the_work_and_agree_with_one(
-    tmp_path: Path, processes: int, sizes: list[tuple[int, int]]
+    tmp_path: Path, processes: int, sizes: list[tuple[int, int, int]]
 ) -> None:
     script = tmp_path / "run.py"
     script.write_text(SHARED_RUN)
-    files = [tmp_path / f"{fit}-{measured}.json" for fit, measured in sizes]
+    files = [tmp_path / f"{fit}-{measured}.json" for fit, measured, _ in sizes]
     runs = json.dumps([(str(out), *both) for out, both in zip(files, sizes, strict=True)])
     bounded: dict[str, dict[str, Any]] = {
         "time": {"budget": 90, "scores": "variance,skip,usefulness"},
@@ -234,8 +240,8 @@ def test_processes_share_the_work_and_agree_with_one(
     ended = {end: tmp_path / f"{end}.json" for end in bounded}
     for done in side_by_side(processes, script, runs, json.dumps([(str(ended[end]), bounded[end]) for end in bounded])):
         assert done.returncode == 0, done.stderr[-3000:]
-    for out, (fit, measured) in zip(files, sizes, strict=True):
-        is_that_of_one_process(json.loads(out.read_text()), fit, measured)
+    for out, of_run in zip(files, sizes, strict=True):
+        is_that_of_one_process(json.loads(out.read_text()), *of_run)
     for end, out in ended.items():
         shared = json.loads(out.read_text())
         assert shared["budget"]["stopped"] == end
@@ -245,9 +251,14 @@ def test_processes_share_the_work_and_agree_with_one(
         is_that_of_one_process(shared, 2, measured, scores=bounded[end].get("scores", "all"))
 
 
-def is_that_of_one_process(shared: dict[str, Any], fit: int, measured: int, scores: str = "all") -> None:
-    blocks = random_blocks(12, 16).repeat(3, 1)
-    alone = analyze(tiny_llama(), blocks=blocks, fit_blocks=fit, eval_blocks=measured, scores=scores)
+def is_that_of_one_process(
+    shared: dict[str, Any], fit: int, measured: int, vocabulary: int = VOCABULARY, scores: str = "all"
+) -> None:
+    blocks, model = random_blocks(12, 16).repeat(3, 1), tiny_llama(vocab_size=vocabulary)
+    alone = analyze(model, blocks=blocks, fit_blocks=fit, eval_blocks=measured, scores=scores)
+    noted = [[note for note in notes if "were estimated" in note] for notes in (alone.notes, shared["notes"])]
+    assert len(noted[0]) == (vocabulary == LARGE)
+    assert noted[0] == noted[1]
     for name, value in alone.scores.items():
         assert shared["scores"][name] == pytest.approx(value, rel=1e-5, abs=1e-9), name
     for row, other in zip(alone.layers, shared["layers"], strict=True):

@@ -43,7 +43,9 @@ class Shape:
     def extent(self) -> Extent:
         """The shape in the class that counts the work."""
         head = self.vocabulary * self.width / max(self.layer_weights, 1.0)
-        return Extent(self.layers, self.width, head, layer_types=("",) * self.layers, has_experts=self.has_experts)
+        size = (self.layers, self.width, head)
+        types = ("",) * self.layers
+        return Extent(*size, layer_types=types, has_experts=self.has_experts, vocabulary=self.vocabulary)
 
 
 def shape_of(config: Mapping[str, Any], parameters: float | None, limits: Limits) -> Shape:

@@ -193,9 +193,9 @@ def analyze_blocks(
         with showing_progress(total, visible=bool(progress) and processes.is_main, listener=listener) as shown:
             limited = _limited(settings, time_limit)
             if not limited.is_bounded and on_partial is None:
-                baseline = measure(lanes, scores, blocks, settings, processes, shown)
+                baseline, on_losses = measure(lanes, scores, blocks, settings, processes, shown)
                 report = assemble(lanes, scores, baseline, blocks, settings, facts)
-                return report.model_copy(update={"notes": [*left_out, *report.notes]})
+                return report.model_copy(update={"notes": [*left_out, *report.notes, *on_losses]})
 
             def reported(measured: Measured, *said: str) -> LayerReport:
                 sums = measured.scores, measured.baseline

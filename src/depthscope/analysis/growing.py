@@ -73,25 +73,25 @@ def measure_growing(
         on_round=on_round if on_partial is not None else None,
     )
     shown.expect(sum(work(budget.most)) / processes.count)
-    baseline = measure(lanes, growing, blocks, settings, processes, shown, budget)
+    baseline, notes = measure(lanes, growing, blocks, settings, processes, shown, budget)
     settings = settings.with_(eval_blocks=budget.blocks)
     baseline = {name: table[: budget.blocks] for name, table in baseline.items()}
     done: dict[str, Score] = {name: score.of_first(budget.blocks) for name, score in growing.items()}
-    notes = []
     if waiting:
         try:
             if budget.stopped == "interrupt":
                 raise AnalysisInterrupted
             waited = {name: SCORES[name](stack, settings, budget.blocks) for name in waiting}
-            measure(lanes, waited, blocks, settings, processes, shown)
+            _, on_losses = measure(lanes, waited, blocks, settings, processes, shown)
+            notes += on_losses
             done |= waited
         except AnalysisInterrupted:
             if not budget.is_kept():
                 raise
             settings = settings.with_(scores=tuple(done))
-            notes = [
+            notes.append(
                 f"budget: {', '.join(waiting)} left out: they are measured after all others, when the number of blocks "
                 "is known, and the interrupt came before."
-            ]
+            )
     budget.end(precision_of(done))
     return Measured({name: done[name] for name in settings.scores}, baseline, settings, budget, notes)

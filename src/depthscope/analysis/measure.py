@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from depthscope.analysis.budget import Budget
+from depthscope.analysis.losses import Losses
 from depthscope.console.progress import Progress
 from depthscope.errors import AnalysisInterrupted, NonFiniteError
 from depthscope.layers.lanes.lane import Lane, Step
@@ -24,7 +25,6 @@ from depthscope.scores.base import (
     Array,
     Batch,
     Score,
-    block_losses,
     extent_of,
     head_work,
 )
@@ -60,10 +60,13 @@ def measure(
     processes: Processes,
     shown: Progress,
     budget: Budget | None = None,
-) -> dict[str, Array]:
-    """Fill every score's sums; returns the sums of the unchanged model's loss and number of predictions by block.
+) -> tuple[dict[str, Array], list[str]]:
+    """Fill every score's sums.
 
     With a budget only the first `budget.blocks` of them are measured; an interrupt then leaves those, if it may.
+
+    Returns:
+        The sums of the unchanged model's loss and number of predictions by block, and notes on the losses.
     """
     stack = lanes.stack
     parts = blocks[: settings.fit_blocks or 1], blocks[settings.fit_blocks :][: settings.eval_blocks]
@@ -76,11 +79,13 @@ def measure(
             fitted = measured if settings.fits_in_sample else fitting
             at_once = len(fitted) if stack.is_offloaded else _batch_size(lanes, {}, settings)
             useful.fit(lambda: _fit_batches(fitted, at_once, stack, processes, shown), processes.add_up)
+        first = _experiments(scores.values(), np.arange(1))
+        losses = Losses.of(lanes, settings, [each.lane.key for each in first if each.reading])
         size = _batch_size(lanes, scores, settings)
         whole = [range(settings.eval_blocks)]
         for part in budget.rounds(size, scores, baseline, shown) if budget else whole:
-            for rows in _chunks(processes.share(part), size):
-                batch = _measure_batch(lanes, scores, measured, rows, shown)
+            for rows in _batches(part, size, losses, processes):
+                batch = _measure_batch(lanes, scores, losses, measured, rows, shown)
                 baseline["loss"][rows], baseline["targets"][rows] = batch.loss, batch.target_mask.sum(1).cpu().numpy()
                 done += len(rows)
     except KeyboardInterrupt as interrupt:
@@ -88,27 +93,25 @@ def measure(
             raise AnalysisInterrupted(
                 f"Interrupted while at {shown.stage}: {done} of {settings.eval_blocks} blocks had been measured."
             ) from interrupt
-    for tables in (baseline, *(scores[name].sums for name in sorted(scores))):
+    for tables in (baseline, losses.tables, *(scores[name].sums for name in sorted(scores))):
         processes.add_up_tables(tables)
-    return baseline
+    return baseline, losses.notes()
 
 
 def _measure_batch(
-    lanes: Lanes, scores: Mapping[str, Score], measured: Blocks, rows: list[int], shown: Progress
+    lanes: Lanes, scores: Mapping[str, Score], losses: Losses, measured: Blocks, rows: list[int], shown: Progress
 ) -> Batch:
     """The baseline pass of some evaluation blocks with all experiments beside it, and what every score makes of it."""
-    stack, place = lanes.stack, f"block {rows[0] + 1} of {len(measured)}: "
+    place = f"block {rows[0] + 1} of {len(measured)}: "
     batch = Batch.of(measured.select(torch.tensor(rows)), np.array(rows))
     experiments = _experiments(scores.values(), batch.rows)
     shown.at(place + ("baseline and experiments" if experiments else "baseline"))
-    run = _run_baseline(lanes, scores, experiments, batch, shown)
+    run = _run_baseline(lanes, scores, losses, experiments, batch, shown)
     readers = {experiment.lane: experiment.reading for experiment in experiments}
-    for lane, logits in run.logits():
-        some = slice(None) if lane.rows is None else lane.rows
-        loss = block_losses(logits, batch.blocks.input_ids[some], batch.target_mask[some])
+    for lane, loss in losses.of_lanes(run, batch):
         for score in readers[lane]:
             score.measure_loss(batch, lane, loss)
-        shown.advance(len(logits) * head_work(stack))
+        shown.advance(len(loss) * losses.work)
     for name, score in scores.items():
         shown.at(place + name)
         score.measure(batch, shown.advance)
@@ -154,6 +157,17 @@ def _batch_size(lanes: Lanes, scores: Mapping[str, Score], settings: Settings) -
     return max(1, size)
 
 
+def _batches(part: range, size: int, losses: Losses, processes: Processes) -> Iterator[list[int]]:
+    """The rows of each batch; where losses are estimated, the first block comes alone and tells how."""
+    rows = processes.share(part)
+    if losses.is_estimated and 0 in part:
+        if 0 in rows:
+            yield [0]
+            rows.remove(0)
+        losses.agree(processes)
+    yield from _chunks(rows, size)
+
+
 def _chunks(rows: list[int], size: int) -> Iterator[list[int]]:
     for start in range(0, len(rows), size):
         yield rows[start : start + size]
@@ -168,7 +182,12 @@ def _fit_batches(
 
 
 def _run_baseline(
-    lanes: Lanes, scores: Mapping[str, Score], experiments: list[_Experiment], batch: Batch, shown: Progress
+    lanes: Lanes,
+    scores: Mapping[str, Score],
+    losses: Losses,
+    experiments: list[_Experiment],
+    batch: Batch,
+    shown: Progress,
 ) -> LanePass:
     """Run the unchanged model on a batch, and experiments beside it; scores observe both."""
     stack, ids, mask = lanes.stack, batch.blocks.input_ids, batch.blocks.attention_mask
@@ -194,7 +213,7 @@ def _run_baseline(
         run.beside(),
     ):
         logits = stack.logits(ids, mask)
-    batch.loss = block_losses(logits, ids, batch.target_mask)
+    losses.of_model(batch, logits)
     if not np.isfinite(batch.loss).all():
         raise NonFiniteError(_not_finite(stack, ids, mask))
     batch.resid_pre = capture.resid_pre

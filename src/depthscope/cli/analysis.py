@@ -114,7 +114,16 @@ def analyze(
             rich_help_panel=DEPTH,
         ),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Seed of probes and sampled pairs.", rich_help_panel=DEPTH)] = 0,
+    exact_losses: Annotated[
+        bool,
+        typer.Option(
+            "--exact-losses",
+            help="Compute the losses of changed models from all logits. By default they are estimated where the "
+            "vocabulary is large, to about the same standard errors.",
+            rich_help_panel=DEPTH,
+        ),
+    ] = False,
+    seed: Annotated[int, typer.Option(help="Seed of probes and of all samples.", rich_help_panel=DEPTH)] = 0,
     batch_size: Annotated[
         int | None, typer.Option(help="Blocks in a forward pass; scores do not depend on it.", rich_help_panel=HOW)
     ] = None,
@@ -168,6 +177,7 @@ def analyze(
             sublayers=sublayers,
             budget=budget,
             precision=precision,
+            exact_losses=exact_losses,
         )
         report = measure(
             model,

@@ -102,7 +102,6 @@ class Score(ABC):
         self.settings = settings
         self.num_blocks = num_blocks
         self.extent = extent_of(stack, experiments=self.experiments, sublayers=settings.sublayers)
-        self.head = self.extent.head
         self.sums: dict[str, Array] = {}
 
     def work(self) -> float:
@@ -209,16 +208,18 @@ def block_losses(logits: Tensor, input_ids: Tensor, target_mask: Tensor) -> Arra
     would be the largest tensor of an analysis.
     """
     targets, mask = input_ids[:, 1:].clamp_min(0).to(logits.device), target_mask.to(logits.device)  # placeholders
-    chunk = LOSS_CHUNK["cpu" if logits.device.type == "cpu" else "elsewhere"]
-    step = max(1, chunk // logits.shape[-1])
     totals = []
     for row, aim, keep in zip(logits[:, :-1], targets, mask, strict=True):
-        losses = [
-            torch.logsumexp(part.float(), -1) - part.gather(-1, goal[:, None])[:, 0].float()
-            for part, goal in zip(row.split(step), aim.split(step), strict=True)
-        ]
-        totals.append(precise(torch.where(keep, torch.cat(losses), 0)).sum())
+        losses = log_partition(row) - row.gather(-1, aim[:, None])[:, 0].float()
+        totals.append(precise(torch.where(keep, losses, 0)).sum())
     return torch.stack(totals).cpu().numpy()
+
+
+def log_partition(logits: Tensor) -> Tensor:
+    """The log of the sum of exponentials: logits [N, V] -> [N], float32, a few rows at a time."""
+    chunk = LOSS_CHUNK["cpu" if logits.device.type == "cpu" else "elsewhere"]
+    parts = logits.split(max(1, chunk // logits.shape[-1]))
+    return torch.cat([torch.logsumexp(part.float(), -1) for part in parts])
 
 
 def by_chunk(read: Callable[..., dict[str, Tensor]], *streams: Tensor) -> dict[str, Tensor]:
@@ -245,7 +246,8 @@ def extent_of(stack: LayerStack, *, experiments: bool, sublayers: bool = False) 
     if experiments and sublayers:
         of_layers = [part.layer for part in sublayers_of(stack).usable]
         parts = tuple(map(of_layers.count, range(stack.num_layers)))
-    return Extent(stack.num_layers, stack.width, head_work(stack), stack.layer_types, resumable, parts=parts)
+    size = (stack.num_layers, stack.width, head_work(stack))
+    return Extent(*size, stack.layer_types, resumable, vocabulary=stack.vocabulary, parts=parts)
 
 
 def ratio(above: Array, below: Array) -> Array:

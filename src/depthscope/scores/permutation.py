@@ -20,7 +20,7 @@ from depthscope.layers.lanes.lane import Lane
 from depthscope.layers.stack import LayerStack
 from depthscope.layers.stand_ins import Moved
 from depthscope.scores.base import Array, Batch, Score, Sums, Values, mean, ratio
-from depthscope.scores.work import forwards_from, swappable_pairs
+from depthscope.scores.work import forwards_from, head_of_experiment, swappable_pairs
 from depthscope.settings import Settings
 
 
@@ -44,7 +44,8 @@ class Permutation(Score):
     def work(self) -> float:
         """Each pair on the blocks that it was given: the layers from the first of the two on, and the head."""
         share = self.cells.mean(1) if len(self.pairs) else np.zeros(0)
-        each = [forwards_from(self.extent, first) + self.head for first, _ in self.pairs]
+        head = head_of_experiment(self.extent, self.settings)
+        each = [forwards_from(self.extent, first) + head for first, _ in self.pairs]
         return float(np.dot(share, each))
 
     def lanes(self, rows: Array) -> Iterable[Lane]:

@@ -12,7 +12,9 @@ from depthscope.settings import Settings
 __all__ = [
     "Extent",
     "estimated_work",
+    "estimates_losses",
     "forwards_from",
+    "head_of_experiment",
     "jacobian_work",
     "own_work",
     "shared_skip_work",
@@ -24,6 +26,11 @@ __all__ = [
 
 # A backward pass with respect to the input costs about as much as a forward pass.
 BACKWARD_WORK = 1.2
+# Losses of experiments are estimated where that pays: from such a vocabulary on, from a head that costs as much as this
+# many layers, and from so many blocks on, which tell how far off estimates are.
+LEAST_VOCABULARY, LEAST_HEAD, LEAST_BLOCKS = 8192, 2.0, 8
+# What an estimate takes, of the whole head.
+ESTIMATED_HEAD = 1 / 8
 # Scores that look at what skipping a layer does: to the loss, and to the updates of later layers.
 OF_SKIPPED_LOSSES, OF_SKIPPED_UPDATES = frozenset({"skip"}), frozenset({"causal"})
 
@@ -39,6 +46,7 @@ class Extent:
         layer_types: of each layer, as `LayerStack.layer_types`; only layers of equal type change places.
         resumable: whether an experiment may begin at any layer, as `LayerStack.resumable`.
         has_experts: whether there are routers and experts.
+        vocabulary: logits of a token; 0 where that is not known.
         parts: of each layer, how many of attention and MLP are measured where `Settings.sublayers` asks for them; None
             for both of every layer.
     """
@@ -49,7 +57,19 @@ class Extent:
     layer_types: tuple[Hashable, ...]
     resumable: bool = True
     has_experts: bool = False
+    vocabulary: int = 0
     parts: tuple[int, ...] | None = None
+
+
+def estimates_losses(extent: Extent, settings: Settings) -> bool:
+    """Whether the losses of experiments are estimated from some of the vocabulary, if the model's head allows it."""
+    asked = not (settings.exact_losses or settings.paper_code) and settings.eval_blocks >= LEAST_BLOCKS
+    return asked and extent.vocabulary >= LEAST_VOCABULARY and extent.head >= LEAST_HEAD
+
+
+def head_of_experiment(extent: Extent, settings: Settings) -> float:
+    """What head and loss of an experiment cost, in forward passes of one layer."""
+    return extent.head * (ESTIMATED_HEAD if estimates_losses(extent, settings) else 1.0)
 
 
 def estimated_work(extent: Extent, scores: Collection[str], settings: Settings) -> float:
@@ -65,7 +85,7 @@ def shared_skip_work(extent: Extent, scores: Collection[str], settings: Settings
     losses, updates = bool(OF_SKIPPED_LOSSES.intersection(scores)), bool(OF_SKIPPED_UPDATES.intersection(scores))
     if not (losses or updates):
         return 0.0
-    return sum(skip_work(extent, losses=losses)) + _part_work(extent, settings, losses=losses)
+    return sum(skip_work(extent, settings, losses=losses)) + _part_work(extent, settings, losses=losses)
 
 
 def shared_work(extent: Extent, scores: Collection[str], settings: Settings) -> float:
@@ -80,11 +100,12 @@ def own_work(name: str, extent: Extent, settings: Settings) -> float:
     layers = range(extent.num_layers)
     match name:
         case "usefulness":  # each layer: the layers after it, and the head
-            return sum(skip_work(extent, losses=True)) + _part_work(extent, settings, losses=True)
+            return sum(skip_work(extent, settings, losses=True)) + _part_work(extent, settings, losses=True)
         case "permutation":  # each pair: the layers from the first of the two on, and the head
             share = settings.pairs if isinstance(settings.pairs, float) else 1.0
             pairs = swappable_pairs(extent, adjacent=settings.pairs == "adjacent")
-            return share * sum(forwards_from(extent, first) + extent.head for first, _ in pairs)
+            head = head_of_experiment(extent, settings)
+            return share * sum(forwards_from(extent, first) + head for first, _ in pairs)
         case "jacobian":
             return sum(jacobian_work(extent, settings, layer) for layer in layers)
         case "attention_sparsity":  # one pass through the layers
@@ -94,9 +115,9 @@ def own_work(name: str, extent: Extent, settings: Settings) -> float:
     return 0.0
 
 
-def skip_work(extent: Extent, *, losses: bool) -> list[float]:
+def skip_work(extent: Extent, settings: Settings, *, losses: bool) -> list[float]:
     """What a block without each layer takes: the layers after it, and the head where the loss is wanted."""
-    head = extent.head if losses else 0.0
+    head = head_of_experiment(extent, settings) if losses else 0.0
     return [forwards_from(extent, layer + 1) + head for layer in range(extent.num_layers)]
 
 
@@ -105,7 +126,7 @@ def _part_work(extent: Extent, settings: Settings, *, losses: bool) -> float:
     if not settings.sublayers:
         return 0.0
     parts = extent.parts or (2,) * extent.num_layers
-    without = skip_work(extent, losses=losses)
+    without = skip_work(extent, settings, losses=losses)
     return sum(count * (1 + work) for count, work in zip(parts, without, strict=True))
 
 

@@ -116,6 +116,8 @@ def reproduce(report: LayerReport) -> str:
     if (bos := report_settings.get("bos", "no")) != "auto":
         options.append(("--bos", str(bos)))
     options += [(_flag(key),) for key in ("in_sample", "paper_code", "sublayers") if report_settings.get(key) is True]
+    if report_settings.get("exact_losses", True) is True:  # before the option existed, all were
+        options.append(("--exact-losses",))
     if model.get("dtype"):
         options.append(("--dtype", model["dtype"]))
     lines = [shlex.join(option) for option in options]

@@ -1,12 +1,13 @@
 """The passes over the layers that run lanes: side by side, in turn, or one after the other."""
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from depthscope.layers.head import Head, Vocabulary
 from depthscope.layers.lanes.arguments import learn_arguments
 from depthscope.layers.lanes.lane import Lane, Limits, Step
 from depthscope.layers.memory import is_out_of_memory
@@ -59,15 +60,57 @@ class LanePass:
         with self._beside(self._groups[0], keep={group[0].start for group in self._groups[1:]}):
             yield
 
-    def logits(self) -> Iterator[tuple[Lane, Tensor]]:
-        """Each lane that wants them with its logits, [R, T, V]; `beside` must have been left."""
+    def ended(self) -> Iterator[list[Lane]]:
+        """The lanes whose logits are wanted, as many as are at the end of the layers; `beside` must have been left.
+
+        What `logits_of` gives of them can be had until the next ones come.
+        """
         for number, group in enumerate(self._groups):
             if number:
                 start = group[0].start
                 with self._beside(group), self.stack.resume_from(start, self._kept[start]):
                     self.stack.run_through(self.stack.num_layers - 1, self.input_ids, self.attention_mask)
-            yield from self._logits_of(lane for lane in group if lane.logits)
+            yield [lane for lane in group if lane.logits]
             self._states.clear()
+
+    def logits(self) -> Iterator[tuple[Lane, Tensor]]:
+        """Each lane that wants them with its logits, [R, T, V]; `beside` must have been left."""
+        for lanes in self.ended():
+            yield from self.logits_of(lanes)
+
+    def logits_of(self, lanes: Iterable[Lane]) -> Iterator[tuple[Lane, Tensor]]:
+        """Lanes that `ended` gave, each with its logits [R, T, V]."""
+        size = self.input_ids.shape[1] * self.stack.vocabulary
+        for lane, logits in self._read(lanes, self._rows, size, lambda lanes: nullcontext()):
+            yield lane, logits if self.carries(lane) else logits[lane.rows]
+
+    def logits_on_vocabularies(
+        self, lanes: Iterable[Lane], head: Head, vocabularies: Sequence[Vocabulary]
+    ) -> Iterator[tuple[Lane, Tensor]]:
+        """Lanes that `ended` gave, each with its logits [R, T, K]: of one vocabulary for each sequence of the batch."""
+        size = self.input_ids.shape[1] * len(vocabularies[0].ids)
+        yield from self._read(
+            lanes,
+            self._rows,
+            size,
+            lambda lanes: head.on_vocabularies([vocabularies[row] for row in self._which(lanes).tolist()]),
+        )
+
+    def logits_on_tokens(self, tokens: Mapping[Lane, Tensor], head: Head) -> Iterator[tuple[Lane, Tensor]]:
+        """Lanes that `ended` gave, each with its logits [M, V] at the M tokens of its mask [R, T], row by row."""
+        counts = {lane: int(mask.sum()) for lane, mask in tokens.items()}
+        for lane, logits in self._read(
+            tokens,
+            counts.__getitem__,
+            self.stack.vocabulary,
+            lambda lanes: head.on_tokens(torch.cat([tokens[lane] for lane in lanes])),
+            axis=1,
+        ):
+            yield lane, logits[0]
+
+    def carries(self, lane: Lane) -> bool:
+        """Whether just the sequences of a lane are carried along for it, and not the whole batch."""
+        return lane.rows is None or self.is_batched
 
     def _grouped(self) -> list[list[Lane]]:
         """Lanes in the order of their first layers, in groups whose states fit in memory."""
@@ -89,7 +132,7 @@ class LanePass:
     def _which(self, lanes: Sequence[Lane]) -> Tensor:
         """The rows of the batch that lanes carry, one lane after the other."""
         every = torch.arange(len(self.input_ids))
-        return torch.cat([every if lane.rows is None else lane.rows for lane in lanes])
+        return torch.cat([every if lane.rows is None or not self.is_batched else lane.rows for lane in lanes])
 
     @contextmanager
     def _beside(self, group: list[Lane], keep: Collection[int] = ()) -> Iterator[None]:
@@ -116,7 +159,7 @@ class LanePass:
         unchanged = []
         for lane in position.group:
             if lane.start == index:
-                everything = lane.rows is None or not self.is_batched
+                everything = self._rows(lane) == len(self.input_ids)
                 self._states[lane] = before if everything else self.stack.select(before, self._which([lane]))
             if index in lane.replacements:
                 module = self.stack.bound(lane.replacements[index], index)
@@ -129,7 +172,7 @@ class LanePass:
         def run(lanes: list[Lane]) -> None:
             self._run(position.layer, lanes, index, args, kwargs, own)
 
-        for lanes, _ in self._some_at_a_time(unchanged, self._rows_of_chunk, run):
+        for lanes, _ in self._some_at_a_time(unchanged, self._rows_of_chunk, self._rows, run):
             self.tick(sum(map(self._rows, lanes)))
 
     def _run(
@@ -150,30 +193,50 @@ class LanePass:
             self.observe(Step(watched, index, entered.narrow(axis, 0, length), left.narrow(axis, 0, length), *own))
         self._states.update(zip(lanes, left.split(rows, axis), strict=True))
 
-    def _logits_of(self, lanes: Iterable[Lane]) -> Iterator[tuple[Lane, Tensor]]:
-        """The model's own final norm and head on the final states of lanes."""
+    def _read(
+        self,
+        lanes: Iterable[Lane],
+        length: Callable[[Lane], int],
+        size: int,
+        around: Callable[[list[Lane]], AbstractContextManager[None]],
+        axis: int = 0,
+    ) -> Iterator[tuple[Lane, Tensor]]:
+        """The model's own final norm and head on the final states of lanes.
+
+        Args:
+            lanes: which.
+            length: how much of the result is a lane's: sequences, or tokens.
+            size: how many logits belong to one of them.
+            around: what the head is run in.
+            axis: along which axis of the logits the lanes lie.
+        """
 
         def run(lanes: list[Lane]) -> Tensor:
-            which = self._which(lanes) if self.is_batched else torch.arange(len(self.input_ids))
+            which = self._which(lanes)
             states = _joined([self._states[lane] for lane in lanes], self.stack.batch_axis)
             mask = None if self.attention_mask is None else self.attention_mask[which]
-            with self.stack.resume_after(self.stack.num_layers - 1, states):
+            with around(lanes), self.stack.resume_after(self.stack.num_layers - 1, states):
                 return self.stack.logits(self.input_ids[which], mask)
 
-        for some, logits in self._some_at_a_time(list(lanes), self._rows_of_head, run):
-            for lane, part in zip(some, logits.split([self._rows(lane) for lane in some]), strict=True):
-                yield lane, part if lane.rows is None or self.is_batched else part[lane.rows]
-                del self._states[lane]
+        def at_once() -> int:
+            return self.limits.logits_bytes // (4 * size)
+
+        for some, logits in self._some_at_a_time(list(lanes), at_once, length, run):
+            yield from zip(some, logits.split([length(lane) for lane in some], axis), strict=True)
 
     def _some_at_a_time(
-        self, lanes: list[Lane], at_once: Callable[[], int], run: Callable[[list[Lane]], T]
+        self,
+        lanes: list[Lane],
+        at_once: Callable[[], int],
+        length: Callable[[Lane], int],
+        run: Callable[[list[Lane]], T],
     ) -> Iterator[tuple[list[Lane], T]]:
-        """Do something with lanes, as many at a time as a number of rows allows; with fewer where memory runs out."""
+        """Do something with lanes, as many as have a length together; with fewer where memory runs out."""
         done = 0
         while done < len(lanes):
-            some, room = [lanes[done]], at_once() - self._rows(lanes[done])
+            some, room = [lanes[done]], at_once() - length(lanes[done])
             for lane in lanes[done + 1 :]:
-                room -= self._rows(lane)
+                room -= length(lane)
                 if room < 0 or not self.is_batched:
                     break
                 some.append(lane)
@@ -190,9 +253,6 @@ class LanePass:
     def _rows_of_chunk(self) -> int:
         return self.limits.chunk_tokens // self.input_ids.shape[1]
 
-    def _rows_of_head(self) -> int:
-        return self.limits.logits_bytes // (4 * self.input_ids.shape[1] * self.stack.vocabulary)
-
 
 class OneByOne(LanePass):
     """Gives each experiment a pass of its own, from its first changed layer where the model can be resumed there."""
@@ -203,12 +263,18 @@ class OneByOne(LanePass):
         with self.stack.capture(resid_post=any(lane.watched for lane in self.lanes)) as self._own:
             yield
 
-    def logits(self) -> Iterator[tuple[Lane, Tensor]]:
+    def ended(self) -> Iterator[list[Lane]]:
         """Run each experiment."""
         for lane in self.lanes:
             logits = self._experiment(lane)
             if logits is not None:
-                yield lane, logits
+                self._logits = logits
+                yield [lane]
+
+    def logits_of(self, lanes: Iterable[Lane]) -> Iterator[tuple[Lane, Tensor]]:
+        """The lane that `ended` gave, with its logits [R, T, V]."""
+        for lane in lanes:
+            yield lane, self._logits
 
     def _experiment(self, lane: Lane) -> Tensor | None:
         stack, start, own = self.stack, lane.start, self._own

@@ -37,6 +37,7 @@ from paired import ratio, rounds
 SHAPES = {
     "10M": (160, 432, 5, 4096, 8, 256),
     "134M": (576, 1536, 9, 49152, 2, 256),
+    "1.2B": (1728, 4608, 27, 49152, 2, 1024),
     "quick": (64, 172, 4, 1024, 2, 64),
 }
 REPEATS = 5
@@ -168,7 +169,7 @@ def _fetch_each(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a small model only")
-    parser.add_argument("--only", choices=("10M", "134M"), help="this model alone")
+    parser.add_argument("--only", choices=("10M", "134M", "1.2B"), help="this model alone; 1.2B is for a GPU")
     parser.add_argument("--rounds", type=int, default=25)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rows", type=int, help="rows of a batch (default: few, so that a CPU has enough to do)")
@@ -179,7 +180,7 @@ def main() -> None:
     table = Table("model", "side", "ms a step", "time / plain (95%)", "overhead", "target")
     for name in ["quick"] if options.quick else [options.only] if options.only else ["10M", "134M"]:
         model, ids = build(SHAPES[name], device, options.rows, options.length)
-        count = 1 if name == "134M" else 2
+        count = 1 if name in ("134M", "1.2B") else 2
         steps, stack = Steps(model, ids, count), LayerStack(model)
         sides: dict[str, Callable[[], None]] = {
             "plain": steps.plain,

@@ -43,7 +43,7 @@ __all__ = ["EstimatedLosses", "Losses"]
 
 # The share of the vocabulary that is read at all positions.
 NARROW = 1 / 16
-# By how much sampling may raise a squared standard error: less than 1.1 squared, because one block does not tell for sure.
+# By how much sampling may raise a squared standard error; less than 1.1 squared, as one block does not tell for sure.
 SLACK = 0.05
 # The fewest positions of a block that are sampled, and the largest share: above it all are measured.
 LEAST_POSITIONS, MOST_POSITIONS = 16, 0.5

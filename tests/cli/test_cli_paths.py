@@ -22,6 +22,7 @@ from reports import sample_report
 WORDS = {
     "attn_implementation",
     "bos",
+    "budget",
     "collection",
     "column",
     "device",
@@ -33,6 +34,7 @@ WORDS = {
     "norm_scaling",
     "only",
     "pairs",
+    "precision",
     "probes",
     "requirement",
     "scores",

@@ -160,6 +160,7 @@ def words_of(command: str) -> list[str]:
 def test_the_command_makes_the_same_analysis_again() -> None:
     words = words_of(reproduce(sample_report(3)))
     assert words[:3] == ["depthscope", "analyze", "sample/toy-3"]
+    words.remove("--exact-losses")  # this report is older than the option
     options = dict(zip(words[3::2], words[4::2], strict=True))
     assert options["--revision"] == sample_report(3).model["revision"]
     assert options["--fit-blocks"] == "16"
@@ -173,10 +174,11 @@ def test_the_command_makes_the_same_analysis_again() -> None:
 
 def test_the_command_names_flags_and_a_text_of_ones_own() -> None:
     content = sample_content(3)
-    content["settings"] |= {"paper_code": True, "in_sample": True}
+    content["settings"] |= {"paper_code": True, "in_sample": True, "sublayers": True, "exact_losses": False}
     content["data"]["name"] = "book.txt"
     words = words_of(reproduce(LayerReport(**content)))
-    assert {"--paper-code", "--in-sample"} <= set(words)
+    assert {"--paper-code", "--in-sample", "--sublayers"} <= set(words)
+    assert "--exact-losses" not in words
     assert words[words.index("--text") + 1] == "TEXT"
 
 

@@ -3,6 +3,7 @@
 import platform
 from collections.abc import Mapping
 from datetime import datetime, timezone
+from functools import cache
 from importlib.metadata import version
 from typing import Any, cast
 
@@ -60,7 +61,7 @@ def assemble(
         model=cast("ModelFacts", {**facts, "num_layers": stack.num_layers}),
         data=_data_facts(blocks, settings),
         settings=settings.to_dict(),
-        versions=_versions(),
+        versions=dict(_versions()),
         notes=_notes(lanes, scores, blocks, settings),
         scores=singles,
         layers=rows,
@@ -159,6 +160,7 @@ def _fit_notes(stack: LayerStack, score: Score | None, blocks: Blocks, settings:
     return notes
 
 
+@cache
 def _versions() -> dict[str, str | None]:
     names = ("depthscope", "torch", "transformers")
     return {**{name: version(name) for name in names}, "python": platform.python_version()}

@@ -64,6 +64,9 @@ class Budget:
         self.precision: float | None = None
         self.took = 0.0  # seconds, once it has ended
         self._work = work
+        # What scores that wait take of a block, for what the others do.
+        now, later = (more - less for less, more in zip(work(LEAST), work(LEAST + 1), strict=True))
+        self._waiting_share = later / now
         self._on_round = on_round
         self._begun = begun
         self._before_blocks = 0.0  # seconds
@@ -163,8 +166,7 @@ class Budget:
         """How many more blocks are expected to be measured in time."""
         if self.seconds is None or self._each is None:
             return self.most
-        now, later = (more - less for less, more in zip(self._work(LEAST), self._work(LEAST + 1), strict=True))
-        waiting = self._each * later / now
+        waiting = self._each * self._waiting_share
         return max(0, int((self.seconds - self._gone() - waiting * self.blocks) / max(self._each + waiting, 1e-9)))
 
     def _likely(self) -> int:

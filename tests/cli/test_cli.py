@@ -227,6 +227,27 @@ def test_ctrl_c_ends_with_one_message_and_no_file(model_folder: Path, text: Path
     assert list(tmp_path.iterdir()) == []
 
 
+def test_ctrl_c_ends_a_run_with_a_budget_with_what_was_measured(model_folder: Path, text: Path, tmp_path: Path) -> None:
+    """In a terminal, once the ranking so far stands below the progress bar."""
+    out = tmp_path / "r.json"
+    sizes = ["--fit-blocks", "0", "--eval-blocks", "60", "--block-size", "16", "--probes", "exact", "--batch-size", "1"]
+    chosen = ["--scores", "skip,jacobian", "--budget", "1h", "--out", out]
+    controller, terminal = pty.openpty()
+    words = ["-m", "depthscope", "analyze", model_folder, "--text", text, *sizes, *chosen]
+    process = started(*words, output=Path(os.ttyname(terminal)), session=True)
+    _read_until(controller, "costliest to skip", 120)
+    os.close(terminal)
+    os.killpg(process.pid, signal.SIGINT)
+    said = _read_until(controller, None, 60)
+    assert process.wait(60) == 0
+    assert "budget: a budget of 60 minutes" in said
+    report = json.loads(out.read_text())
+    assert report["budget"]["stopped"] == "interrupt"
+    assert report["settings"]["scores"] == ["skip"]
+    assert 2 <= report["data"]["eval_blocks"] <= 60
+    assert report["scores"]["skip_ratio_se"] > 0
+
+
 def _read_until(controller: int, wanted: str | None, seconds: float) -> str:
     """Read a terminal until a text appears, or to the end."""
     said, deadline = "", time.monotonic() + seconds

@@ -9,7 +9,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from transformers import (
+    CONFIG_MAPPING,
     AutoModelForCausalLM,
+    AutoModelForMultimodalLM,
     BertConfig,
     BertForMaskedLM,
     Gemma4TextConfig,
@@ -25,8 +27,9 @@ from depthscope.loading.load import load_model
 from depthscope.surgery import cut, original_layers, prove
 from depthscope.surgery.proof import relative_difference
 from depthscope.surgery.settings import read_settings
+from gguf_files import write_gguf
 from models import VOCABULARY, random_blocks, tiny_llama
-from zoo import example_ids, tiny_model
+from zoo import example_ids, tiny_config, tiny_model
 
 
 def logits_of(model: PreTrainedModel, ids: Tensor) -> Tensor:
@@ -305,12 +308,46 @@ def test_adapters_quantized_and_offloaded_weights_are_refused_with_what_to_do(tm
         cut(adapted.get_base_model(), [0, 1])
     assert cut(adapted.merge_and_unload(), [0, 1]).num_parameters() > 0
     quantized = tiny_llama()
-    quantized.is_quantized = True
-    with pytest.raises(SurgeryError, match="quantized"):
+    linear = quantized.model.layers[0].mlp.up_proj
+    linear.weight = torch.nn.Parameter(linear.weight.data.to(torch.float8_e4m3fn), requires_grad=False)
+    with pytest.raises(SurgeryError, match=r"quantized .*Linear holds codes of type torch.float8_e4m3fn"):
         cut(quantized, [0, 1])
+    packed = tiny_llama()
+    packed.model.layers[0].mlp.up_proj.register_buffer("qweight", torch.ones(4, 4, dtype=torch.int32))
+    with pytest.raises(SurgeryError, match=r"quantized .*codes of type torch.int32"):
+        cut(packed, [0, 1])
     tiny_llama().save_pretrained(tmp_path)
     with pytest.raises(SurgeryError, match="not in memory"):
         cut(load_model(tmp_path, device="cpu", offload=True).model, [0, 1])
+
+
+def test_what_a_file_was_packed_with_does_not_stand_in_the_configuration_of_weights_in_full(tmp_path: Any) -> None:
+    model = load_model(write_gguf(tmp_path / "model.gguf", tiny_model("llama")), device="cpu").model
+    model.config.quantization_config = {"quant_method": "mxfp4"}  # as of weights that were unpacked when they were read
+    small = cut(model, [0, 3])
+    assert not hasattr(small.config, "quantization_config")
+    small.save_pretrained(tmp_path / "small")
+    assert load_model(tmp_path / "small", device="cpu").notes == []
+
+
+@pytest.mark.parametrize("kept", [(0, 3), (1, 2)])
+def test_the_language_model_of_one_that_sees_is_cut_and_its_tower_stays(kept: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    model = AutoModelForMultimodalLM.from_config(tiny_config(CONFIG_MAPPING["llava"], 4)).eval()
+    small = cut(model, kept)
+    assert small.config.text_config.num_hidden_layers == len(small.model.language_model.layers) == 2
+    assert small.config.vision_config.num_hidden_layers == 4
+    assert original_layers(small.config) == kept
+    for name, weight in model.model.vision_tower.state_dict().items():
+        assert torch.equal(small.model.vision_tower.state_dict()[name], weight)
+
+
+def test_layers_that_get_features_of_an_image_each_stay() -> None:
+    torch.manual_seed(0)
+    model = AutoModelForMultimodalLM.from_config(tiny_config(CONFIG_MAPPING["qwen3_vl"], 5)).eval()
+    assert original_layers(cut(model, (0, 1, 2, 4)).config) == (0, 1, 2, 4)
+    with pytest.raises(SurgeryError, match="deepstack_visual_indexes: the first 3 layers"):
+        cut(model, (0, 2, 3, 4))
 
 
 def test_layers_that_later_ones_need_are_refused_with_the_setting() -> None:

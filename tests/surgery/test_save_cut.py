@@ -2,10 +2,12 @@
 
 import json
 import os
+import re
 import resource
 import signal
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,18 +20,26 @@ from models import random_blocks, tiny_llama
 from tiny_tokenizer import save_tokenizer
 from zoo import tiny_model
 
+DOCUMENT = (Path(__file__).parents[2] / "docs" / "surgery.md").read_text()
+(SNIPPET,) = re.findall(r"<!-- tested -->\n```python\n(.*?)```", DOCUMENT, flags=re.DOTALL)
+
 
 @pytest.fixture(scope="module")
 def model() -> PreTrainedModel:
-    return tiny_llama(5)
+    return tiny_llama(5, vocab_size=300)
 
 
 @pytest.fixture(scope="module")
 def saved(model: PreTrainedModel, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Proof]:
+    """What the documentation's example writes."""
     parent = tmp_path_factory.mktemp("cut")
-    save_tokenizer(parent)
-    folder = parent / "new" / "small"
-    return folder, save_cut(model, [0, 2, 3], folder, AutoTokenizer.from_pretrained(parent))
+    save_tokenizer(parent / "tokenizer")
+    names: dict[str, Any] = {"model": model, "tokenizer": AutoTokenizer.from_pretrained(parent / "tokenizer")}
+    (parent / "here").mkdir()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(parent / "here")
+        exec(compile(SNIPPET, "surgery.md", "exec"), names)
+    return parent / "here" / "small", names["proof"]
 
 
 def test_a_saved_cut_is_proved_in_memory_in_decoding_and_in_a_fresh_process(saved: tuple[Path, Proof]) -> None:
@@ -44,12 +54,12 @@ def test_any_tool_loads_a_saved_cut_with_its_tokenizer_and_the_numbers_of_its_la
     model: PreTrainedModel, saved: tuple[Path, Proof]
 ) -> None:
     folder, _ = saved
-    assert json.loads((folder / "config.json").read_text())["kept_layers"] == [0, 2, 3]
+    assert json.loads((folder / "config.json").read_text())["kept_layers"] == [0, 1, 3]
     loaded = AutoModelForCausalLM.from_pretrained(folder)
-    assert original_layers(loaded.config) == (0, 2, 3)
+    assert original_layers(loaded.config) == (0, 1, 3)
     ids = random_blocks(2, 30)
     with torch.no_grad():
-        assert torch.equal(loaded(ids).logits, cut(model, [0, 2, 3])(ids).logits)
+        assert torch.equal(loaded(ids).logits, cut(model, [0, 1, 3])(ids).logits)
     again = load_model(folder, device="cpu")
     assert again.tokenizer is not None
     assert again.notes == []

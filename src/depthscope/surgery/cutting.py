@@ -1,5 +1,6 @@
 """Cutting layers out of a model: a new model of the same class that has only the kept ones."""
 
+from collections import deque
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -9,7 +10,7 @@ from transformers import PreTrainedModel
 
 from depthscope.console.quiet import quiet
 from depthscope.errors import NonFiniteError, SurgeryError
-from depthscope.layers.acting_weights import adapters_in
+from depthscope.layers.acting_weights import NoWeightsError, acting_weights, adapters_in
 from depthscope.layers.compiled import class_name, written
 from depthscope.layers.offloaded import is_offloaded
 from depthscope.layers.stack import LayerStack
@@ -53,9 +54,9 @@ def find_layers(model: nn.Module) -> LayerStack:
         SurgeryError: its weights are not all there as numbers of their own.
         NoLayerStackError: it has no plain stack of decoder layers.
     """
-    stack = LayerStack(model)
-    _require_plain(model)
-    return stack
+    if isinstance(model, nn.Module):
+        _require_plain(model)
+    return LayerStack(model)
 
 
 def cut_out(stack: LayerStack, kept: Sequence[int]) -> Any:
@@ -93,17 +94,17 @@ def _require_plain(model: nn.Module) -> None:
         raise SurgeryError(
             f"Some weights of {name} are not in memory (offloaded); load it without offloading to cut it."
         )
-    codes = [key for key, weight in model.named_parameters() if not _is_number(weight)]
-    if codes or getattr(inner, "is_quantized", False) or getattr(inner, "hf_quantizer", None) is not None:
-        what = f" ({listed(codes)})" if codes else ""
+    try:
+        others = [key for key, weight in model.named_parameters() if type(weight.data) is not torch.Tensor]
+        why = f"{listed(others)} is no plain tensor" if others else ""
+        deque(acting_weights(model), maxlen=0)  # looks at each
+    except NoWeightsError as error:
+        why = str(error)
+    if why:
         raise SurgeryError(
-            f"The weights of {name} are quantized{what}, and layers are cut out of weights in full: load the "
-            "unquantized model, cut it, and quantize the result."
+            f"The weights of {name} are quantized or spread ({why}), and layers are cut out of weights in full: load "
+            "them in full, cut the model, and quantize the result."
         )
-
-
-def _is_number(weight: torch.Tensor) -> bool:
-    return weight.is_floating_point() and weight.element_size() >= 2
 
 
 def _require_finite(small: nn.Module) -> None:

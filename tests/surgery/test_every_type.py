@@ -1,8 +1,8 @@
 """Every decoder-only model type: three different cuts of each are proved, and what is not cut is refused by name.
 
-Of each type, one of the three is also decoded with a cache and loaded in a fresh process, and types whose layers are all
-alike are cut in that way alone. With EVERY_CUT=1 in the environment all are, in all three ways, with 64 tokens
-(docs/surgery.md has what came out; it takes five minutes).
+Of each type, one of the three is also decoded with a cache and loaded in a fresh process; types whose layers are all
+alike are cut in that way alone. With EVERY_CUT=1 in the environment all types are cut, decoded for 64 tokens and loaded
+in all three ways, which takes ten minutes (docs/surgery.md has what came out).
 """
 
 import os

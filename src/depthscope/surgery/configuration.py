@@ -84,11 +84,12 @@ class _Search:
         if not wrong and built is not None:
             return built
         fewest = math.inf if built is None else wrong
-        for name, values in readings.others.items():
-            for value in values:
-                tried, wrong = self.tried({**chosen, name: value}, "meta")
-                if tried is not None and wrong < fewest:
-                    chosen, fewest = {**chosen, name: value}, wrong
+        for name, value in ((name, value) for name, values in readings.others.items() for value in values):
+            if fewest == 0:
+                break
+            tried, wrong = self.tried({**chosen, name: value}, "meta")
+            if tried is not None and wrong < fewest:
+                chosen, fewest = {**chosen, name: value}, wrong
         if math.isinf(fewest):
             raise SurgeryError(self.refusal(readings.settings)) from self.failure
         return built if chosen == readings.settings else _build(self.configuration(chosen), self.model, "cpu")

@@ -55,6 +55,10 @@ class SurgeryError(DepthscopeError, ValueError):
     """Layers cannot be cut out of a model so that a native model computes the same; the message says why."""
 
 
+class PlanError(DepthscopeError, ValueError):
+    """A plan of a cut is not valid, or does not hold what is asked of it; the message names the field."""
+
+
 class ReportError(DepthscopeError):
     """A report could not be read or written."""
 

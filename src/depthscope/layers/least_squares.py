@@ -50,10 +50,12 @@ class LeastSquares:
     Args:
         features: of the input, F.
         targets: features of what is predicted, G, where that is no update of the input; None for an update.
+        has_bias: whether the map may add a constant; without, b is 0.
     """
 
-    def __init__(self, features: int, targets: int | None = None) -> None:
+    def __init__(self, features: int, targets: int | None = None, *, has_bias: bool = True) -> None:
         self.features = features
+        self.has_bias = has_bias
         self.is_update = targets is None
         self.zz = torch.zeros(features + 1, features + 1, dtype=torch.float64)
         self.zu = torch.zeros(features + 1, targets or features, dtype=torch.float64)
@@ -85,6 +87,8 @@ class LeastSquares:
                 "The linear fit failed: hidden states on the fitting blocks are not finite. Check the model's weights, "
                 "or use a wider dtype: float32 or bfloat16."
             )
+        if not self.has_bias:
+            return self._without_bias(ridge)
         gram = self.zz + torch.diag(self._penalty(ridge))
         scale = gram.diagonal().rsqrt().nan_to_num(posinf=1.0)  # a feature that is always 0 has nothing to scale
         factor, failed = torch.linalg.cholesky_ex(gram * scale * scale[:, None])
@@ -92,6 +96,15 @@ class LeastSquares:
             solution = torch.cholesky_solve(self.zu * scale[:, None], factor) * scale[:, None]
             return Fit(solution[:-1], solution[-1])
         return self._least_norm()
+
+    def _without_bias(self, ridge: float) -> Fit:
+        """The linear map: the sums without those of the constant."""
+        gram, moments = self.zz[:-1, :-1], self.zu[:-1]
+        penalty = ridge * float(gram.diagonal().mean())
+        values, vectors = torch.linalg.eigh(gram + penalty * torch.eye(len(gram), dtype=gram.dtype).to(gram))
+        kept = values > values[-1] * max(len(values) * torch.finfo(torch.float64).eps, ROUNDING)
+        weight = vectors @ (torch.where(kept, 1 / values, 0)[:, None] * (vectors.T @ moments))
+        return Fit(weight, weight.new_zeros(weight.shape[1]), missing=int((~kept).sum()))
 
     def _penalty(self, ridge: float) -> Tensor:
         means = self.zz[-1, :-1] / self.zz[-1, -1]

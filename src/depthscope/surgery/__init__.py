@@ -11,6 +11,7 @@ from depthscope import lazily
 if TYPE_CHECKING:
     from depthscope.surgery.cutting import cut
     from depthscope.surgery.kept import original_layers
+    from depthscope.surgery.plans.planning import plan_cut
     from depthscope.surgery.proof import Proof, prove
     from depthscope.surgery.save import save_cut
 
@@ -19,11 +20,12 @@ _HOME = {
     "Proof": "proof",
     "cut": "cutting",
     "original_layers": "kept",
+    "plan_cut": "plans.planning",
     "prove": "proof",
     "save_cut": "save",
 }
 
-__all__ = ["Proof", "cut", "original_layers", "prove", "save_cut"]
+__all__ = ["Proof", "cut", "original_layers", "plan_cut", "prove", "save_cut"]
 
 
 __getattr__ = lazily(__name__, _HOME)

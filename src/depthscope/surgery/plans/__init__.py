@@ -1,0 +1,1 @@
+"""Which layers to cut, and what that costs: the order of removal, losses measured, gaps repaired."""

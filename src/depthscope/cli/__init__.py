@@ -6,11 +6,11 @@ exit code 2, Ctrl-C with 130.
 
 import os
 
-from depthscope.cli import analysis, evaluate, models, push, recipe, space, sparsity, sweep
+from depthscope.cli import analysis, evaluate, models, prune, push, recipe, space, sparsity, sweep
 from depthscope.cli.shared import app
 from depthscope.console.terminal import readable_width
 
-__all__ = ["analysis", "app", "evaluate", "main", "models", "push", "recipe", "space", "sparsity", "sweep"]
+__all__ = ["analysis", "app", "evaluate", "main", "models", "prune", "push", "recipe", "space", "sparsity", "sweep"]
 
 
 def main() -> None:

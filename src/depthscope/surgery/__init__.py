@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from depthscope.surgery.kept import original_layers
     from depthscope.surgery.plans.planning import plan_cut
     from depthscope.surgery.proof import Proof, prove
+    from depthscope.surgery.pruning import prune
     from depthscope.surgery.save import save_cut
 
 # Where each name lives, imported when first used: torch and transformers take seconds.
@@ -22,10 +23,11 @@ _HOME = {
     "original_layers": "kept",
     "plan_cut": "plans.planning",
     "prove": "proof",
+    "prune": "pruning",
     "save_cut": "save",
 }
 
-__all__ = ["Proof", "cut", "original_layers", "plan_cut", "prove", "save_cut"]
+__all__ = ["Proof", "cut", "original_layers", "plan_cut", "prove", "prune", "save_cut"]
 
 
 __getattr__ = lazily(__name__, _HOME)

@@ -21,7 +21,7 @@ from depthscope.surgery.proof import NEW_TOKENS, Proof, proof_ids, prove_decodin
 from depthscope.surgery.reload import Saved, reloaded_logits
 from depthscope.wording.messages import listed
 
-__all__ = ["prove_saved", "save_cut", "save_proved"]
+__all__ = ["prove_saved", "require_new", "save_cut", "save_proved"]
 
 
 def save_cut(
@@ -50,7 +50,7 @@ def save_cut(
         NoLayerStackError: as for [`cut`].
         NonFiniteError: as for [`cut`].
     """
-    out = _require_new(folder)
+    out = require_new(folder)
     stack = find_layers(model)
     layers = require_kept(kept, stack.num_layers)
     if type(written(model)).__module__.split(".")[0] == "transformers_modules":
@@ -130,7 +130,12 @@ def _choices(model: Any) -> tuple[str, str, str | None]:
     return str(model.dtype).removeprefix("torch."), str(model.device), attention
 
 
-def _require_new(folder: str | PathLike[str]) -> Path:
+def require_new(folder: str | PathLike[str]) -> Path:
+    """Refuse a folder that has something in it.
+
+    Raises:
+        SurgeryError: it has.
+    """
     out = Path(folder)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise SurgeryError(f"{str(out)!r} exists already; give the name of a new folder.")

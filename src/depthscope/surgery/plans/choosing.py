@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from depthscope.console.progress import Progress
-from depthscope.errors import SurgeryError
+from depthscope.errors import SettingsError, SurgeryError
 from depthscope.layers.lanes.lanes import Lanes
 from depthscope.layers.precision import precise
 from depthscope.processes import Processes
@@ -28,7 +28,7 @@ from depthscope.surgery.plans.maps import Calibration
 from depthscope.surgery.plans.trials import losses_of
 from depthscope.text.blocks import Blocks
 
-__all__ = ["CRITERIA", "Choice", "Evidence"]
+__all__ = ["CRITERIA", "Choice", "Evidence", "require_criterion"]
 
 
 @dataclass(frozen=True)
@@ -117,6 +117,16 @@ CRITERIA: dict[str, Choice] = {
     "greedy": greedily,
     "repaired": by_repaired_loss,
 }
+
+
+def require_criterion(by: str) -> None:
+    """Refuse a criterion that there is not.
+
+    Raises:
+        SettingsError: there is none of that name.
+    """
+    if by not in CRITERIA:
+        raise SettingsError(f"by is {by!r}; choose from {', '.join(CRITERIA)}.")
 
 
 def _growing(evidence: Evidence, repairs_for: Callable[[Cut, list[range]], Mapping[range, Repair]]) -> Iterator[Cut]:

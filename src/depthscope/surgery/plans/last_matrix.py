@@ -4,6 +4,8 @@ Which module it is, and whether that holds (it does not where a norm follows, or
 example that the layers were found with.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,19 +68,27 @@ class OtherWeights(StandIn):
 
     def __init__(self, layer: nn.Module, matrix: LastMatrix, parameters: dict[str, Tensor]) -> None:
         super().__init__(nn.Identity())
-        self.matrix_name, self.parameters_there = matrix.name, parameters
-        object.__setattr__(self, "_whole", layer)  # it stays a submodule of the model alone
+        self.parameters_there = parameters
+        # They stay submodules of the model alone.
+        object.__setattr__(self, "matrix", matrix)
+        object.__setattr__(self, "_whole", layer)
 
     def forward(self, *args: Any, **kwargs: Any) -> LayerResult:
         """Run the layer."""
-        module = self._whole.get_submodule(self.matrix_name)
-        own = {name: module._parameters[name] for name in self.parameters_there}
+        with self.installed():
+            return self._whole(*args, **kwargs)
+
+    @contextmanager
+    def installed(self) -> Iterator[None]:
+        """Let the module have the other parameters inside, and its own back afterwards."""
+        there = self.matrix.module._parameters
+        own = {name: there[name] for name in self.parameters_there}
         try:
             for name, value in self.parameters_there.items():
-                module._parameters[name] = nn.Parameter(value, requires_grad=False)
-            return self._whole(*args, **kwargs)
+                there[name] = nn.Parameter(value, requires_grad=False)
+            yield
         finally:
-            module._parameters.update(own)
+            there.update(own)
 
 
 def last_matrix(stack: LayerStack, layer: int) -> LastMatrix | None:

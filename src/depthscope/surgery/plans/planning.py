@@ -20,17 +20,18 @@ from depthscope.layers.stack import LayerStack
 from depthscope.processes import Processes
 from depthscope.report.cut_plan import CutPlan, CutStep
 from depthscope.settings import Settings
-from depthscope.surgery.plans.choosing import CRITERIA, Evidence
+from depthscope.surgery.plans.choosing import CRITERIA, Evidence, require_criterion
 from depthscope.surgery.plans.gaps import Cut
 from depthscope.surgery.plans.maps import Calibration
 from depthscope.surgery.plans.trials import Losses, losses_of
 from depthscope.text.blocks import Blocks
 from depthscope.wording.numeric import require_number, require_whole
 
-__all__ = ["plan_cut"]
+__all__ = ["batch_size_of", "plan_cut"]
 
 # Pulls maps towards the identity; relative to the mean variance of a feature.
 RIDGE = 1e-4
+TOKENS_AT_ONCE = 2048
 
 
 def plan_cut(
@@ -77,8 +78,7 @@ def plan_cut(
         NoLayerStackError: the model has no plain stack of decoder layers.
         NonFiniteError: activations or losses are NaN or infinite.
     """
-    if by not in CRITERIA:
-        raise SettingsError(f"by is {by!r}; choose from {', '.join(CRITERIA)}.")
+    require_criterion(by)
     sizes = {"fit_blocks": fit_blocks, "choose_blocks": choose_blocks, "eval_blocks": eval_blocks}
     for name, value in sizes.items():
         require_whole(name, value, least=1)
@@ -105,7 +105,7 @@ def plan_cut(
         lanes.prepare()
         fit, chosen_on = blocks[:fit_blocks], blocks[fit_blocks : fit_blocks + choose_blocks]
         held_out = blocks[fit_blocks + choose_blocks : sum(sizes.values())]
-        calibration = Calibration(stack, fit, max(1, 2048 // settings.block_size), ridge, processes)
+        calibration = Calibration(stack, fit, batch_size_of(blocks), ridge, processes)
         listener = progress if callable(progress) else None
         shown = around.enter_context(
             showing_progress(end.most, visible=bool(progress) and processes.is_main, listener=listener)
@@ -139,6 +139,11 @@ def plan_cut(
         parameters=_parameters(stack, frozenset()),
         steps=steps,
     )
+
+
+def batch_size_of(blocks: Blocks) -> int:
+    """How many blocks run at once where layers are watched."""
+    return max(1, TOKENS_AT_ONCE // blocks.input_ids.shape[1])
 
 
 class _End:

@@ -126,3 +126,28 @@ def test_a_share_is_all_positions_where_the_first_block_cannot_tell(monkeypatch:
 def test_exact_losses_is_a_yes_or_a_no() -> None:
     with pytest.raises(SettingsError, match="exact_losses is 1"):
         analyze(tiny_llama(), exact_losses=1)
+
+
+def test_blocks_that_are_added_one_by_one_have_the_estimates_of_as_many_at_once() -> None:
+    options = {**SIZES, "blocks": text(blocks=14), "eval_blocks": 12}
+    model = model_of_a_large_vocabulary()
+    grown = analyze(model, **options, precision=0.1)
+    assert grown.budget is not None
+    assert grown.budget["stopped"] == "precision"
+    assert grown.data["eval_blocks"] == 8
+    assert is_estimated(grown)
+    fixed = analyze(model, **{**options, "eval_blocks": grown.data["eval_blocks"]})
+    for name in ("skip_ratio", "skip_ratio_se", "usefulness_ratio"):
+        np.testing.assert_allclose(column(grown, name), column(fixed, name), rtol=1e-5)
+
+
+def test_a_budget_that_ends_before_estimates_are_usual_says_that_they_are_estimates() -> None:
+    options = {**SIZES, "blocks": text(), "scores": "skip", "precision": 0.5}
+    model = model_of_a_large_vocabulary()
+    few, exact = analyze(model, **options), analyze(model, **options, exact_losses=True)
+    assert few.data["eval_blocks"] == exact.data["eval_blocks"] == 2
+    assert is_estimated(few)
+    assert any("so few blocks have exact losses where eval_blocks=2" in note for note in few.notes)
+    fixed = analyze(model, **{**options, "precision": None, "eval_blocks": 2})
+    np.testing.assert_allclose(column(exact, "skip_ratio"), column(fixed, "skip_ratio"), rtol=1e-5)
+    assert not any("exact losses" in note for note in exact.notes)

@@ -16,6 +16,7 @@ from depthscope.layers.lanes.lanes import Lanes
 from depthscope.processes import Processes
 from depthscope.scores import SCORES
 from depthscope.scores.base import Array, Score
+from depthscope.scores.work import LEAST_BLOCKS
 from depthscope.settings import Settings
 from depthscope.text.blocks import Blocks
 
@@ -54,9 +55,16 @@ def measure_growing(
     waiting = {name: score for name, score in scores.items() if score.waits}
     growing = {name: score for name, score in scores.items() if not score.waits}
 
+    # At two sizes where losses are estimated, or exact, as they will be here; that of others is in line with them.
+    few, many = (LEAST, LEAST + 1) if settings.eval_blocks < LEAST_BLOCKS else (LEAST_BLOCKS, 2 * LEAST_BLOCKS)
+    known = [
+        [total_work(stack, some, settings.with_(eval_blocks=size)) for size in (few, many)]
+        for some in ([growing, waiting] if waiting else [growing])
+    ]
+
     def work(count: int) -> tuple[float, float]:
-        sized = settings.with_(eval_blocks=count)
-        return total_work(stack, growing, sized), total_work(stack, waiting, sized) if waiting else 0.0
+        now, *later = (first + (last - first) / (many - few) * (count - few) for first, last in known)
+        return now, sum(later)
 
     def on_round(some: Mapping[str, Score], baseline: dict[str, Array]) -> None:
         if on_partial is not None and some and budget.blocks >= LEAST:
@@ -74,6 +82,11 @@ def measure_growing(
     )
     shown.expect(sum(work(budget.most)) / processes.count)
     baseline, notes = measure(lanes, growing, blocks, settings, processes, shown, budget)
+    if notes and budget.blocks < LEAST_BLOCKS <= settings.eval_blocks:
+        notes.append(
+            f"budget: so few blocks have exact losses where eval_blocks={budget.blocks} is asked for; here it was not "
+            "known that there would be no more. exact_losses=True (--exact-losses) gives them in any case."
+        )
     settings = settings.with_(eval_blocks=budget.blocks)
     baseline = {name: table[: budget.blocks] for name, table in baseline.items()}
     done: dict[str, Score] = {name: score.of_first(budget.blocks) for name, score in growing.items()}

@@ -126,25 +126,16 @@ def with_weights(model: Any, removed: list[int]) -> Any:
 
 
 @pytest.mark.parametrize("removed", [[2], [1, 2], [1, 3], [0, 3, 4]])
-def test_repairs_are_least_squares_on_what_the_cut_model_makes(model: PreTrainedModel, removed: list[int]) -> None:
-    plan = plan_cut(model, IDS, layers=len(removed), by=forced(removed), ridge=0, **SIZES)
+def test_repairs_are_least_squares_on_what_the_cut_model_makes(
+    model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch, removed: list[int]
+) -> None:
+    orders = (frozenset(removed[:count]) for count in range(1, len(removed) + 1))
+    monkeypatch.setitem(CRITERIA, "given", lambda evidence: orders)
+    plan = plan_cut(model, IDS, layers=len(removed), by="given", ridge=0, **SIZES)
     step = plan.steps[-1]
     assert step.removed == removed
     assert step.map_loss == pytest.approx(naive.loss(with_maps(model, removed), HELD_OUT), rel=1e-4)
     assert step.weights_loss == pytest.approx(naive.loss(with_weights(model, removed), HELD_OUT), rel=1e-4)
-
-
-@pytest.fixture(autouse=True)
-def _criteria_are_restored(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("depthscope.surgery.plans.planning.CRITERIA", dict(CRITERIA))
-
-
-def forced(removed: list[int]) -> str:
-    """The name of a criterion that removes just these layers."""
-    from depthscope.surgery.plans import planning
-
-    planning.CRITERIA["forced"] = lambda evidence: (frozenset(removed[:count]) for count in range(1, len(removed) + 1))
-    return "forced"
 
 
 def test_the_repaired_criterion_finds_no_worse_a_step_than_any_other_layer(model: PreTrainedModel) -> None:

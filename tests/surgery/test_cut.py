@@ -6,6 +6,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
+from packaging import version
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from transformers import (
@@ -30,6 +32,10 @@ from depthscope.surgery.settings import read_settings
 from gguf_files import write_gguf
 from models import VOCABULARY, random_blocks, tiny_llama
 from zoo import example_ids, tiny_config, tiny_model
+
+needs_the_documented_version = pytest.mark.skipif(
+    version.parse(transformers.__version__) < version.parse("5.23"), reason="earlier versions build it differently"
+)
 
 
 def logits_of(model: PreTrainedModel, ids: Tensor) -> Tensor:
@@ -178,6 +184,7 @@ def test_experts_after_dense_layers_stay_where_they_are_when_the_dense_ones_go()
     assert relative_difference(logits_of(small, ids), with_skipped(model, (1, 2), ids)) <= 1e-5
 
 
+@needs_the_documented_version
 def test_embeddings_for_each_layer_are_cut_with_their_layers() -> None:
     model = tiny_model("gemma4_text")
     table = model.model.embed_tokens_per_layer.weight
@@ -185,6 +192,7 @@ def test_embeddings_for_each_layer_are_cut_with_their_layers() -> None:
     assert torch.equal(small.model.embed_tokens_per_layer.weight, torch.cat([table[:, :16], table[:, 48:]], 1))
 
 
+@needs_the_documented_version
 def test_windows_that_no_short_text_shows_are_refused_where_the_class_would_change_them() -> None:
     torch.manual_seed(0)
     rotation = {"rope_type": "default", "rope_theta": 10000.0}
@@ -209,6 +217,7 @@ def test_windows_that_no_short_text_shows_are_refused_where_the_class_would_chan
         cut(model, [0, 1])  # its class lets the last layer see everything
 
 
+@needs_the_documented_version
 def test_a_shared_block_with_adapters_keeps_the_adapter_of_each_kept_layer() -> None:
     model = tiny_model("zamba2")  # layers 1 and 3 share a block, and have an adapter each
     ids = example_ids(model)
@@ -342,6 +351,7 @@ def test_the_language_model_of_one_that_sees_is_cut_and_its_tower_stays(kept: tu
         assert torch.equal(small.model.vision_tower.state_dict()[name], weight)
 
 
+@needs_the_documented_version
 def test_layers_that_get_features_of_an_image_each_stay() -> None:
     torch.manual_seed(0)
     model = AutoModelForMultimodalLM.from_config(tiny_config(CONFIG_MAPPING["qwen3_vl"], 5)).eval()
@@ -350,11 +360,20 @@ def test_layers_that_get_features_of_an_image_each_stay() -> None:
         cut(model, (0, 2, 3, 4))
 
 
+def test_a_model_that_was_cut_by_hand_and_whose_configuration_does_not_know_is_refused() -> None:
+    model = tiny_llama(5)
+    del model.model.layers[4]
+    with pytest.raises(SurgeryError, match="num_hidden_layers of the configuration is 5, and the model has 4 layers"):
+        cut(model, [0, 3])
+
+
+@needs_the_documented_version
 def test_layers_that_later_ones_need_are_refused_with_the_setting() -> None:
     with pytest.raises(SurgeryError, match=r"does not run without layers 2 .*indexer_types.*keep them"):
         cut(tiny_model("hy_v4"), [0, 1, 3])
 
 
+@needs_the_documented_version
 def test_what_depends_on_the_number_of_a_layer_and_cannot_be_said_is_refused_by_name() -> None:
     with pytest.raises(SurgeryError, match="attn_residual_add_idx is 4, not 8"):
         cut(tiny_model("beam"), [0, 3])
@@ -381,6 +400,16 @@ def test_a_cut_model_has_the_dtype_and_the_mode_of_the_original(dtype: torch.dty
     assert model.training
     proof = prove(model, small, [0, 3], new_tokens=4)
     assert proof.difference <= proof.tolerance == tolerance
+
+
+def test_a_model_that_was_rounded_as_a_whole_is_compared_as_such_and_has_its_frequencies_in_full_again() -> None:
+    model = tiny_llama(hidden_size=64, max_position_embeddings=4096).to(torch.bfloat16)
+    small = cut(model, [0, 3])
+    assert small.model.rotary_emb.inv_freq.dtype == torch.float32
+    proof = prove(model, small, [0, 3], torch.arange(3, 83).repeat(1, 20), new_tokens=4)
+    assert proof.difference == 0
+    assert "model.rotary_emb.inv_freq" in proof.notes[0]
+    assert small.model.rotary_emb.inv_freq.dtype == torch.float32
 
 
 def test_a_proof_fails_for_a_model_of_other_layers() -> None:

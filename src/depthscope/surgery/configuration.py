@@ -43,6 +43,12 @@ def build_cut(model: PreTrainedModel, layers: nn.ModuleList, path: str, kept: Se
     _require_images_in_place(settings, kept)
     wanted = [facts_of(layers[layer]) for layer in kept]
     built = _Search(model, path, kept, wanted, settings, place).best(readings)
+    if len(built.get_submodule(path)) != len(kept):
+        raise SurgeryError(
+            f"{count} of the configuration is {text.get(count)}, and the model has {len(layers)} layers in {path!r}: "
+            "layers were taken out or put in since it was built, or other settings make their number. Save the model "
+            "so that it loads again, or load it anew, and cut that."
+        )
     found = differences(wanted, [facts_of(layer) for layer in built.get_submodule(path)], kept)
     if other := kinds_that_differ(found):
         raise SurgeryError(

@@ -4,7 +4,8 @@ Its logits are those of the original in which the cut layers return their input;
 decoding without one does; and the model that a fresh process loads from the disk has the same logits (`save.py`).
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +20,7 @@ from depthscope.layers.modes import evaluating
 from depthscope.layers.stack import LayerStack
 from depthscope.layers.tracing import MODEL_FAILURES, example_ids, run, text_config
 from depthscope.surgery.kept import require_kept
-from depthscope.surgery.structure import differences, facts_of, written_name
+from depthscope.surgery.structure import differences, facts_of, new_name, written_name
 from depthscope.wording.messages import listed, one_line, ranges
 
 __all__ = ["NEW_TOKENS", "TOLERANCES", "Proof", "proof_ids", "prove", "relative_difference"]
@@ -69,7 +70,7 @@ def prove(
     with quiet():
         difference, tolerance = prove_logits(stack, small, kept, proof_ids(model) if ids is None else ids)
         decoded, notes = prove_decoding(model, small, new_tokens)
-    return Proof(difference, tolerance, decoded, notes=notes)
+    return Proof(difference, tolerance, decoded, notes=(*rounding_notes(stack, small, kept), *notes))
 
 
 def proof_ids(model: nn.Module) -> Tensor:
@@ -98,7 +99,7 @@ def prove_logits(stack: LayerStack, small: Any, kept: Sequence[int], ids: Tensor
             ) from error
     if not torch.isfinite(wanted).any() or wanted.isnan().any():
         raise NonFiniteError(f"The logits of {name} without layers {ranges(left_out)} are not finite.")
-    with evaluating(small), torch.no_grad():
+    with evaluating(small), torch.no_grad(), _rounded_as_in(stack, small, kept):
         try:
             logits = run(small, ids).logits
         except MODEL_FAILURES as error:
@@ -114,6 +115,43 @@ def prove_logits(stack: LayerStack, small: Any, kept: Sequence[int], ids: Tensor
             f"on their number ({_suspects(stack, small, kept)}). Keep other layers, the first ones for example."
         )
     return difference, tolerance
+
+
+def rounded_buffers(stack: LayerStack, small: nn.Module, kept: Sequence[int]) -> dict[str, Tensor]:
+    """Buffers of the original that are those of the cut model, rounded, by their names there.
+
+    `model.to(torch.bfloat16)` rounds also what is saved nowhere, such as rotary frequencies; a model that is loaded in
+    that dtype, and so a cut one, has them in full.
+    """
+    before = {new_name(name, written_name(stack.path), kept): it for name, it in written(stack.model).named_buffers()}
+    return {
+        name: before[name]
+        for name, own in small.named_buffers()
+        if name in before and before[name].dtype != own.dtype and torch.equal(own.to(before[name]), before[name])
+    }
+
+
+@contextmanager
+def _rounded_as_in(stack: LayerStack, small: nn.Module, kept: Sequence[int]) -> Iterator[None]:
+    """Let the cut model round its buffers as the original does, so that the two compute the same."""
+    with ExitStack() as undo:
+        for name, rounded in rounded_buffers(stack, small, kept).items():
+            owner, _, last = name.rpartition(".")
+            buffers = small.get_submodule(owner)._buffers
+            undo.callback(buffers.__setitem__, last, buffers[last])
+            buffers[last] = rounded
+        yield
+
+
+def rounding_notes(stack: LayerStack, small: nn.Module, kept: Sequence[int]) -> tuple[str, ...]:
+    """A note where the original rounds what the cut model has in full."""
+    names = list(rounded_buffers(stack, small, kept))
+    if not names:
+        return ()
+    return (
+        f"The model that was cut has {listed(names)} rounded to its dtype (model.to(dtype) does that). The cut model "
+        "has them in full, as every model that is loaded in a dtype; the two were compared with the same rounding.",
+    )
 
 
 def relative_difference(logits: Tensor, wanted: Tensor) -> float:

@@ -17,7 +17,15 @@ from depthscope.layers.modes import evaluating
 from depthscope.layers.tracing import MODEL_FAILURES, run
 from depthscope.surgery.cutting import cut_out, find_layers
 from depthscope.surgery.kept import require_kept
-from depthscope.surgery.proof import NEW_TOKENS, Proof, proof_ids, prove_decoding, prove_logits, relative_difference
+from depthscope.surgery.proof import (
+    NEW_TOKENS,
+    Proof,
+    proof_ids,
+    prove_decoding,
+    prove_logits,
+    relative_difference,
+    rounding_notes,
+)
 from depthscope.surgery.reload import Saved, reloaded_logits
 from depthscope.wording.messages import listed
 
@@ -63,6 +71,7 @@ def save_cut(
     with quiet():
         difference, tolerance = prove_logits(stack, small, layers, ids)
         decoded, notes = prove_decoding(model, small, new_tokens)
+    notes = (*rounding_notes(stack, small, layers), *notes)
     return save_proved(small, out, Proof(difference, tolerance, decoded, notes=notes), ids, tokenizer)
 
 

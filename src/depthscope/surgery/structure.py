@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["LayerFacts", "differences", "facts_of", "kinds_that_differ", "written_name"]
+__all__ = ["LayerFacts", "differences", "facts_of", "kinds_that_differ", "new_name", "written_name"]
 
 # Attributes that hold the number of the layer or a mode, under whatever name, and not what it computes.
 NUMBERS = ("layer_idx", "layer_id", "layer_number", "layer_index", "block_idx", "training")
@@ -52,6 +52,21 @@ def kinds_that_differ(found: Sequence[str]) -> list[str]:
 def written_name(name: str) -> str:
     """The name of a module or weight in a model as it was written, of which none is compiled."""
     return name.replace("_orig_mod.", "").removesuffix("_orig_mod").removesuffix(".")
+
+
+def new_name(name: str, path: str, kept: Sequence[int]) -> str | None:
+    """What a weight or module of a model is called after a cut; None of one in a layer that is cut.
+
+    Args:
+        name: its name before.
+        path: the name of the list of layers.
+        kept: the layers that are kept.
+    """
+    name = written_name(name)
+    if not name.startswith(f"{path}."):
+        return name
+    number, _, rest = name.removeprefix(f"{path}.").partition(".")
+    return f"{path}.{kept.index(int(number))}.{rest}" if int(number) in kept else None
 
 
 def _is_same(ours: Any, its: Any, places: Mapping[int, int]) -> bool:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from depthscope.errors import SurgeryError
 from depthscope.surgery.rewrites import REWRITES
-from depthscope.surgery.structure import written_name
+from depthscope.surgery.structure import new_name
 from depthscope.wording.messages import listed
 
 __all__ = ["cut_weights"]
@@ -35,17 +35,9 @@ def cut_weights(
     Raises:
         SurgeryError: a weight has no place in the cut model, or a place has no weight; the message names them.
     """
-    new_numbers = {str(layer): str(place) for place, layer in enumerate(kept)}
     rewrite = REWRITES.get(config.model_type)
-    named: dict[str, Tensor] = {}
-    for name, weight in weights.items():
-        name = written_name(name)
-        if not name.startswith(f"{path}."):
-            named[name] = weight
-            continue
-        number, _, rest = name.removeprefix(f"{path}.").partition(".")
-        if number in new_numbers:
-            named[f"{path}.{new_numbers[number]}.{rest}"] = weight
+    renamed = ((new_name(name, path, kept), weight) for name, weight in weights.items())
+    named = {name: weight for name, weight in renamed if name is not None}
     if rewrite is not None:
         named = rewrite(named, path, config, kept)
     _require_places(named.keys(), places.keys())

@@ -41,8 +41,8 @@ from depthscope.settings import Settings
 
 __all__ = ["EstimatedLosses", "Losses"]
 
-# The share of the vocabulary that is read at all positions.
-NARROW = 1 / 16
+# How much of the vocabulary is read at all positions: this share, but no more tokens than that.
+NARROW, MOST_NARROW = 1 / 16, 4096
 # By how much sampling may raise a squared standard error; less than 1.1 squared, as one block does not tell for sure.
 SLACK = 0.05
 # The fewest positions of a block that are sampled, and the largest share: above it all are measured.
@@ -72,7 +72,7 @@ class Losses:
         stack, wanted = lanes.stack, list(keys)
         if not wanted or stack.is_offloaded or lanes.way == "alone":
             return Losses(stack)
-        narrow = max(int(NARROW * stack.vocabulary), 2 * settings.block_size)
+        narrow = max(min(int(NARROW * stack.vocabulary), MOST_NARROW), 2 * settings.block_size)
         pays = estimates_losses(extent_of(stack, experiments=True), settings) and 4 * narrow <= stack.vocabulary
         if not (pays and (head := Head(stack)).is_selective):
             return Losses(stack)

@@ -12,6 +12,7 @@ Least squares in float64; gaps are repaired in the order of the layers.
 """
 
 from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any, Literal
 
 import torch
@@ -33,6 +34,8 @@ How = Literal["map", "weights"]
 
 # The sums of the fits that are gathered at once; those that do not fit in here together take another pass.
 ACCUMULATOR_BYTES = 2 << 30
+# Streams of the whole model on the calibration blocks that are kept; more are computed anew.
+STREAMS_BYTES = 2 << 30
 
 
 class Calibration:
@@ -54,6 +57,7 @@ class Calibration:
             blocks.select(torch.tensor(rows[start : start + batch_size])) for start in range(0, len(rows), batch_size)
         ]
         self._matrices: dict[int, LastMatrix | None] = {}
+        self._kept: dict[int, list[Tensor]] = {}  # the whole model's streams, by batch
 
     def repaired(self, removed: Iterable[int], how: How = "map") -> Cut:
         """The cut model with each of its gaps repaired, one after the other."""
@@ -86,28 +90,44 @@ class Calibration:
         return _WeightsFit(self.stack, gap, self.matrix(gap.start - 1) if gap.start else None)
 
     def _gather(self, cut: Cut, fits: "dict[range, _Fit]") -> None:
-        stack = self.stack
+        """Add the calibration blocks to fits; of the cut model only those layers run that can matter to them."""
         if not fits:
             return
-        last = max(gap[-1] for gap in fits)
-        for blocks in self.batches:
-            ids, mask = blocks.input_ids, blocks.attention_mask
-            with stack.capture(resid_pre=False, first=min(gap[-1] for gap in fits), last=last) as whole:
-                stack.run_through(last, ids, mask)
-            with stack.replacing(cut.replacements()):
-                for fit in fits.values():
-                    fit.begin()
-                try:
-                    with stack.capture(resid_post=False, last=max(gap.start for gap in fits)) as own:
-                        stack.run_through(max(gap.start for gap in fits), ids, mask)
-                finally:
+        stack, replacements = self.stack, cut.replacements()
+        first = min([*replacements, *(fit.runs_from for fit in fits.values()), stack.num_layers])
+        last = max(gap.start for gap in fits) - 1
+        for number, blocks in enumerate(self.batches):
+            whole = self._streams(number)
+            before = dict(enumerate(whole[: first + 1]))
+            if first <= last:
+                with ExitStack() as running:
+                    running.enter_context(stack.replacing(replacements))
                     for fit in fits.values():
-                        fit.end()
+                        running.enter_context(fit.watching())
+                    if stack.resumable:
+                        running.enter_context(stack.resume_from(first, whole[first]))
+                    own = running.enter_context(stack.capture(resid_pre=False, first=first, last=last))
+                    stack.run_through(last, blocks.input_ids, blocks.attention_mask)
+                before |= {layer + 1: stream for layer, stream in own.resid_post.items()}
             for gap, fit in fits.items():
-                fit.add(own.resid_pre[gap.start], whole.resid_post[gap[-1]], blocks.token_mask)
+                fit.add(before[gap.start], whole[gap.stop], blocks.token_mask)
         for fit in fits.values():
             if fit.sums is not None:
                 self.processes.add_up(*fit.sums.tensors())
+
+    def _streams(self, number: int) -> list[Tensor]:
+        """The stream of the whole model before each layer, and after the last, on one batch: kept if there is room."""
+        if number not in self._kept:
+            stack, blocks = self.stack, self.batches[number]
+            with stack.capture() as seen:
+                stack.run_through(stack.num_layers - 1, blocks.input_ids, blocks.attention_mask)
+            layers = range(stack.num_layers)
+            streams = [*(seen.resid_pre[layer] for layer in layers), seen.resid_post[stack.num_layers - 1]]
+            size = sum(stream.numel() * stream.element_size() for stream in streams)
+            if size * len(self.batches) > STREAMS_BYTES:
+                return streams
+            self._kept[number] = streams
+        return self._kept[number]
 
 
 class _Fit:
@@ -116,11 +136,14 @@ class _Fit:
     def __init__(self, stack: LayerStack, gap: range, sums: LeastSquares | None) -> None:
         self.stack, self.gap, self.sums = stack, gap, sums
 
-    def begin(self) -> None:
-        """Watch what the running pass shows beside the stream."""
+    @property
+    def runs_from(self) -> int:
+        """The first layer that has to run, also where nothing has changed before the gap."""
+        return self.gap.start
 
-    def end(self) -> None:
-        """Watch no more."""
+    def watching(self) -> AbstractContextManager[None]:
+        """Watch what the running pass shows beside the stream."""
+        return nullcontext()
 
     def add(self, before: Tensor, target: Tensor, there: Tensor) -> None:
         """Add the tokens of a batch: the stream before the gap, that after it in the whole model, those that count."""
@@ -156,15 +179,24 @@ class _WeightsFit(_Fit):
         super().__init__(stack, gap, sums)
         self.matrix = matrix
 
-    def begin(self) -> None:
+    @property
+    def runs_from(self) -> int:
+        """The layer of the matrix."""
+        return self.gap.start - 1
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Keep what the matrix gets and makes."""
         assert self.matrix is not None
-        self._handle = self.matrix.module.register_forward_hook(self._keep)
 
-    def _keep(self, module: Any, args: tuple[Tensor, ...], result: Tensor) -> None:
-        self._given, self._made = args[0], result
+        def keep(module: Any, args: tuple[Tensor, ...], result: Tensor) -> None:
+            self._given, self._made = args[0], result
 
-    def end(self) -> None:
-        self._handle.remove()
+        handle = self.matrix.module.register_forward_hook(keep)
+        try:
+            yield
+        finally:
+            handle.remove()
 
     def add(self, before: Tensor, target: Tensor, there: Tensor) -> None:
         assert self.matrix is not None

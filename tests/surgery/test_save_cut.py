@@ -120,6 +120,18 @@ def test_what_is_refused_is_refused_before_anything_is_written(model: PreTrained
         save_cut(model, range(5), tmp_path / "small")
     with pytest.raises(SurgeryError, match="attn_layer_period"):
         save_cut(tiny_model("jamba"), [0, 1, 3], tmp_path / "small")
+    wrong: list[tuple[dict[str, Any], str]] = [
+        ({"folder": None}, "None is not the path of a folder"),
+        ({"folder": ""}, "'' is not the path of a folder"),
+        ({"tokenizer": "gpt2"}, "str is not a tokenizer"),
+        ({"new_tokens": -1}, "new_tokens is -1"),
+        ({"ids": [[1, 2]]}, "ids must be a tensor of whole token ids"),
+        ({"ids": torch.rand(2, 3)}, "ids must be a tensor of whole token ids"),
+        ({"ids": torch.tensor([[1, 300]])}, "ids must be from 0 to 299; they go from 1 to 300"),
+    ]
+    for arguments, message in wrong:
+        with pytest.raises(SettingsError, match=message):
+            save_cut(model, [0, 3], **{"folder": tmp_path / "small", **arguments})
     broken = tiny_llama()
     torch.nn.init.constant_(broken.lm_head.weight, float("inf"))
     with pytest.raises(NonFiniteError):

@@ -14,14 +14,15 @@ from torch import Tensor, nn
 from transformers import GenerationConfig
 
 from depthscope.console.quiet import quiet
-from depthscope.errors import NonFiniteError, SurgeryError
+from depthscope.errors import NonFiniteError, SettingsError, SurgeryError
 from depthscope.layers.compiled import class_name, written
 from depthscope.layers.modes import evaluating
 from depthscope.layers.stack import LayerStack
-from depthscope.layers.tracing import MODEL_FAILURES, example_ids, run, text_config
+from depthscope.layers.tracing import MODEL_FAILURES, example_ids, input_embeddings, run, text_config
 from depthscope.surgery.kept import require_kept
 from depthscope.surgery.structure import differences, facts_of, new_name, written_name
 from depthscope.wording.messages import listed, one_line, ranges
+from depthscope.wording.numeric import require_whole
 
 __all__ = ["NEW_TOKENS", "TOLERANCES", "Proof", "proof_ids", "prove", "relative_difference"]
 
@@ -63,12 +64,14 @@ def prove(
 
     Raises:
         SurgeryError: it does not; the message names what differs.
+        SettingsError: the layers, ids or number of tokens are none.
         NonFiniteError: the logits are not finite.
     """
     stack = LayerStack(model)
     kept = require_kept(kept, stack.num_layers)
+    ids, new_tokens = require_ids(stack, ids), require_whole("new_tokens", new_tokens, least=0)
     with quiet():
-        difference, tolerance = prove_logits(stack, small, kept, proof_ids(model) if ids is None else ids)
+        difference, tolerance = prove_logits(stack, small, kept, ids)
         decoded, notes = prove_decoding(model, small, new_tokens)
     return Proof(difference, tolerance, decoded, notes=(*rounding_notes(stack, small, kept), *notes))
 
@@ -76,6 +79,22 @@ def prove(
 def proof_ids(model: nn.Module) -> Tensor:
     """Token ids [B, T] to compare logits on, no longer than the model's positions."""
     return example_ids(model, draw=1, shape=(BATCH, min(TOKENS, positions_of(model))))
+
+
+def require_ids(stack: LayerStack, ids: Any) -> Tensor:
+    """Token ids that the model can read, [B, T]; some of the vocabulary where none are given.
+
+    Raises:
+        SettingsError: they are something else.
+    """
+    if ids is None:
+        return proof_ids(stack.model)
+    if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.dtype not in (torch.int64, torch.int32) or not ids.numel():
+        raise SettingsError("ids must be a tensor of whole token ids, [sequences, tokens], with one token at least.")
+    rows = getattr(input_embeddings(stack.entry), "num_embeddings", stack.vocabulary)
+    if ids.min() < 0 or ids.max() >= rows:
+        raise SettingsError(f"ids must be from 0 to {rows - 1}; they go from {int(ids.min())} to {int(ids.max())}.")
+    return ids
 
 
 def positions_of(model: nn.Module) -> int:

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from depthscope.console.quiet import quiet
-from depthscope.errors import SurgeryError
+from depthscope.errors import SettingsError, SurgeryError
+from depthscope.files.atomic import reason
 from depthscope.files.new_folder import new_folder
 from depthscope.layers.compiled import class_name, written
 from depthscope.layers.modes import evaluating
@@ -20,14 +21,15 @@ from depthscope.surgery.kept import require_kept
 from depthscope.surgery.proof import (
     NEW_TOKENS,
     Proof,
-    proof_ids,
     prove_decoding,
     prove_logits,
     relative_difference,
+    require_ids,
     rounding_notes,
 )
 from depthscope.surgery.reload import Saved, reloaded_logits
 from depthscope.wording.messages import listed
+from depthscope.wording.numeric import require_whole
 
 __all__ = ["prove_saved", "require_new", "save_cut", "save_proved"]
 
@@ -54,20 +56,24 @@ def save_cut(
     Raises:
         SurgeryError: as for [`cut`]; or decoding with a cache differs, or the saved model does not load in a fresh
             process, or has other logits there; or the folder cannot be written.
-        SettingsError: as for [`cut`].
+        SettingsError: as for [`cut`]; or the folder, tokenizer, ids or number of tokens are none.
         NoLayerStackError: as for [`cut`].
         NonFiniteError: as for [`cut`].
     """
     out = require_new(folder)
     stack = find_layers(model)
     layers = require_kept(kept, stack.num_layers)
+    ids, new_tokens = require_ids(stack, ids), require_whole("new_tokens", new_tokens, least=0)
+    if tokenizer is not None and not hasattr(tokenizer, "save_pretrained"):
+        raise SettingsError(
+            f"{type(tokenizer).__name__} is not a tokenizer of transformers; give one, or leave it out."
+        )
     if type(written(model)).__module__.split(".")[0] == "transformers_modules":
         raise SurgeryError(
             f"{class_name(model)} is code from the model's repository, which the process that proves what was saved "
             "does not run. cut(model, kept) gives the cut model in memory."
         )
     small = cut_out(stack, layers)
-    ids = proof_ids(small) if ids is None else ids
     with quiet():
         difference, tolerance = prove_logits(stack, small, layers, ids)
         decoded, notes = prove_decoding(model, small, new_tokens)
@@ -143,9 +149,16 @@ def require_new(folder: str | PathLike[str]) -> Path:
     """Refuse a folder that has something in it.
 
     Raises:
-        SurgeryError: it has.
+        SurgeryError: it has, or cannot be looked into.
+        SettingsError: it is no path.
     """
+    if not isinstance(folder, str | PathLike) or not str(folder):
+        raise SettingsError(f"{folder!r} is not the path of a folder; give one as a string or a Path.")
     out = Path(folder)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    try:
+        is_new = not out.exists() or (out.is_dir() and not any(out.iterdir()))
+    except OSError as error:
+        raise SurgeryError(f"cannot write {str(out)!r}: {reason(error)}.") from error
+    if not is_new:
         raise SurgeryError(f"{str(out)!r} exists already; give the name of a new folder.")
     return out

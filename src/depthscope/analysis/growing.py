@@ -96,7 +96,7 @@ def measure_growing(
                 raise AnalysisInterrupted
             waited = {name: SCORES[name](stack, settings, budget.blocks) for name in waiting}
             _, on_losses = measure(lanes, waited, blocks, settings, processes, shown)
-            notes += on_losses
+            notes = notes or on_losses
             done |= waited
         except AnalysisInterrupted:
             if not budget.is_kept():

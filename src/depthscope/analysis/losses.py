@@ -236,8 +236,8 @@ class EstimatedLosses(Losses):
         for lane, logits in run.logits_on_tokens(tokens, self.head):
             exact = log_partition(logits).split([len(sample) for sample in samples[lane]])
             read = list(zip(of(lane), estimates.pop(lane), samples[lane], exact, strict=True))
-            corrected = [block.corrected(*estimate, *measured) for block, estimate, *measured in read]
-            loss, sampling = torch.tensor(corrected, dtype=torch.float64).T.numpy()
+            corrected = [torch.stack(block.corrected(*estimate, *measured)) for block, estimate, *measured in read]
+            loss, sampling = torch.stack(corrected, 1).cpu().numpy()
             if is_first and lane.key in self.columns:
                 ((block, estimate, *measured),) = read
                 self.shares[self.columns[lane.key]] = block.share_needed(*estimate, *measured)

@@ -94,10 +94,10 @@ def test_flash_attention_computes_in_half_precision_only() -> None:
         require_attn_implementation("flash_attention_2", torch.device("cuda"), torch.float32)
 
 
-@pytest.mark.parametrize("command", ["analyze", "sparsity", "convert"])
+@pytest.mark.parametrize("command", ["analyze", "sparsity", "convert", "prune"])
 def test_what_is_no_attention_ends_a_command(command: str, folder: Path) -> None:
-    out = [str(folder.parent / "out")] if command == "convert" else []
-    told = CliRunner().invoke(app, [command, str(folder), *out, "--attn-implementation", "nonsense"])
+    out = {"convert": [str(folder.parent / "out")], "prune": ["--layers", "1", "--out", str(folder.parent / "out")]}
+    told = CliRunner().invoke(app, [command, str(folder), *out.get(command, []), "--attn-implementation", "nonsense"])
     assert told.exit_code == 2
     assert "is not an attention implementation" in " ".join(told.output.split())
 
@@ -105,4 +105,4 @@ def test_what_is_no_attention_ends_a_command(command: str, folder: Path) -> None
 def test_every_command_that_loads_a_model_has_the_option() -> None:
     commands = get_command(app).commands
     takes = {name for name, command in commands.items() if "attn_implementation" in {p.name for p in command.params}}
-    assert takes == {"analyze", "sparsity", "evaluate", "convert"}
+    assert takes == {"analyze", "sparsity", "evaluate", "convert", "prune"}

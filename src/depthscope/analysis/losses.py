@@ -28,7 +28,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from depthscope.layers.head import Head, Vocabulary
+from depthscope.layers.lanes.head import Head, Vocabulary
 from depthscope.layers.lanes.lane import Lane
 from depthscope.layers.lanes.lanes import Lanes
 from depthscope.layers.lanes.passes import LanePass

@@ -7,8 +7,8 @@ from typing import Any, TypeAlias, TypeVar
 import torch
 from torch import Tensor, nn
 
-from depthscope.layers.head import Head, Vocabulary
 from depthscope.layers.lanes.arguments import learn_arguments
+from depthscope.layers.lanes.head import Head, Vocabulary
 from depthscope.layers.lanes.lane import Lane, Limits, Step
 from depthscope.layers.memory import is_out_of_memory
 from depthscope.layers.offloaded import holding_weights

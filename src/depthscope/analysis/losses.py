@@ -42,7 +42,7 @@ from depthscope.settings import Settings
 __all__ = ["EstimatedLosses", "Losses"]
 
 # How much of the vocabulary is read at all positions: this share, but no more tokens than that.
-NARROW, MOST_NARROW = 1 / 16, 4096
+NARROW, MOST_NARROW = 1 / 8, 8192
 # By how much sampling may raise a squared standard error; less than 1.1 squared, as one block does not tell for sure.
 SLACK = 0.05
 # The fewest positions of a block that are sampled, and the largest share: above it all are measured.

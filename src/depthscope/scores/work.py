@@ -30,7 +30,7 @@ BACKWARD_WORK = 1.2
 # many layers, and from so many blocks on, which tell how far off estimates are.
 LEAST_VOCABULARY, LEAST_HEAD, LEAST_BLOCKS = 8192, 2.0, 8
 # What an estimate takes, of the whole head.
-ESTIMATED_HEAD = 1 / 8
+ESTIMATED_HEAD = 1 / 5
 # Scores that look at what skipping a layer does: to the loss, and to the updates of later layers.
 OF_SKIPPED_LOSSES, OF_SKIPPED_UPDATES = frozenset({"skip"}), frozenset({"causal"})
 

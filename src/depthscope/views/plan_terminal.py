@@ -17,8 +17,8 @@ __all__ = ["plan_table", "print_plan"]
 def plan_table(plan: CutPlan) -> Table:
     """Build the table: losses in nats per token, with the standard error of the difference to the whole model."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for heading in ("removed", "layers"):
-        table.add_column(heading, justify="right" if heading == "removed" else "left", no_wrap=heading == "removed")
+    table.add_column("removed", justify="right", no_wrap=True)
+    table.add_column("layers", min_width=len("layers"))
     for heading in ("loss", "other weights", "with maps", "parameters"):
         table.add_column(heading, justify="right", no_wrap=True)
     whole = Text(format_with_error(plan.loss, plan.loss_se))

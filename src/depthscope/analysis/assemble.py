@@ -61,7 +61,7 @@ def assemble(
         model=cast("ModelFacts", {**facts, "num_layers": stack.num_layers}),
         data=_data_facts(blocks, settings),
         settings=settings.to_dict(),
-        versions=dict(_versions()),
+        versions=dict(versions()),
         notes=_notes(lanes, scores, blocks, settings),
         scores=singles,
         layers=rows,
@@ -161,7 +161,8 @@ def _fit_notes(stack: LayerStack, score: Score | None, blocks: Blocks, settings:
 
 
 @cache
-def _versions() -> dict[str, str | None]:
+def versions() -> dict[str, str | None]:
+    """The versions that something was measured with, by package."""
     names = ("depthscope", "torch", "transformers")
     return {**{name: version(name) for name in names}, "python": platform.python_version()}
 

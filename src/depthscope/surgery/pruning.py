@@ -16,7 +16,7 @@ from depthscope.report.cut_plan import CutPlan
 from depthscope.surgery.plans.gaps import Cut
 from depthscope.surgery.plans.last_matrix import OtherWeights
 from depthscope.surgery.plans.maps import Calibration
-from depthscope.surgery.plans.planning import batch_size_of
+from depthscope.surgery.plans.planning import batch_size_of, parameters_of
 from depthscope.surgery.proof import Proof
 from depthscope.surgery.save import save_cut
 from depthscope.text.blocks import Blocks
@@ -106,7 +106,7 @@ def _repaired(stack: LayerStack, plan: CutPlan, removed: list[int], blocks: Bloc
 
 
 def _require_same_model(stack: LayerStack, plan: CutPlan) -> None:
-    parameters = sum(weight.numel() for weight in stack.model.parameters())
+    parameters = parameters_of(stack)
     if (stack.num_layers, parameters) != (plan.model["num_layers"], plan.parameters):
         raise PlanError(
             f"The plan is of {plan.model['name']} with {plan.model['num_layers']} layers and {plan.parameters:,} "

@@ -82,16 +82,16 @@ def by_usefulness(evidence: Evidence) -> Iterator[frozenset[int]]:
 
 def by_block_influence(evidence: Evidence) -> Iterator[frozenset[int]]:
     """One shot, by one less the mean cosine of each layer's input and output."""
-    cosines = _mean_cosines(evidence, lambda count: [(layer, layer) for layer in range(count)])
-    yield from _one_after_the_other({first: 1 - cosine for (first, _), cosine in cosines.items()})
+    cosines = _mean_cosines(evidence, 1)
+    yield from _one_after_the_other({layer: 1 - cosine for layer, cosine in enumerate(cosines)})
 
 
 def by_angle(evidence: Evidence) -> Iterator[frozenset[int]]:
     """For each number of layers the run of that length over which the stream turns least."""
     count = evidence.lanes.stack.num_layers
-    runs = _mean_cosines(evidence, lambda count: [(a, b) for a in range(count) for b in range(a, count)], angle=True)
     for length in range(1, count):
-        first = min(range(count - length + 1), key=lambda a, length=length: (runs[a, a + length - 1], a))  # type: ignore[misc]
+        angles = _mean_cosines(evidence, length, angle=True)
+        first = min(range(len(angles)), key=lambda start, angles=angles: (angles[start], start))  # type: ignore[misc]
         yield frozenset(range(first, first + length))
 
 
@@ -158,24 +158,20 @@ def _one_after_the_other(costs: Mapping[int, float]) -> Iterator[frozenset[int]]
         yield frozenset(order[:count])
 
 
-def _mean_cosines(
-    evidence: Evidence, runs: Callable[[int], list[tuple[int, int]]], *, angle: bool = False
-) -> dict[tuple[int, int], float]:
-    """Of the stream before and after each run of layers, on the calibration blocks: the mean cosine, or angle / pi."""
-    stack = evidence.lanes.stack
-    wanted = runs(stack.num_layers)
-    totals = torch.zeros(len(wanted) + 1, dtype=torch.float64)
-    for blocks in evidence.calibration.batches:
-        with stack.capture() as seen:
-            stack.run_through(stack.num_layers - 1, blocks.input_ids, blocks.attention_mask)
-        there = blocks.token_mask
-        for place, (first, last) in enumerate(wanted):
-            cosine = _cosine(stack.flat(seen.resid_pre[first]), stack.flat(seen.resid_post[last]))
+def _mean_cosines(evidence: Evidence, length: int, *, angle: bool = False) -> list[float]:
+    """Of the stream before and after each run of so many layers, on the calibration text: mean cosine or angle / pi."""
+    calibration, stack = evidence.calibration, evidence.lanes.stack
+    starts = range(stack.num_layers - length + 1)
+    totals = torch.zeros(len(starts) + 1, dtype=torch.float64)
+    for number, blocks in enumerate(calibration.batches):
+        streams, there = calibration.streams(number), blocks.token_mask
+        for start in starts:
+            cosine = _cosine(stack.flat(streams[start]), stack.flat(streams[start + length]))
             value = torch.arccos(cosine.clamp(-1, 1)) / math.pi if angle else cosine
-            totals[place] += float(value[there.to(value.device)].sum())
+            totals[start] += float(value[there.to(value.device)].sum())
         totals[-1] += float(there.sum())
     evidence.processes.add_up(totals)
-    return {run: float(total / totals[-1]) for run, total in zip(wanted, totals[:-1], strict=True)}
+    return [float(total / totals[-1]) for total in totals[:-1]]
 
 
 def _cosine(one: Tensor, other: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ from depthscope.layers.precision import precise
 from depthscope.layers.stack import LayerStack
 from depthscope.layers.stand_ins import AffineMap
 from depthscope.processes import Processes
-from depthscope.scores.usefulness import OnFlat
+from depthscope.scores.usefulness import ACCUMULATOR_BYTES, OnFlat
 from depthscope.surgery.plans.gaps import Cut, Repair
 from depthscope.surgery.plans.last_matrix import LastMatrix, OtherWeights, last_matrix
 from depthscope.text.blocks import Blocks
@@ -32,8 +32,6 @@ __all__ = ["Calibration", "How"]
 
 How = Literal["map", "weights"]
 
-# The sums of the fits that are gathered at once; those that do not fit in here together take another pass.
-ACCUMULATOR_BYTES = 2 << 30
 # Streams of the whole model on the calibration blocks that are kept; more are computed anew.
 STREAMS_BYTES = 2 << 30
 
@@ -97,7 +95,7 @@ class Calibration:
         first = min([*replacements, *(fit.runs_from for fit in fits.values()), stack.num_layers])
         last = max(gap.start for gap in fits) - 1
         for number, blocks in enumerate(self.batches):
-            whole = self._streams(number)
+            whole = self.streams(number)
             before = dict(enumerate(whole[: first + 1]))
             if first <= last:
                 with ExitStack() as running:
@@ -115,7 +113,7 @@ class Calibration:
             if fit.sums is not None:
                 self.processes.add_up(*fit.sums.tensors())
 
-    def _streams(self, number: int) -> list[Tensor]:
+    def streams(self, number: int) -> list[Tensor]:
         """The stream of the whole model before each layer, and after the last, on one batch: kept if there is room."""
         if number not in self._kept:
             stack, blocks = self.stack, self.batches[number]

@@ -1,15 +1,14 @@
 """From a model and blocks of text to a `CutPlan`: layers chosen one by one, each loss measured on other text."""
 
 import math
-import platform
 from contextlib import ExitStack
 from datetime import datetime, timezone
-from importlib.metadata import version
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from depthscope.analysis.assemble import versions
 from depthscope.analysis.measure import require_finite
 from depthscope.console.progress import Listener, Progress, showing_progress
 from depthscope.errors import CorpusError, SettingsError
@@ -27,7 +26,7 @@ from depthscope.surgery.plans.trials import Losses, losses_of
 from depthscope.text.blocks import Blocks
 from depthscope.wording.numeric import require_number, require_whole
 
-__all__ = ["batch_size_of", "plan_cut"]
+__all__ = ["batch_size_of", "parameters_of", "plan_cut"]
 
 # Pulls maps towards the identity; relative to the mean variance of a feature.
 RIDGE = 1e-4
@@ -132,11 +131,11 @@ def plan_cut(
         model=cast("Any", {**(facts or model_facts(model)), "num_layers": stack.num_layers}),
         data=cast("Any", {"name": blocks.name, "fingerprint": blocks.fingerprint, "block_size": settings.block_size}),
         settings={**chosen, "block_size": settings.block_size, "exact_losses": exact_losses, "seed": seed},
-        versions=_versions(),
+        versions=versions(),
         notes=whole.notes,
         loss=float(whole.model.sum() / whole.predictions.sum()),
         loss_se=_number(whole.error_of_model()),
-        parameters=_parameters(stack, frozenset()),
+        parameters=parameters_of(stack),
         steps=steps,
     )
 
@@ -169,7 +168,7 @@ class _End:
                 "keep_parameters", keep_parameters, "a share of the parameters, such as 0.8", above=0, below=1
             )
         self.max_loss = math.inf if max_loss is None else max_loss
-        self.fewest = 0 if keep_parameters is None else keep_parameters * _parameters(stack, frozenset())
+        self.fewest = 0 if keep_parameters is None else keep_parameters * parameters_of(stack)
 
     def allows(self, step: CutStep) -> bool:
         """Whether a step may be a part of the plan."""
@@ -200,19 +199,14 @@ def _step(stack: LayerStack, removed: frozenset[int], losses: Losses) -> CutStep
         map_loss_se=_number(losses.error("map")),
         weights_loss=_number(losses.of("weights")),
         weights_loss_se=_number(losses.error("weights")),
-        parameters=_parameters(stack, removed),
+        parameters=parameters_of(stack, removed),
     )
 
 
-def _parameters(stack: LayerStack, removed: frozenset[int]) -> int:
+def parameters_of(stack: LayerStack, removed: frozenset[int] = frozenset()) -> int:
     """The parameters of the model without some layers."""
     gone = {id(weight) for layer in removed for weight in stack.layers[layer].parameters()}
     return sum(weight.numel() for weight in stack.model.parameters() if id(weight) not in gone)
-
-
-def _versions() -> dict[str, str | None]:
-    names = ("depthscope", "torch", "transformers")
-    return {**{name: version(name) for name in names}, "python": platform.python_version()}
 
 
 def _number(value: float) -> float | None:
